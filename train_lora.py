@@ -1,0 +1,752 @@
+"""Fine-tune a language model with LoRA on your own text, test it and generate with it, in MLX.
+
+    python train_lora.py --train --test --prompt "질문"
+
+The file tells a run in the order in which it happens: the command line, the data, the loss,
+evaluation, training, generation, and `main`, which calls them. models.py holds what is done to the
+model: loading it, putting LoRA into it, adapter files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent
+
+# --- The command line ---------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all errors of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def whole_number(least: int, also: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer from `least` on, within 31 bits, or `also`."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if not least <= number < 2**31 and number != also:
+            other = "" if also is None else f" or {also}"
+            raise argparse.ArgumentTypeError(f"must be at least {least}{other}, not {text}")
+        return number
+
+    parse.__name__ = "whole number"  # for argparse's "invalid … value"
+    return parse
+
+
+def nonnegative_number(text: str) -> float:
+    """An argparse type: a finite real number that is not negative."""
+    number = float(text)
+    if not (math.isfinite(number) and number >= 0):
+        raise argparse.ArgumentTypeError(f"must be a finite number, 0 or more, not {text}")
+    return number
+
+
+nonnegative_number.__name__ = "number"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, flag by flag as specified; what goes beyond stands in its own group."""
+    parser = Parser(
+        prog="train_lora.py",
+        description="Fine-tune a language model with LoRA on your own text, in MLX.",
+        epilog="Phases run in the order train, test, generate; ask for at least one of them.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        help="path of a local model folder, or a Hugging Face repository such as "
+        "GuminiResearch/Gumini-1B-Base (default: SmolLM2-135M-Instruct in lora_finetune/, fetched "
+        "where it is missing)",
+    )
+    add(
+        "--max-tokens",
+        "-m",
+        type=whole_number(1),
+        default=100,
+        help="maximum number of tokens to generate (default: %(default)s)",
+    )
+    add(
+        "--temp",
+        type=nonnegative_number,
+        default=0.8,
+        help="sampling temperature for generation, 0 is greedy (default: %(default)s)",
+    )
+    add(
+        "--prompt",
+        "-p",
+        help="prompt for text generation, after training or loading an adapter",
+    )
+    add("--train", action="store_true", help="train")
+    add(
+        "--add-eos-token",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="end each training, validation and test text with the end-of-text token "
+        "(default: %(default)s)",
+    )
+    add(
+        "--data",
+        default="lora_finetune/data",
+        help="directory with train.jsonl, valid.jsonl and test.jsonl (default: %(default)s)",
+    )
+    add(
+        "--lora-layers",
+        type=whole_number(1),
+        default=16,
+        help="number of layers, from the last, to fine-tune (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=whole_number(1),
+        default=10,
+        help="mini-batch size (default: %(default)s)",
+    )
+    add(
+        "--epochs",
+        type=whole_number(1),
+        default=1,
+        help="number of epochs to train for; overrides --iters (default: %(default)s)",
+    )
+    add(
+        "--iters",
+        type=whole_number(1),
+        help="number of iterations to train for, in place of epochs",
+    )
+    add(
+        "--start-iter",
+        type=whole_number(0),
+        default=0,
+        help="iteration to start from, as the run being resumed counted (default: %(default)s)",
+    )
+    add(
+        "--val-batches",
+        type=whole_number(1, also=-1),
+        default=25,
+        help="number of validation batches, -1 for the entire set (default: %(default)s)",
+    )
+    add(
+        "--learning-rate",
+        type=nonnegative_number,
+        default=2e-5,
+        help="learning rate of the Adam optimizer (default: %(default)s)",
+    )
+    add(
+        "--steps-per-report",
+        type=whole_number(1),
+        default=10,
+        help="iterations between reports of the training loss (default: %(default)s)",
+    )
+    add(
+        "--steps-per-eval",
+        type=whole_number(1),
+        default=200,
+        help="iterations between validations (default: %(default)s)",
+    )
+    add("--resume-adapter-file", help="adapter file to resume training from")
+    add(
+        "--adapter-file",
+        default="lora_finetune/lora_adapters.npz",
+        help="file to save the trained adapter to, or load it from (default: %(default)s)",
+    )
+    add(
+        "--save-every",
+        type=whole_number(1),
+        default=100,
+        help="iterations between saves of the adapter (default: %(default)s)",
+    )
+    add(
+        "--test",
+        action="store_true",
+        help="evaluate on the test set after training or loading an adapter",
+    )
+    add(
+        "--test-batches",
+        type=whole_number(1, also=-1),
+        default=500,
+        help="number of test batches, -1 for the entire set (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        help="seed of all that is random (default: %(default)s)",
+    )
+
+    beyond = parser.add_argument_group("beyond the specification")
+    beyond.add_argument(
+        "--max-seq-length",
+        type=whole_number(2),
+        default=2048,
+        help="cut longer texts to this many tokens (default: %(default)s)",
+    )
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line and settle what depends on which flags were typed.
+
+    A default path is one in this project, wherever the program is called from. `iters` is left
+    None where epochs count; `lora_layers` is None where an adapter file is to decide.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # keeps argparse from its defaults
+    typed = {
+        name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None
+    }
+
+    if not (args.train or args.test or args.prompt is not None):
+        parser.error("nothing to do: ask for --train, --test or --prompt, or several of them")
+    if args.prompt == "":
+        parser.error("argument --prompt/-p: is empty")
+    if args.resume_adapter_file and not args.train:
+        parser.error("argument --resume-adapter-file: resumes training, so it needs --train")
+    for name in {"data", "adapter_file"} - typed:
+        setattr(args, name, os.path.relpath(ROOT / getattr(args, name)))
+    if args.iters and "epochs" in typed:
+        warn(f"--iters {args.iters} is ignored, since --epochs {args.epochs} is given too")
+        args.iters = None
+    if args.resume_adapter_file and "lora_layers" not in typed:
+        args.lora_layers = None
+    return args
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take seconds
+    ARGUMENTS = parse_arguments()
+
+import models
+
+# isort: split (models comes before mlx, in whose place it puts a fast BLAS)
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx_lm import stream_generate
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tqdm import tqdm
+
+from models import UserError
+
+# --- The data -----------------------------------------------------------------------------------
+
+
+def read_texts(file: Path) -> list[str]:
+    """Read the texts of a JSON Lines file: one object a line, with the text under "text".
+
+    A byte-order mark, Windows line ends and blank lines are passed over.
+
+    Raises:
+        UserError: no such file, none in it, or a line that is not such an object; names the line.
+    """
+    texts = []
+    try:
+        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                texts.append(parse_line(line))
+            except ValueError as error:
+                raise UserError(f"{file}, line {number}: {error}") from None
+    if not texts:
+        raise UserError(f"{file} holds no texts")
+    return texts
+
+
+def parse_line(line: bytes) -> str:
+    """The text of one line of a JSON Lines file; raises ValueError that says what is wrong."""
+    try:
+        entry = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+    if not isinstance(entry, dict):
+        raise ValueError('is not a JSON object such as {"text": "…"}')
+    if "text" not in entry:
+        raise ValueError('has no "text"')
+    text = entry["text"]
+    if not isinstance(text, str):
+        raise ValueError('its "text" is not a string')
+    if not text.strip():
+        raise ValueError('its "text" is empty')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError('its "text" holds half of a surrogate pair') from None
+    return text
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized texts, one after the other in one array.
+
+    Attributes:
+        tokens: int32 (total number of tokens,).
+        starts: int64 (number of texts + 1,): where each text starts, and where the last ends.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 (number of texts,)."""
+        return np.diff(self.starts)
+
+    def batch(self, rows: np.ndarray) -> tuple[mx.array, mx.array]:
+        """The given texts, padded on the right: tokens int32 (rows, width), lengths (rows,)."""
+        lengths = self.lengths[rows]
+        tokens = np.zeros((len(rows), 1 + padded_length(max(lengths) - 1)), np.int32)
+        for row, start, length in zip(tokens, self.starts[rows], lengths, strict=True):
+            row[:length] = self.tokens[start : start + length]
+        return mx.array(tokens), mx.array(lengths.astype(np.int32))
+
+
+def tokenize(texts: list[str], tokenizer: TokenizerWrapper, end: bool) -> Examples:
+    """Tokenize texts; with `end`, each ends in exactly one end-of-text token."""
+    appends_eos = ends_by_itself(tokenizer)
+    eos = tokenizer.eos_token_id
+    arrays = []
+    for text in tqdm(texts, "Tokenizing", leave=False, disable=None):
+        ids = tokenizer.encode(text)[: -1 if appends_eos else None]
+        if end:
+            while ids and ids[-1] == eos:
+                ids.pop()
+            ids.append(eos)
+        arrays.append(np.array(ids, np.int32))
+    starts = np.cumsum([0, *map(len, arrays)])
+    return Examples(np.concatenate(arrays), starts)
+
+
+def ends_by_itself(tokenizer: TokenizerWrapper) -> bool:
+    """Whether the tokenizer puts an end-of-text token behind every text by its own setting."""
+    return tokenizer.encode("a")[-1] == tokenizer.eos_token_id
+
+
+def cut(examples: Examples, max_length: int) -> tuple[Examples, int]:
+    """Cut longer texts to `max_length` tokens, and count them."""
+    kept = np.minimum(examples.lengths, max_length)
+    keep = np.arange(len(examples.tokens)) < np.repeat(
+        examples.starts[:-1] + kept, examples.lengths
+    )
+    starts = np.concatenate([[0], np.cumsum(kept)])
+    return Examples(examples.tokens[keep], starts), int((kept < examples.lengths).sum())
+
+
+def padded_length(length: int) -> int:
+    """Round up to a multiple of 32, of 64 above 256, of 128 above 512, and so on.
+
+    Few widths occur in this way, each within a quarter of its text's: the compiled step is traced
+    anew for each, and on a GPU its kernels are chosen anew, which takes seconds.
+    """
+    step = max(32, 2 ** (int(length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+# Examples are sorted by length within this many batches: wide enough that a batch's lengths are
+# nearly equal, small enough that its members change from epoch to epoch.
+POOL_BATCHES = 50
+
+
+def epoch_batches(
+    lengths: np.ndarray, batch_size: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Deal each example out once, at random, into batches of like length in random order.
+
+    Returns:
+        ceil(examples / batch size) arrays of example numbers; one is short if need be.
+    """
+    order = rng.permutation(len(lengths))
+    batches = []
+    for pool in np.split(order, range(0, len(order), POOL_BATCHES * batch_size)[1:]):
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += np.split(pool, range(0, len(pool), batch_size)[1:])
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def training_batches(
+    examples: Examples, batch_size: int, seed: int, start: int
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """The batches of iteration start + 1 and on, without end; each a pure function of the seed."""
+    per_epoch = math.ceil(len(examples) / batch_size)
+    for epoch in count(start // per_epoch):
+        rng = np.random.default_rng([seed, epoch])
+        batches = epoch_batches(examples.lengths, batch_size, rng)
+        for rows in batches[start % per_epoch :]:
+            yield examples.batch(rows)
+        start = 0
+
+
+def evaluation_batches(examples: Examples, batch_size: int, num_batches: int) -> list[np.ndarray]:
+    """The first `num_batches` batches of examples (-1: all), those of like length together."""
+    number = len(examples) if num_batches == -1 else min(len(examples), num_batches * batch_size)
+    order = np.argsort(examples.lengths[:number], kind="stable")
+    return np.split(order, range(0, number, batch_size)[1:])
+
+
+# --- Loss and evaluation ------------------------------------------------------------------------
+
+
+def loss(model: nn.Module, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+    """Mean cross-entropy over the real target tokens of a batch, in float32.
+
+    Args:
+        tokens: int32 (rows, width), padded on the right; token t predicts token t + 1.
+        lengths: int32 (rows,), real tokens of each row; targets beyond them do not count.
+
+    Returns:
+        The loss in nats per token, and the number of real target tokens; both scalars.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = model(inputs).astype(mx.float32)
+    real = mx.arange(1, tokens.shape[1]) < lengths[:, None]
+    total = (nn.losses.cross_entropy(logits, targets) * real).sum()
+    number = real.sum()
+    return total / mx.maximum(number, 1), number
+
+
+def evaluate(model: nn.Module, examples: Examples, batch_size: int, num_batches: int) -> float:
+    """Mean loss in nats over all real target tokens of the batches (-1: of all examples)."""
+    model.eval()
+    total, number = 0.0, 0
+    batches = evaluation_batches(examples, batch_size, num_batches)
+    for rows in tqdm(batches, "Evaluating", leave=False, disable=None):
+        mean, tokens = loss(model, *examples.batch(rows))
+        total += mean.item() * tokens.item()
+        number += tokens.item()
+    return total / max(number, 1)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+class Log:
+    """Reports on standard output, and each with its numbers in full in a JSON Lines file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def clear(self) -> None:
+        self.file.unlink(missing_ok=True)
+
+    def report(self, line: str, **numbers: float) -> None:
+        say(line)
+        try:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(numbers) + "\n")
+        except OSError as error:
+            warn(f"the log {self.file} cannot be written: {error.strerror}")
+
+
+def say(line: str) -> None:
+    """Print a line at once, above the progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def train(
+    model: nn.Module,
+    training: Examples,
+    validation: Examples,
+    log: Log,
+    adapter_file: Path,
+    *,
+    learning_rate: float,
+    batch_size: int,
+    start_iter: int,
+    iters: int,
+    seed: int,
+    val_batches: int,
+    steps_per_report: int,
+    steps_per_eval: int,
+    save_every: int,
+) -> None:
+    """Do iterations start_iter + 1 … iters with Adam; validate, report and save on the way.
+
+    The adapter is in `adapter_file` at the end, and every `save_every` iterations before.
+    """
+    optimizer = optim.Adam(learning_rate, bias_correction=True)
+    loss_and_gradients = nn.value_and_grad(model, loss)
+    state = [model.state, optimizer.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+        (mean, number), gradients = loss_and_gradients(model, tokens, lengths)
+        optimizer.update(model, gradients)
+        return mean, number
+
+    def validate(iteration: int) -> None:
+        start = time.perf_counter()
+        mean = evaluate(model, validation, batch_size, val_batches)
+        took = time.perf_counter() - start
+        line = f"Iter {iteration}: Val loss {mean:.3f}, Val took {took:.3f}s"
+        log.report(line, iter=iteration, val_loss=mean)
+        model.train()
+
+    validate(start_iter + 1)
+    total, tokens, steps, seconds = 0.0, 0, 0, 0.0
+    batches = training_batches(training, batch_size, seed, start_iter)
+    progress = tqdm(
+        range(start_iter + 1, iters + 1), "Training", initial=start_iter, total=iters, disable=None
+    )
+    for iteration in progress:
+        start = time.perf_counter()
+        mean, number = step(*next(batches))
+        mx.eval(state, mean, number)
+        seconds += time.perf_counter() - start
+        total += mean.item() * number.item()
+        tokens += number.item()
+        steps += 1
+
+        last = iteration == iters
+        if iteration % steps_per_report == 0 or last:
+            report = {
+                "train_loss": total / max(tokens, 1),
+                "it_per_sec": steps / seconds,
+                "tokens_per_sec": tokens / seconds,
+                "peak_mem_gb": mx.get_peak_memory() / 1e9,
+            }
+            log.report(
+                f"Iter {iteration}: Train loss {report['train_loss']:.3f}, "
+                f"It/sec {report['it_per_sec']:.3f}, Tokens/sec {report['tokens_per_sec']:.3f}, "
+                f"Peak mem {report['peak_mem_gb']:.3f} GB",
+                iter=iteration,
+                **report,
+            )
+            total, tokens, steps, seconds = 0.0, 0, 0, 0.0
+        if iteration % steps_per_eval == 0 or last:
+            validate(iteration)
+        if iteration % save_every == 0 or last:
+            models.write_adapter(adapter_file, model)
+            say(f"Iter {iteration}: Saved adapter weights to {adapter_file}.")
+
+
+# --- Generation ---------------------------------------------------------------------------------
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> None:
+    """Print the prompt, its continuation as it is made, and a line with tokens per second.
+
+    Raises:
+        UserError: the prompt holds no tokens.
+    """
+    model.eval()
+    mx.random.seed(seed)
+    ids = tokenizer.encode(prompt)[: -1 if ends_by_itself(tokenizer) else None]
+    if not ids:
+        raise UserError("the prompt holds no tokens")
+    sampler = make_sampler(temp=temperature)
+    print(prompt, end="", flush=True)
+    begun = False
+    for part in stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=sampler):
+        text = part.text
+        if text and not begun and continues_with_space(tokenizer, ids, part.token):
+            text = " " + text.lstrip(" ")  # which mlx-lm strips from the first word
+        begun = begun or bool(text)
+        if part.finish_reason:
+            text = text.rstrip("\ufffd")  # a character that --max-tokens cut through
+        print(text, end="", flush=True)
+    print(f"\n========== {part.generation_tokens} tokens, {part.generation_tps:.3f} tokens/sec")
+
+
+def continues_with_space(tokenizer: TokenizerWrapper, ids: list[int], token: int) -> bool:
+    """Whether a space comes between a prompt and the first token generated after it."""
+    return tokenizer.decode([*ids, token]).startswith(tokenizer.decode(ids) + " ")
+
+
+# --- The run ------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for; what is wrong with it is told before anything is fetched.
+
+    Raises:
+        UserError, OSError: something that the user can put right.
+    """
+    data, adapter_file = Path(args.data), Path(args.adapter_file)
+    splits = (["train", "valid"] if args.train else []) + (["test"] if args.test else [])
+    texts = {split: read_texts(data / f"{split}.jsonl") for split in splits}
+    if args.train:
+        check_writable(adapter_file)
+        iters = args.iters or args.epochs * math.ceil(len(texts["train"]) / args.batch_size)
+        if args.start_iter >= iters:
+            raise UserError(f"--start-iter {args.start_iter} leaves none of {iters} iterations")
+    source = Path(args.resume_adapter_file or adapter_file)
+    if not args.train and not source.exists():
+        raise UserError(f"there is no adapter file {source}; --train makes one")
+    resumed = bool(args.resume_adapter_file) or not args.train
+    adapter = models.read_adapter(source) if resumed else {}
+
+    print("Loading pretrained model", flush=True)
+    model, tokenizer = models.load(args.model or str(fetch_demo_model()))
+    total = models.count_parameters(model)
+    mx.random.seed(args.seed)
+    adapt(model, args.lora_layers if args.train else None, adapter, source)
+    print(f"Total parameters {total / 1e6:.3f}M")
+    print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
+    examples = load_examples(data, texts, tokenizer, bool(args.add_eos_token), args.max_seq_length)
+
+    log = Log(adapter_file.with_suffix(".log.jsonl"))
+    if args.train:
+        if not resumed and not args.start_iter:
+            log.clear()
+        print("Training", flush=True)
+        train(
+            model,
+            examples["train"],
+            examples["valid"],
+            log,
+            adapter_file,
+            learning_rate=args.learning_rate,
+            batch_size=args.batch_size,
+            start_iter=args.start_iter,
+            iters=iters,
+            seed=args.seed,
+            val_batches=args.val_batches,
+            steps_per_report=args.steps_per_report,
+            steps_per_eval=args.steps_per_eval,
+            save_every=args.save_every,
+        )
+    if args.test:
+        print("Testing", flush=True)
+        mean = evaluate(model, examples["test"], args.batch_size, args.test_batches)
+        perplexity = math.exp(mean)
+        log.report(
+            f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}.",
+            test_loss=mean,
+            test_ppl=perplexity,
+        )
+    if args.prompt is not None:
+        print("Generating", flush=True)
+        generate(model, tokenizer, args.prompt, args.max_tokens, args.temp, args.seed)
+
+
+def check_writable(file: Path) -> None:
+    """Raise UserError where the adapter could not be saved at the end of the run."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"the adapter file {file} cannot be written: {error.strerror}") from None
+
+
+def fetch_demo_model() -> Path:
+    from lora_finetune import demo_model
+
+    return demo_model.fetch()
+
+
+def adapt(model: nn.Module, lora_layers: int | None, adapter: models.Adapter, source: Path) -> None:
+    """Put LoRA into a model: where the adapter read from `source` has it, or in the last layers.
+
+    With both an adapter and `lora_layers`, what the adapter lacks of those layers starts fresh.
+
+    Raises:
+        UserError: the adapter is not for this model, or reaches outside those layers.
+    """
+    models.check_adapter(source, adapter, model)
+    ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
+    if lora_layers is not None:
+        layers = models.layer_paths(model)
+        if lora_layers > len(layers):
+            warn(f"the model has only {len(layers)} layers; all of them are adapted")
+        last = tuple(f"{layer}." for layer in layers[-lora_layers:])
+        outside = [path for path in ranks if not path.startswith(last)]
+        if outside:
+            raise UserError(
+                f"{source} adapts {outside[0]}, which is not in the last {lora_layers} layers; "
+                "raise --lora-layers, or leave it out to adapt what the file does"
+            )
+        rank = next(iter(ranks.values()), models.RANK)
+        wanted = dict.fromkeys(models.find_targets(model, lora_layers), rank)
+        if ranks and (fresh := wanted.keys() - ranks.keys()):
+            warn(f"{source} lacks {len(fresh)} of {len(wanted)} adapted layers; they start fresh")
+        ranks = wanted | ranks
+    models.add_lora(model, ranks)
+    models.load_adapter(model, adapter)
+
+
+def load_examples(
+    data: Path,
+    texts: dict[str, list[str]],
+    tokenizer: TokenizerWrapper,
+    end: bool,
+    max_length: int,
+) -> dict[str, Examples]:
+    """Tokenize the texts of each split, cut the long ones, and say how many those were.
+
+    Raises:
+        UserError: a split has no text of two tokens, so that there is nothing to predict in it.
+    """
+    if end and texts and tokenizer.eos_token_id is None:
+        warn("the tokenizer has no end-of-text token, so texts end without one")
+        end = False
+    examples, too_long = {}, 0
+    for split, split_texts in texts.items():
+        examples[split], number = cut(tokenize(split_texts, tokenizer, end), max_length)
+        too_long += number
+        if max(examples[split].lengths) < 2:
+            raise UserError(f"{data / f'{split}.jsonl'} has only texts of a single token")
+    if too_long:
+        number = sum(map(len, examples.values()))
+        warn(
+            f"{too_long} of {number} texts were cut to {max_length} tokens "
+            "(--max-seq-length); shorter texts lose nothing and take less memory"
+        )
+    return examples
+
+
+def main() -> int:
+    """Run, and turn what the user can put right into one line and exit status 2."""
+    try:
+        run(ARGUMENTS)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
