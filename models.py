@@ -99,6 +99,11 @@ class UserError(Exception):
     """Something the user can put right; the program prints it as one `error:` line."""
 
 
+def lacks_fast_blas() -> bool:
+    """Whether MLX computes on a Linux CPU with the slow BLAS that it brings."""
+    return platform.system() == "Linux" and mx.default_device() == mx.cpu and not FAST_BLAS
+
+
 # --- Loading ------------------------------------------------------------------------------------
 
 # What is fetched from the hub: weights as safetensors, settings and tokenizer; never code.

@@ -237,10 +237,9 @@ def warn(message: str) -> None:
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take seconds
     ARGUMENTS = parse_arguments()
 
-import models
+import models  # before mlx, since it puts a fast BLAS in place
 
-# isort: split (models comes before mlx, in whose place it puts a fast BLAS)
-
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -614,6 +613,11 @@ def run(args: argparse.Namespace) -> None:
     resumed = bool(args.resume_adapter_file) or not args.train
     adapter = models.read_adapter(source) if resumed else {}
 
+    if models.lacks_fast_blas():
+        warn(
+            "no fast BLAS was found, so MLX will be some 20 times slower than this CPU; get one "
+            "with `pip install ngsolve-openblas` (x86-64), `apt install libopenblas0` or conda"
+        )
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(args.model or str(fetch_demo_model()))
     total = models.count_parameters(model)
