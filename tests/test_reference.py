@@ -1,0 +1,79 @@
+"""Loss, gradients and optimizer steps equal those of PyTorch + PEFT on the same weights and batch.
+
+reference/make_reference.py says where the values come from; no PyTorch is needed here.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import models  # before mlx, since it puts a fast BLAS in place
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+
+import train_lora
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_qwen2_moe"])
+def reference(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, np.ndarray]]:
+    """A model adapted as the reference was, and the reference's arrays by name."""
+    folder = REFERENCE / request.param
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    models.add_lora(model, dict.fromkeys(models.find_targets(model, 2), 8))
+    with np.load(folder / "reference.npz") as file:
+        arrays = dict(file)
+    adapter = [(name, mx.array(arrays[name])) for name in arrays if name.startswith("model.")]
+    model.load_weights(adapter, strict=False)
+    return model, arrays
+
+
+def batch(arrays: dict[str, np.ndarray]) -> tuple[mx.array, mx.array]:
+    return mx.array(arrays["tokens"]), mx.array(arrays["lengths"])
+
+
+def test_the_adapted_layers_are_those_of_the_reference(reference):
+    model, arrays = reference
+    trained = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    assert trained == {name for name in arrays if name.startswith("model.")}
+
+
+def test_the_loss_is_that_of_pytorch(reference):
+    model, arrays = reference
+    loss, number = train_lora.loss(model, *batch(arrays))
+    assert number.item() == arrays["num_tokens"]
+    assert loss.item() == pytest.approx(arrays["loss"].item(), abs=1e-5)
+
+
+def test_each_gradient_is_that_of_peft(reference):
+    model, arrays = reference
+    _, gradients = nn.value_and_grad(model, train_lora.loss)(model, *batch(arrays))
+    for name, gradient in tree_flatten(gradients):
+        expected = arrays[f"grad/{name}"]
+        error = np.abs(np.array(gradient) - expected).max()
+        assert error <= 1e-4 * np.abs(expected).max(), name
+
+
+def test_padding_to_the_right_changes_nothing(reference):
+    model, arrays = reference
+    tokens, lengths = batch(arrays)
+    wider = mx.pad(tokens, [(0, 0), (0, 15)], constant_values=7)
+    loss, number = train_lora.loss(model, wider, lengths)
+    assert number.item() == arrays["num_tokens"]
+    assert loss.item() == pytest.approx(arrays["loss"].item(), abs=1e-5)
+
+
+def test_three_steps_of_training_are_those_of_torch_adam(reference):
+    model, arrays = reference
+    step, _ = train_lora.make_step(model, learning_rate=1e-3)
+    for _ in range(3):
+        mx.eval(step(*batch(arrays)))
+    for name, array in tree_flatten(model.trainable_parameters()):
+        np.testing.assert_allclose(np.array(array), arrays[f"adam/{name}"], atol=1e-5, rtol=0)
