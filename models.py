@@ -252,9 +252,9 @@ def layer_paths(model: nn.Module) -> list[str]:
     return [names[id(layer)] for layer in model.layers]
 
 
-def natural_order(path: str) -> list[str | int]:
+def natural_order(path: str) -> list[tuple[int, str]]:
     """A sort key under which layer 9 comes before layer 10."""
-    return [int(part) if part.isdigit() else part for part in path.split(".")]
+    return [(int(part) if part.isdecimal() else -1, part) for part in path.split(".")]
 
 
 def add_lora(model: nn.Module, ranks: dict[str, int]) -> None:

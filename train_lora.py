@@ -216,8 +216,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     if not (args.train or args.test or args.prompt is not None):
         parser.error("nothing to do: ask for --train, --test or --prompt, or several of them")
-    if args.prompt == "":
-        parser.error("argument --prompt/-p: is empty")
+    for name in typed:
+        if isinstance(text := getattr(args, name), str):
+            flag = "--" + name.replace("_", "-")
+            if not text:
+                parser.error(f"argument {flag}: is empty")
+            if name == "prompt" and not is_unicode(text):
+                parser.error(f"argument {flag}: is not UTF-8")
     if args.resume_adapter_file and not args.train:
         parser.error("argument --resume-adapter-file: resumes training, so it needs --train")
     for name in {"data", "adapter_file"} - typed:
@@ -228,6 +233,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume_adapter_file and "lora_layers" not in typed:
         args.lora_layers = None
     return args
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string can be written as UTF-8: a half of a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def warn(message: str) -> None:
@@ -295,10 +309,8 @@ def parse_line(line: bytes) -> str:
         raise ValueError('its "text" is not a string')
     if not text.strip():
         raise ValueError('its "text" is empty')
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError('its "text" holds half of a surrogate pair') from None
+    if not is_unicode(text):
+        raise ValueError('its "text" holds half of a surrogate pair')
     return text
 
 
@@ -325,7 +337,8 @@ class Examples:
     def batch(self, rows: np.ndarray) -> tuple[mx.array, mx.array]:
         """The given texts, padded on the right: tokens int32 (rows, width), lengths (rows,)."""
         lengths = self.lengths[rows]
-        tokens = np.zeros((len(rows), 1 + padded_length(max(lengths) - 1)), np.int32)
+        inputs = max(1, max(lengths) - 1)  # all tokens but the last, which is a target only
+        tokens = np.zeros((len(rows), 1 + padded_length(inputs)), np.int32)
         for row, start, length in zip(tokens, self.starts[rows], lengths, strict=True):
             row[:length] = self.tokens[start : start + length]
         return mx.array(tokens), mx.array(lengths.astype(np.int32))
@@ -460,9 +473,10 @@ class Log:
 
     def report(self, line: str, **numbers: float) -> None:
         say(line)
+        finite = {name: n if math.isfinite(n) else None for name, n in numbers.items()}
         try:
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(numbers) + "\n")
+                stream.write(json.dumps(finite) + "\n")
         except OSError as error:
             warn(f"the log {self.file} cannot be written: {error.strerror}")
 
@@ -589,10 +603,11 @@ def generate(
         raise UserError("the prompt holds no tokens")
     sampler = make_sampler(temp=temperature)
     print(prompt, end="", flush=True)
-    begun = False
+    tokens, begun = [], False
     for part in stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=sampler):
         text = part.text
-        if text and not begun and continues_with_space(tokenizer, ids, part.token):
+        tokens.append(part.token)
+        if text and not begun and continues_with_space(tokenizer, ids, tokens):
             text = " " + text.lstrip(" ")  # which mlx-lm strips from the first word
         begun = begun or bool(text)
         if part.finish_reason:
@@ -601,9 +616,9 @@ def generate(
     print(f"\n========== {part.generation_tokens} tokens, {part.generation_tps:.3f} tokens/sec")
 
 
-def continues_with_space(tokenizer: TokenizerWrapper, ids: list[int], token: int) -> bool:
-    """Whether a space comes between a prompt and the first token generated after it."""
-    return tokenizer.decode([*ids, token]).startswith(tokenizer.decode(ids) + " ")
+def continues_with_space(tokenizer: TokenizerWrapper, ids: list[int], tokens: list[int]) -> bool:
+    """Whether a space comes between a prompt and the tokens generated after it."""
+    return tokenizer.decode(ids + tokens).startswith(tokenizer.decode(ids) + " ")
 
 
 # --- The run ------------------------------------------------------------------------------------
@@ -667,7 +682,7 @@ def run(args: argparse.Namespace) -> None:
     if args.test:
         print("Testing", flush=True)
         mean = evaluate(model, examples["test"], args.batch_size, args.test_batches)
-        perplexity = math.exp(mean)
+        perplexity = math.exp(mean) if mean < 700 else math.inf
         log.report(
             f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}.",
             test_loss=mean,
@@ -757,10 +772,14 @@ def load_examples(
 
 def main() -> int:
     """Run, and turn what the user can put right into one line and exit status 2."""
+    sys.stdout.reconfigure(errors="replace")  # generated text may not fit the terminal's encoding
     try:
         run(ARGUMENTS)
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'the run'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

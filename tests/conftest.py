@@ -1,0 +1,114 @@
+"""What the tests share: a tiny model, some data, and the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Threads only cost time with matrices as small as here, very much so on a busy computer.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Ended = subprocess.CompletedProcess
+Run = Callable[..., Ended]
+
+SENTENCES = [
+    "대한민국의 수도는 서울입니다.",
+    "물은 섭씨 100도에서 끓습니다.",
+    "Plants make sugar from light.",
+    "The moon goes around the earth.",
+    "김치 🥬🌶️ 는 배추로 담급니다.",
+    "네.",
+]
+
+
+def make_texts(number: int, start: int) -> list[str]:
+    """Questions with answers of one to four sentences, no two alike."""
+    return [
+        f"질문: {i}?\n답변: "
+        + " ".join(SENTENCES[i * n % len(SENTENCES)] for n in range(1, 2 + i % 4))
+        for i in range(start, start + number)
+    ]
+
+
+TEXTS = {"train": make_texts(37, 0), "valid": make_texts(11, 100), "test": make_texts(13, 200)}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with TEXTS; not to be changed."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, texts in TEXTS.items():
+        tiny.write_jsonl(folder, split, texts)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a llama of four layers; not to be changed."""
+    return tiny.make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """The command line, in a process of its own."""
+
+    def run(
+        *args: object,
+        script: str = "train_lora.py",
+        python: tuple[str, ...] = (),
+        env: dict[str, str | None] | None = None,
+        **options: object,
+    ) -> Ended:
+        """Run `script` with `args`; `env` adds to the environment, or with None takes away."""
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        ended = subprocess.run(
+            [sys.executable, *python, ROOT / script, *map(as_argument, args)],
+            env={name: value for name, value in environment.items() if value is not None},
+            capture_output=True,
+            timeout=120,
+            check=False,
+            **options,
+        )
+        # Decoded here, since text mode would take each \r that a model says for a line end.
+        ended.stdout, ended.stderr = ended.stdout.decode(), ended.stderr.decode()
+        return ended
+
+    return run
+
+
+@pytest.fixture
+def call(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line in this process, which has MLX already; that saves two seconds a run."""
+
+    def call(*args: object) -> Ended:
+        argv = [str(ROOT / "train_lora.py"), *map(str, args)]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(argv[0], run_name="__main__")
+        return Ended(argv, ended.value.code, *(out.decode() for out in capfdbinary.readouterr()))
+
+    return call
+
+
+def as_argument(arg: object) -> str | bytes:
+    """An argument for a process: bytes stay as they are, all else becomes text."""
+    return arg if isinstance(arg, bytes) else str(arg)
+
+
+def listing(*folders: Path) -> dict[str, str]:
+    """All files below some folders, each with a hash of what it holds, and all folders."""
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for folder in folders
+        for path in folder.rglob("*")
+    }

@@ -1,0 +1,488 @@
+"""What a user gets wrong: one line that starts `error:`, exit status 2, and nothing touched."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from conftest import TEXTS, Ended, Run, listing
+
+import models  # before mlx, as its docstring asks
+
+# isort: split
+import mlx.core as mx
+
+Fails = Callable[..., str]
+
+
+def one_error(ended: Ended, *mentions: str) -> str:
+    """Check that a run ended with one error line, which mentions certain things; returns it."""
+    assert ended.returncode == 2, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in ended.stdout
+    for mention in mentions:
+        assert mention in lines[0]
+    return lines[0]
+
+
+@pytest.fixture
+def fails(
+    call: Run, data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Fails:
+    """Run the command line, here or with `by=run`, and check that it fails as it should.
+
+    With the tiny model and its data, unless other ones are given; from the folder `tmp_path`.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def fails(*args: object, mentions: tuple[str, ...] = (), by: Run = call, **options) -> str:
+        common = ["--model", model, "--data", data, "--adapter-file", tmp_path / "a.npz"]
+        before = listing(tmp_path, data, model)
+        error = one_error(by(*common, *args, **options), *mentions)
+        assert listing(tmp_path, data, model) == before
+        return error
+
+    return fails
+
+
+# --- The command line ---------------------------------------------------------------------------
+
+OUT_OF_RANGE = {
+    "--batch-size": ["0", "-1", "1.5", "x", "", "99999999999"],
+    "--learning-rate": ["-1", "-1e-5", "nan", "inf", "x", "1e999"],
+    "--temp": ["-1", "nan", "inf", "x"],
+    "--max-tokens": ["0", "-1", "2.5"],
+    "-m": ["0"],
+    "--iters": ["0", "-1", "1e3"],
+    "--epochs": ["0", "-1", "0.5"],
+    "--lora-layers": ["0", "-1", "all"],
+    "--val-batches": ["0", "-2"],
+    "--test-batches": ["0", "-2"],
+    "--steps-per-report": ["0", "-1"],
+    "--steps-per-eval": ["0", "-1"],
+    "--save-every": ["0", "-1"],
+    "--start-iter": ["-1", "x"],
+    "--seed": ["-1", "1.0"],
+    "--max-seq-length": ["1", "0", "-1"],
+    "--add-eos-token": ["2", "-1", "yes"],
+}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [(flag, value) for flag, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_a_number_out_of_range_is_told_at_once_with_its_flag(
+    run: Run, flag: str, value: str
+) -> None:
+    """With the standard library alone, and so before anything is imported, read or fetched."""
+    one_error(run("--train", flag, value, python=("-S", "-E")), flag)
+
+
+@pytest.mark.parametrize(
+    ("args", "mentions"),
+    [
+        ([], ["--train", "--test", "--prompt"]),
+        (["--iters", "3"], ["--train", "--test", "--prompt"]),
+        (["--prompt", ""], ["--prompt"]),
+        (["--train", "--prompt", ""], ["--prompt"]),
+        (["--train", "--frobnicate"], ["--frobnicate"]),
+        (["--train", "stray"], ["stray"]),
+        (["--trai"], ["--trai"]),
+        (["--train", "--batch", "3"], ["--batch"]),
+        (["--train", "--iters"], ["--iters"]),
+        (["--prompt"], ["--prompt"]),
+        (["--train", "--resume-adapter-file", ""], ["--resume-adapter-file"]),
+        (["--train", "--model", ""], ["--model"]),
+    ],
+    ids=" ".join,
+)
+def test_a_command_line_that_makes_no_sense_is_told_at_once(
+    run: Run, args: list[str], mentions: list[str]
+) -> None:
+    one_error(run(*args, python=("-S", "-E")), *mentions)
+
+
+def test_a_prompt_that_is_not_utf_8_is_told(run: Run, fails: Fails, tmp_path: Path) -> None:
+    tiny.make_adapter(tmp_path / "a.npz")
+    fails("--prompt", b"caf\xe9", by=run, mentions=("prompt",))
+
+
+@pytest.mark.parametrize("start", [3, 4])
+def test_a_start_behind_the_last_iteration_is_told(fails: Fails, start: int) -> None:
+    fails("--train", "--iters", 3, "--start-iter", start, mentions=("--start-iter", "3"))
+    fails("--train", "--batch-size", 20, "--start-iter", start, mentions=("--start-iter", "2"))
+
+
+# --- The data -----------------------------------------------------------------------------------
+
+GOOD = b'{"text": "good"}\n'
+BAD_LINES = {
+    "not JSON": b"text: bad",
+    "half an object": b'{"text": "bad"',
+    "two objects": b'{"text": "bad"} {"text": "bad"}',
+    "an array": b'["text", "bad"]',
+    "a string": b'"text"',
+    "a number": b"3",
+    "null": b"null",
+    "no text": b'{"prompt": "bad"}',
+    "text is a number": b'{"text": 3}',
+    "text is null": b'{"text": null}',
+    "text is an array": b'{"text": ["bad"]}',
+    "text is empty": b'{"text": ""}',
+    "text is only spaces": '{"text": " \\n\\t\\u3000　"}'.encode(),
+    "not UTF-8": '{"text": "한글"}'.encode("euc-kr"),
+    "half a character": '{"text": "한글"}'.encode()[:-4] + b'"}',
+    "half a surrogate pair": b'{"text": "bad \\ud83d"}',
+    "deep": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a huge number": b'{"id": ' + b"9" * 10_000 + b', "text": "bad"}',
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_line_is_told_with_its_file_and_number(
+    fails: Fails, tmp_path: Path, line: bytes
+) -> None:
+    for split in TEXTS:
+        (tmp_path / f"{split}.jsonl").write_bytes(GOOD)
+    (tmp_path / "valid.jsonl").write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
+    fails("--train", "--data", tmp_path, mentions=("valid.jsonl", "line 3"))
+
+
+def test_a_file_in_utf_16_is_told(fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(GOOD.decode().encode("utf-16"))
+    fails("--train", "--data", tmp_path, mentions=("train.jsonl", "line 1", "UTF-8"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n \r\n", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    ("phase", "split"), [("--train", "train"), ("--train", "valid"), ("--test", "test")]
+)
+def test_a_missing_or_empty_file_is_told(
+    fails: Fails, tmp_path: Path, phase: str, split: str, content: bytes | None
+) -> None:
+    tiny.make_adapter(tmp_path / "a.npz")
+    for name in TEXTS:
+        (tmp_path / f"{name}.jsonl").write_bytes(GOOD)
+    if content is None:
+        (tmp_path / f"{split}.jsonl").unlink()
+    else:
+        (tmp_path / f"{split}.jsonl").write_bytes(content)
+    fails(phase, "--data", tmp_path, mentions=(f"{split}.jsonl",))
+
+
+@pytest.mark.parametrize("phase", ["--train", "--test"])
+@pytest.mark.parametrize("folder", ["missing", "file", "file/below"])
+def test_a_missing_data_folder_is_told(
+    fails: Fails, tmp_path: Path, phase: str, folder: str
+) -> None:
+    tiny.make_adapter(tmp_path / "a.npz")
+    (tmp_path / "file").write_bytes(GOOD)
+    fails(phase, "--data", tmp_path / folder, mentions=(folder,))
+
+
+def test_test_texts_matter_only_to_a_test(
+    call: Run, fails: Fails, model: Path, data: Path, tmp_path: Path
+) -> None:
+    for split in ("train", "valid"):
+        shutil.copy(data / f"{split}.jsonl", tmp_path)
+    fails("--train", "--test", "--data", tmp_path, mentions=("test.jsonl",))
+    args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
+    assert call(*args, "--train", "--iters", 1).returncode == 0
+    assert call(*args, "--prompt", "a", "--data", tmp_path / "missing").returncode == 0
+
+
+# --- Adapter files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", [["--test"], ["--prompt", "a"]])
+@pytest.mark.parametrize("file", ["missing.npz", "missing/a.npz", "folder", "file/a.npz"])
+def test_a_missing_adapter_is_told_and_how_to_make_one(
+    fails: Fails, tmp_path: Path, phase: list[str], file: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    error = fails(*phase, "--adapter-file", tmp_path / file, mentions=(file,))
+    if file != "folder":
+        assert "--train" in error
+
+
+@pytest.mark.parametrize("file", ["missing.npz", "folder", "file/a.npz"])
+def test_a_missing_adapter_to_resume_from_is_told(fails: Fails, tmp_path: Path, file: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    fails("--train", "--resume-adapter-file", tmp_path / file, mentions=(file,))
+
+
+@pytest.mark.parametrize("file", ["missing/a.npz", "folder", "file/a.npz", "n" * 300])
+def test_where_the_adapter_cannot_be_saved_is_told_before_training(
+    fails: Fails, tmp_path: Path, file: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    fails("--train", "--adapter-file", tmp_path / file, mentions=(file,))
+
+
+def test_an_adapter_to_resume_from_needs_train(fails: Fails, tmp_path: Path) -> None:
+    file = tiny.make_adapter(tmp_path / "a.npz")
+    fails("--test", "--resume-adapter-file", file, mentions=("--resume-adapter-file", "--train"))
+
+
+def test_fewer_layers_than_the_file_adapts_are_told(fails: Fails, tmp_path: Path) -> None:
+    file = tiny.make_adapter(tmp_path / "from.npz")
+    args = ["--train", "--resume-adapter-file", file, "--lora-layers", 2]
+    fails(*args, mentions=("from.npz", "--lora-layers", "model.layers.0.self_attn.q_proj"))
+
+
+GOOD_ADAPTER = tiny.adapter_arrays()
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+def npz(arrays: dict[str, np.ndarray]) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def without(name: str) -> dict[str, np.ndarray]:
+    return {key: array for key, array in GOOD_ADAPTER.items() if key != name}
+
+
+def renamed(old: str, new: str) -> dict[str, np.ndarray]:
+    return {name.replace(old, new): array for name, array in GOOD_ADAPTER.items()}
+
+
+WHOLE = npz(GOOD_ADAPTER)
+BAD_FILES = {
+    "empty": b"",
+    "text": b"this is not an adapter\n",
+    "an npy file": npy(np.zeros((64, 8), np.float32)),
+    "cut in half": WHOLE[: len(WHOLE) // 2],
+    "cut at the end": WHOLE[:-10],
+    "a byte changed": WHOLE[:5000] + bytes([WHOLE[5000] ^ 1]) + WHOLE[5001:],
+    "a safetensors file": b"\x02\0\0\0\0\0\0\0{}",
+}
+BAD_ARRAYS = {
+    "none": {},
+    "another name": {"arr_0": np.zeros((64, 8), np.float32)},
+    "no B": without(f"{FIRST}.lora_b"),
+    "no A": without(f"{FIRST}.lora_a"),
+    "something else": GOOD_ADAPTER | {f"{FIRST}.bias": np.zeros(64, np.float32)},
+    "integers": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros((64, 8), np.int32)},
+    "complex": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros((64, 8), np.complex64)},
+    "text": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.full((64, 8), "a")},
+    "another rank": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros((64, 4), np.float32)},
+    "rank 0": GOOD_ADAPTER
+    | {
+        f"{FIRST}.lora_a": np.zeros((64, 0), np.float32),
+        f"{FIRST}.lora_b": np.zeros((0, 64), np.float32),
+    },
+    "a vector": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros(64, np.float32)},
+    "a scalar": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.float32(0)},
+    "a wider model": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros((96, 8), np.float32)},
+    "as PEFT has it": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros((8, 64), np.float32)},
+    "a layer too many": renamed("layers.3.", "layers.4."),
+    "an unknown projection": renamed("q_proj", "qkv_proj"),
+    "a norm": renamed("self_attn.q_proj", "input_layernorm"),
+    "the whole model": renamed(f"{FIRST}.", ""),
+    "numbers among names": renamed(f"{FIRST}.", "0."),
+    "a superscript": renamed("layers.0.", "layers.².") | renamed("layers.0.", "layers.1."),
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [*BAD_FILES.values(), *map(npz, BAD_ARRAYS.values())],
+    ids=[*BAD_FILES, *BAD_ARRAYS],
+)
+def test_an_adapter_that_is_damaged_or_for_another_model_is_told(
+    fails: Fails, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "bad.npz").write_bytes(content)
+    fails("--prompt", "a", "--adapter-file", tmp_path / "bad.npz", mentions=("bad.npz",))
+    fails("--train", "--resume-adapter-file", tmp_path / "bad.npz", mentions=("bad.npz",))
+
+
+class Payload:
+    """Makes the folder `ran` in the working directory when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return Path.mkdir, (Path("ran"),)
+
+
+@pytest.mark.parametrize("phase", [["--test"], ["--prompt", "a"]])
+def test_a_pickle_in_an_adapter_is_refused_and_not_run(
+    fails: Fails, tmp_path: Path, phase: list[str]
+) -> None:
+    pickled = np.array([[Payload()]], dtype=object)
+    for name, content in [
+        ("object.npz", npz(GOOD_ADAPTER | {f"{FIRST}.lora_a": pickled})),
+        ("object.npy", npy(pickled)),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        fails(*phase, "--adapter-file", tmp_path / name, mentions=(name,))
+    (tmp_path / "plain.pkl").write_bytes(pickled.dumps())
+    fails(*phase, "--adapter-file", tmp_path / "plain.pkl", mentions=("plain.pkl",))
+
+
+def test_a_full_disk_leaves_the_old_adapter_as_it_was(model: Path, tmp_path: Path) -> None:
+    file = tiny.make_adapter(tmp_path / "a.npz")
+    loaded, _ = models.load(str(model))
+    models.add_lora(loaded, dict.fromkeys(models.find_targets(loaded, 4), 64))
+    before = listing(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError):
+            models.write_adapter(file, loaded)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert listing(tmp_path) == before
+
+
+# --- Models -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to be spoilt, beside an adapter that is in order."""
+    tiny.make_adapter(tmp_path / "a.npz")
+    return Path(shutil.copytree(model, tmp_path / "copied"))
+
+
+def spoil_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def spoil_weights(folder: Path, change: Callable[[dict[str, mx.array]], object]) -> None:
+    weights = mx.load(str(folder / "model.safetensors"))
+    mx.eval(weights)
+    change(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+
+
+def cut_weights(folder: Path, length: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+
+
+def no_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def only_pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+SPOILT = {
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "a config that is not JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "a config that is an array": lambda folder: (folder / "config.json").write_text("[]"),
+    "no model type": lambda folder: (folder / "config.json").write_text("{}"),
+    "an unknown model type": lambda folder: spoil_config(folder, model_type="frobnicator"),
+    "a model type that is a module": lambda folder: spoil_config(folder, model_type="base"),
+    "a config of nonsense": lambda folder: spoil_config(folder, hidden_size="many"),
+    "another number of layers": lambda folder: spoil_config(folder, num_hidden_layers=5),
+    "no tokenizer": no_tokenizer,
+    "no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
+    "a damaged tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "only pickled weights": only_pickled_weights,
+    "empty weights": lambda folder: cut_weights(folder, 0),
+    "half of the weights": lambda folder: cut_weights(folder, 300_000),
+    "weights cut in their header": lambda folder: cut_weights(folder, 1000),
+    "a weight too few": lambda folder: spoil_weights(folder, dict.popitem),
+    "a weight too many": lambda folder: spoil_weights(
+        folder, lambda weights: weights.update(more=mx.zeros(3))
+    ),
+    "a weight of another shape": lambda folder: spoil_weights(
+        folder, lambda weights: weights.update({f"{FIRST}.weight": mx.zeros((64, 32))})
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT.keys())
+def test_a_model_folder_that_cannot_be_loaded_is_told(
+    run: Run, fails: Fails, copied: Path, spoil: Callable[[Path], object]
+) -> None:
+    """In a process of its own, since what is wrong with weights may show outside of Python."""
+    spoil(copied)
+    fails("--prompt", "a", "--model", copied, by=run, mentions=(str(copied),))
+
+
+@pytest.mark.parametrize("name", ["missing", "./missing", "owner/name/more", "a.npz", "/missing"])
+def test_a_model_that_is_not_there_is_told(
+    run: Run, fails: Fails, tmp_path: Path, name: str
+) -> None:
+    tiny.make_adapter(tmp_path / "a.npz")
+    fails("--prompt", "a", "--model", name, by=run, mentions=(name,))
+
+
+@pytest.mark.parametrize("offline", ["1", None])
+def test_a_hub_out_of_reach_is_told(
+    run: Run, fails: Fails, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, offline: str
+) -> None:
+    """Nothing listens at port 9 of this computer."""
+    tiny.make_adapter(tmp_path / "a.npz")
+    env = {
+        "HF_HOME": str(tmp_path_factory.mktemp("hub")),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_OFFLINE": offline,
+    }
+    args = ["--prompt", "a", "--model", "some-owner/some-model"]
+    fails(*args, by=run, env=env, mentions=("some-owner/some-model", "hub"))
+
+
+def test_what_else_is_wrong_is_told_before_a_model_is_fetched(
+    run: Run, fails: Fails, tmp_path: Path
+) -> None:
+    hub = ["--model", "some-owner/some-model"]
+    fails("--train", *hub, "--data", tmp_path / "missing", mentions=("train.jsonl",))
+    fails("--prompt", "a", *hub, mentions=("a.npz",))
+    fails("--train", *hub, "--adapter-file", tmp_path / "missing/a.npz", mentions=("a.npz",))
+    fails("--train", *hub, "--iters", 3, "--start-iter", 3, mentions=("--start-iter",))
+    (tmp_path / "bad.npz").write_bytes(b"bad")
+    fails("--train", *hub, "--resume-adapter-file", tmp_path / "bad.npz", mentions=("bad.npz",))
+
+
+@pytest.mark.parametrize(
+    ("file", "setting"),
+    [
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}),
+        ("config.json", {"auto_map": {"AutoTokenizer": "code.Tokenizer"}}),
+        ("config.json", {"auto_map": {"AutoConfig": "code.Config"}}),
+        ("config.json", {"model_file": "code.py"}),
+    ],
+)
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(
+    run: Run, data: Path, copied: Path, tmp_path: Path, file: str, setting: dict[str, object]
+) -> None:
+    """Whether it can be done without is another matter: then all is well, else an error."""
+    (copied / "code.py").write_text("import pathlib\npathlib.Path('ran').mkdir()\n")
+    settings = json.loads((copied / file).read_text())
+    settings["tokenizer_class"] = "Tokenizer"
+    (copied / file).write_text(json.dumps(settings | setting))
+    args = ["--model", copied, "--data", data, "--adapter-file", tmp_path / "a.npz"]
+    ended = run(*args, "--prompt", "a", cwd=tmp_path, input=b"y\ny\n")
+    assert not (tmp_path / "ran").exists()
+    assert "[y/N]" not in ended.stdout + ended.stderr
+    if ended.returncode:
+        one_error(ended, str(copied))
+    else:
+        assert ended.stderr == ""
