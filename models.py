@@ -104,6 +104,12 @@ def lacks_fast_blas() -> bool:
     return platform.system() == "Linux" and mx.default_device() == mx.cpu and not FAST_BLAS
 
 
+def memory_size() -> int:
+    """Bytes of memory that MLX's default device has: its own, or the machine's."""
+    own = mx.device_info().get("memory_size") or mx.device_info().get("total_memory")
+    return own or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 # --- Loading ------------------------------------------------------------------------------------
 
 # What is fetched from the hub: weights as safetensors, settings and tokenizer; never code.

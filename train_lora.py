@@ -429,6 +429,46 @@ def evaluation_batches(examples: Examples, batch_size: int, num_batches: int) ->
 # --- Loss and evaluation ------------------------------------------------------------------------
 
 
+# The log-sum-exp is taken over as many rows at a time as make a float32 copy of 256 MB.
+COPIED_NUMBERS = 2**26
+
+
+@mx.custom_function
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """−log softmax(logits)[target] in float32, with no float32 copy of all the logits.
+
+    Such copies, and those of their gradient, would take most of the memory of a training step.
+
+    Args:
+        logits: (rows, vocabulary), of any floating-point type.
+        targets: integers (rows,).
+
+    Returns:
+        float32 (rows,), in nats.
+    """
+    rows = max(1, COPIED_NUMBERS // logits.shape[1])
+    parts = mx.split(logits, range(rows, len(logits), rows))
+    log_sums = mx.concatenate([mx.logsumexp(p.astype(mx.float32), axis=-1) for p in parts])
+    return log_sums - at(logits, targets)
+
+
+@cross_entropy.vjp
+def cross_entropy_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, losses: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Softmax − one-hot, times the cotangent: elementwise, so it compiles to a single kernel."""
+    logits, targets = primals
+    log_sums = losses + at(logits, targets)
+    softmax = mx.exp(logits.astype(mx.float32) - log_sums[:, None])
+    one_hot = mx.arange(logits.shape[1]) == targets[:, None]
+    return ((softmax - one_hot) * cotangent[:, None]).astype(logits.dtype), mx.zeros_like(targets)
+
+
+def at(logits: mx.array, targets: mx.array) -> mx.array:
+    """The logit of each row's target, float32 (rows,)."""
+    return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32)
+
+
 def loss(model: nn.Module, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
     """Mean cross-entropy over the real target tokens of a batch, in float32.
 
@@ -440,9 +480,9 @@ def loss(model: nn.Module, tokens: mx.array, lengths: mx.array) -> tuple[mx.arra
         The loss in nats per token, and the number of real target tokens; both scalars.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    logits = model(inputs).astype(mx.float32)
+    losses = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     real = mx.arange(1, tokens.shape[1]) < lengths[:, None]
-    total = (nn.losses.cross_entropy(logits, targets) * real).sum()
+    total = (losses * real.flatten()).sum()
     number = real.sum()
     return total / mx.maximum(number, 1), number
 
@@ -649,6 +689,8 @@ def run(args: argparse.Namespace) -> None:
             "no fast BLAS was found, so MLX will be some 20 times slower than this CPU; get one "
             "with `pip install ngsolve-openblas` (x86-64), `apt install libopenblas0` or conda"
         )
+    # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
+    mx.set_cache_limit(models.memory_size() // 8)
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(args.model or str(fetch_demo_model()))
     total = models.count_parameters(model)
