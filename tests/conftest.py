@@ -75,7 +75,7 @@ def run() -> Run:
             [sys.executable, *python, ROOT / script, *map(as_argument, args)],
             env={name: value for name, value in environment.items() if value is not None},
             capture_output=True,
-            timeout=120,
+            timeout=600,
             check=False,
             **options,
         )
