@@ -13,9 +13,9 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python train_lora.py --train --test \
-		--batch-size 2 --iters 30 --learning-rate 2e-4 --steps-per-report 10 \
-		--val-batches 5 --test-batches 5 --adapter-file lora_finetune/demo.npz \
-		--max-tokens 60 --prompt "$$(printf '### 질문:\n하늘은 왜 파랗게 보입니까?\n\n### 답변:\n')"
+		--batch-size 2 --iters 12 --learning-rate 5e-4 --steps-per-report 4 \
+		--val-batches 2 --test-batches 2 --adapter-file lora_finetune/demo.npz \
+		--prompt "The capital of France is" --max-tokens 40 --temp 0
 
 test: .venv/installed-for-tests
 	$(BIN)/python -m pytest
