@@ -691,8 +691,9 @@ def run(args: argparse.Namespace) -> None:
         )
     # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
     mx.set_cache_limit(models.memory_size() // 8)
+    path_or_repo = args.model or str(fetch_demo_model())
     print("Loading pretrained model", flush=True)
-    model, tokenizer = models.load(args.model or str(fetch_demo_model()))
+    model, tokenizer = models.load(path_or_repo)
     total = models.count_parameters(model)
     mx.random.seed(args.seed)
     adapt(model, args.lora_layers if args.train else None, adapter, source)
