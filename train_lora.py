@@ -69,7 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Phases run in the order train, test, generate; ask for at least one of them.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    beyond = parser.add_argument_group("beyond the specification")
+    positive = whole_number(1)
+
+    def add(*names: str, help: str, group=parser, default=None, **options) -> None:
+        help += "" if default is None else " (default: %(default)s)"
+        group.add_argument(*names, help=help, default=default, **options)
+
     add(
         "--model",
         help="path of a local model folder, or a Hugging Face repository such as "
@@ -79,101 +85,72 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--max-tokens",
         "-m",
-        type=whole_number(1),
+        type=positive,
         default=100,
-        help="maximum number of tokens to generate (default: %(default)s)",
+        help="maximum number of tokens to generate",
     )
     add(
         "--temp",
         type=nonnegative_number,
         default=0.8,
-        help="sampling temperature for generation, 0 is greedy (default: %(default)s)",
+        help="sampling temperature for generation, 0 is greedy",
     )
-    add(
-        "--prompt",
-        "-p",
-        help="prompt for text generation, after training or loading an adapter",
-    )
-    add("--train", action="store_true", help="train")
+    add("--prompt", "-p", help="prompt for text generation, after training or loading an adapter")
+    parser.add_argument("--train", action="store_true", help="train")
     add(
         "--add-eos-token",
         type=int,
         choices=(0, 1),
         default=1,
-        help="end each training, validation and test text with the end-of-text token "
-        "(default: %(default)s)",
+        help="1: end each training, validation and test text with the end-of-text token; 0: do not",
     )
     add(
         "--data",
         default="lora_finetune/data",
-        help="directory with train.jsonl, valid.jsonl and test.jsonl (default: %(default)s)",
+        help="directory with train.jsonl, valid.jsonl and test.jsonl",
     )
     add(
         "--lora-layers",
-        type=whole_number(1),
+        type=positive,
         default=16,
-        help="number of layers, from the last, to fine-tune (default: %(default)s)",
+        help="number of layers, from the last, to fine-tune",
     )
-    add(
-        "--batch-size",
-        type=whole_number(1),
-        default=10,
-        help="mini-batch size (default: %(default)s)",
-    )
+    add("--batch-size", type=positive, default=10, help="mini-batch size")
     add(
         "--epochs",
-        type=whole_number(1),
+        type=positive,
         default=1,
-        help="number of epochs to train for; overrides --iters (default: %(default)s)",
+        help="number of epochs to train for; overrides --iters",
     )
-    add(
-        "--iters",
-        type=whole_number(1),
-        help="number of iterations to train for, in place of epochs",
-    )
+    add("--iters", type=positive, help="number of iterations to train for, in place of epochs")
     add(
         "--start-iter",
         type=whole_number(0),
         default=0,
-        help="iteration to start from, as the run being resumed counted (default: %(default)s)",
+        help="iteration to start from, as the run being resumed counted",
     )
     add(
         "--val-batches",
         type=whole_number(1, also=-1),
         default=25,
-        help="number of validation batches, -1 for the entire set (default: %(default)s)",
+        help="number of validation batches, -1 for the entire set",
     )
     add(
         "--learning-rate",
         type=nonnegative_number,
         default=2e-5,
-        help="learning rate of the Adam optimizer (default: %(default)s)",
+        help="learning rate of the Adam optimizer",
     )
-    add(
-        "--steps-per-report",
-        type=whole_number(1),
-        default=10,
-        help="iterations between reports of the training loss (default: %(default)s)",
-    )
-    add(
-        "--steps-per-eval",
-        type=whole_number(1),
-        default=200,
-        help="iterations between validations (default: %(default)s)",
-    )
+    add("--steps-per-report", type=positive, default=10, help="iterations between training reports")
+    add("--steps-per-eval", type=positive, default=200, help="iterations between validations")
     add("--resume-adapter-file", help="adapter file to resume training from")
     add(
         "--adapter-file",
         default="lora_finetune/lora_adapters.npz",
-        help="file to save the trained adapter to, or load it from (default: %(default)s)",
+        help="file to save the trained adapter to, or load it from",
     )
-    add(
-        "--save-every",
-        type=whole_number(1),
-        default=100,
-        help="iterations between saves of the adapter (default: %(default)s)",
-    )
-    add(
+    add("--save-every", type=positive, default=100, help="iterations between saves of the adapter")
+    parser.add_argument(
         "--test",
         action="store_true",
         help="evaluate on the test set after training or loading an adapter",
@@ -182,21 +159,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--test-batches",
         type=whole_number(1, also=-1),
         default=500,
-        help="number of test batches, -1 for the entire set (default: %(default)s)",
+        help="number of test batches, -1 for the entire set",
     )
+    add("--seed", type=whole_number(0), default=0, help="seed of all that is random")
     add(
-        "--seed",
-        type=whole_number(0),
-        default=0,
-        help="seed of all that is random (default: %(default)s)",
-    )
-
-    beyond = parser.add_argument_group("beyond the specification")
-    beyond.add_argument(
         "--max-seq-length",
+        group=beyond,
         type=whole_number(2),
         default=2048,
-        help="cut longer texts to this many tokens (default: %(default)s)",
+        help="cut longer texts to this many tokens",
     )
     return parser
 
