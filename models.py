@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 # --- A fast BLAS for MLX on a Linux CPU ---------------------------------------------------------
 
@@ -185,74 +185,237 @@ def first_line(error: Exception) -> str:
 
 # --- LoRA ---------------------------------------------------------------------------------------
 
-TARGETS = ("q_proj", "v_proj", "gate")
 RANK = 8
 SCALE = 20.0
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear map with a trainable low-rank update: y = W x + scale · B (A x).
+class LowRank(nn.Module):
+    """A trainable low-rank map x ↦ scale · B (A x), zero at first.
 
     The form, names, shapes and defaults are those of `mlx_lm.tuner.lora.LoRALinear`: `lora_a`
-    (d_in, r) uniform in ±1/sqrt(d_in) and `lora_b` (r, d_out) zero, both float32, so that a fresh
-    update changes nothing and adapters move freely between the tools.
+    (d_in, r) uniform in ±1/sqrt(d_in) and `lora_b` (r, d_out) zero, both float32, so that adapters
+    move freely between the tools.
     """
 
-    @staticmethod
-    def from_base(linear: nn.Module, r: int = RANK, scale: float = SCALE) -> LoRALinear:
-        """Wrap a linear layer, float or quantized."""
-        return LoRALinear(linear, r, scale)
-
-    def __init__(self, linear: nn.Module, r: int, scale: float):
+    def __init__(self, d_in: int, d_out: int, r: int = RANK, scale: float = SCALE):
         super().__init__()
-        d_out, d_in = linear_shape(linear)
         bound = 1 / math.sqrt(d_in)
-        self.linear = linear
         self.scale = scale
         self.lora_a = mx.random.uniform(-bound, bound, (d_in, r))
         self.lora_b = mx.zeros((r, d_out))
 
     def __call__(self, x: mx.array) -> mx.array:
-        update = self.scale * ((x @ self.lora_a) @ self.lora_b)
-        return self.linear(x) + update.astype(x.dtype)
+        return (self.scale * ((x @ self.lora_a) @ self.lora_b)).astype(x.dtype)
 
 
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.QuantizedLinear)
+class LoRALinear(LowRank):
+    """A frozen linear layer, float or quantized, with a low-rank update."""
+
+    @staticmethod
+    def from_base(linear: nn.Module, r: int = RANK, scale: float = SCALE) -> LoRALinear:
+        d_out, d_in = linear_shape(linear)
+        adapted = LoRALinear(d_in, d_out, r, scale)
+        adapted.linear = linear
+        return adapted
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear(x) + super().__call__(x)
+
+
+class LoRARouter(LowRank):
+    """A frozen router that holds a bare `weight` (experts, d_in), which the update is added to.
+
+    Such a module does more with its scores than a linear layer, so its output cannot be added to.
+    """
+
+    @staticmethod
+    def from_base(router: nn.Module, r: int = RANK, scale: float = SCALE) -> LoRARouter:
+        experts, d_in = router.weight.shape
+        adapted = LoRARouter(d_in, experts, r, scale)
+        adapted.router = router
+        return adapted
+
+    @property
+    def weight(self) -> mx.array:
+        """The updated weight, for a model that reads it and does not call the router."""
+        return self.router.weight + self.scale * (self.lora_a @ self.lora_b).T
+
+    def __call__(self, *args, **options):
+        frozen = self.router.weight
+        self.router.weight = self.weight
+        try:
+            return self.router(*args, **options)
+        finally:
+            self.router.weight = frozen
+
+
+class LoRAFused(nn.Module):
+    """A frozen projection to queries, keys and values at once; queries and values are updated.
+
+    The keys stay bit for bit those of the frozen projection. The updates are named `q` and `v`.
+    """
+
+    def __init__(self, linear: nn.Module, layout: Layout, ranks: dict[str, int]):
+        super().__init__()
+        self.linear = linear
+        self.layout = layout
+        d_in = linear_shape(linear)[1]
+        for part, r in ranks.items():
+            self[part] = LowRank(d_in, layout.size(part), r)
+
+    def __call__(self, x: mx.array) -> mx.array | list[mx.array]:
+        y = self.linear(x)
+        groups, q, k, v = self.layout
+        is_split = isinstance(y, list)  # one such layer splits its output itself
+        if not is_split:
+            y = y.reshape(*y.shape[:-1], groups, -1).split([q, q + k, q + k + v], axis=-1)
+        for place, part in [(0, "q"), (2, "v")]:
+            if part in self:
+                y[place] = y[place] + self[part](x).reshape(y[place].shape)
+        return y if is_split else mx.concatenate(y, axis=-1).flatten(-2)
+
+
+class Layout(NamedTuple):
+    """How the rows of a fused projection lie: in groups, each of so many q, k, v and other rows."""
+
+    groups: int
+    q: int
+    k: int
+    v: int
+
+    def size(self, part: str) -> int:
+        """All rows of the part "q" or "v"."""
+        return self.groups * getattr(self, part)
+
+
+def is_linear(module: object) -> bool:
+    """Whether a module is a linear layer, of MLX or of mlx-lm, float or packed."""
+    return (
+        isinstance(module, nn.Module)
+        and "Linear" in type(module).__name__
+        and "weight" in module
+        and module.weight.ndim == 2
+    )
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a linear layer, whose quantized weights are packed into 32-bit words."""
+    """(d_out, d_in) of a linear layer, which packed weights do not show."""
+    if "in_features" in vars(linear) or "in_features" in linear:
+        return linear.out_features, linear.in_features
     d_out, d_in = linear.weight.shape
-    if isinstance(linear, nn.QuantizedLinear):
-        d_in = d_in * 32 // linear.bits
+    if "scales" in linear:
+        d_in = linear.scales.shape[-1] * linear.group_size
     return d_out, d_in
 
 
-def find_targets(model: nn.Module, num_layers: int) -> list[str]:
-    """The linear layers to adapt in the last `num_layers` layers (all, where there are fewer).
+# --- Where LoRA goes ----------------------------------------------------------------------------
 
-    These are the query and value projections of the attention and, in a mixture of experts, the
-    router's `gate`.
+# An attention module is one that has a query projection. Of these names the first found counts:
+# with latent attention, queries come from `q_b_proj` (`q_a_proj` makes what it reads), and values
+# from the latent vector that `kv_a_proj_with_mqa` makes. That is the only linear layer on the way
+# to the values that each such model has; the keys come from the same vector and so change with it.
+QUERIES = ("q_b_proj", "q_proj", "c_q", "attn_query")
+VALUES = ("v_proj", "c_v", "attn_value", "kv_a_proj_with_mqa", "kv_proj")
+
+# Fused projections: rows of all queries, then all keys, then all values; or grouped by key-value
+# head, as in GPT-NeoX, InternLM2 and Qwen3-Next. Those of linear attention are the last of each.
+CONTIGUOUS = (
+    *("qkv_proj", "q_k_v_proj", "qkvg_proj", "Wqkv", "W_pack", "c_attn", "att_proj"),
+    "in_proj_qkv",
+)
+GROUPED = ("query_key_value", "wqkv", "in_proj_qkvz")
+NOT_GROUPED = ("bailing",)  # model families whose query_key_value is contiguous
+
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "attn_out")  # what reads the attention
+
+ROUTERS = ("gate", "router")
+
+# DeepSeek's sparse attention chooses tokens with a small attention of its own, which is left alone.
+LEFT_ALONE = ("indexer", "compressor")
+
+
+def find_targets(model: nn.Module, num_layers: int) -> dict[str, tuple[int, int]]:
+    """Where LoRA goes in the last `num_layers` layers (in all, where there are fewer).
+
+    That is into the query and value projections of each attention, linear attention too, and in a
+    mixture of experts into the router. Of a fused projection P the parts P.q and P.v are meant.
 
     Returns:
-        Paths such as `model.layers.9.self_attn.q_proj`, first layer first.
+        Paths such as `model.layers.9.self_attn.q_proj`, first layer first, and their (d_out, d_in).
 
     Raises:
-        UserError: those layers have none.
+        UserError: there is no attention in those layers.
     """
-    paths = [
-        f"{path}.{name}"
-        for path, layer in list(zip(layer_paths(model), model.layers, strict=True))[-num_layers:]
-        for name, module in layer.named_modules()
-        if name.rpartition(".")[2] in TARGETS and is_linear(module)
-    ]
-    if not any(path.endswith(("q_proj", "v_proj")) for path in paths):
+    last = tuple(f"{path}." for path in layer_paths(model)[-num_layers:])
+    places = [*attention_places(model), *router_places(model)]
+    found = {path: shape for path, shape in places if path.startswith(last)}
+    if not any(path.startswith(last) for path, _ in attention_places(model)):
         raise UserError(
-            f"{type(model).__module__.rpartition('.')[2]} models have no q_proj and v_proj in "
-            f"their last {num_layers} layers, where LoRA would go"
+            f"the last {min(num_layers, len(model.layers))} layers of this model "
+            f"({model_family(model)}) have no attention, into which LoRA would go"
         )
-    return sorted(paths, key=natural_order)
+    return {path: found[path] for path in sorted(found, key=natural_order)}
+
+
+def attention_places(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The query and value projections of all attention modules, and their (d_out, d_in)."""
+    for path, attention in model.named_modules():
+        if any(part in LEFT_ALONE for part in path.split(".")):
+            continue
+        linears = {name for name, child in attention.items() if is_linear(child)}
+        fused = [name for name in (*CONTIGUOUS, *GROUPED) if name in linears]
+        query = [name for name in QUERIES if name in linears]
+        value = [name for name in VALUES if name in linears]
+        for name in fused:
+            layout = fused_layout(model, attention, name)
+            for part in "qv":
+                d_in = linear_shape(attention[name])[1]
+                yield f"{path}.{name}.{part}", (layout.size(part), d_in)
+        for name in [*query[:1], *(value[:1] if query else [])]:
+            yield f"{path}.{name}", linear_shape(attention[name])
+
+
+def fused_layout(model: nn.Module, attention: nn.Module, name: str) -> Layout:
+    """The layout of a fused projection, from its shape and that of the output projection.
+
+    What the output projection reads is as wide as the queries; in linear attention, whose keys are
+    as wide as the queries, it is as wide as the values.
+    """
+    rows = linear_shape(attention[name])[0]
+    width = next(linear_shape(attention[out])[1] for out in OUTPUTS if out in attention)
+    if name.startswith("in_proj"):
+        v = width
+        q = k = (rows - (2 * v if name.endswith("z") else v)) // 2
+        head = getattr(attention, "head_k_dim", k)
+    else:
+        q = width
+        k = v = (rows - (2 * q if name.startswith("qkvg") else q)) // 2
+        head = getattr(attention, "head_dim", k)
+    is_grouped = name in GROUPED and not model_family(model).startswith(NOT_GROUPED)
+    groups = k // head if is_grouped else 1
+    return Layout(groups, q // groups, k // groups, v // groups)
+
+
+def router_places(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The routers of all mixtures of experts, and their (d_out, d_in).
+
+    The router is a linear layer, or holds one, or holds a bare weight (experts, d_in).
+    """
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] not in ROUTERS or any(p in path for p in ("attn", "attention")):
+            continue
+        if "weight" in module and module.weight.ndim == 2:
+            shape = linear_shape(module) if is_linear(module) else tuple(module.weight.shape)
+            yield path, shape
+        else:
+            for name, child in module.items():
+                if is_linear(child):
+                    yield f"{path}.{name}", linear_shape(child)
+
+
+def model_family(model: nn.Module) -> str:
+    """The name of the mlx-lm module that a model comes from, such as "qwen2_moe"."""
+    return type(model).__module__.rpartition(".")[2]
 
 
 def layer_paths(model: nn.Module) -> list[str]:
@@ -267,11 +430,29 @@ def natural_order(path: str) -> list[tuple[int, str]]:
 
 
 def add_lora(model: nn.Module, ranks: dict[str, int]) -> None:
-    """Freeze the model and put a fresh LoRALinear of the given rank at each path."""
+    """Freeze the model and put a fresh low-rank update of the given rank at each path.
+
+    A path names a linear layer, a router, or the part `q` or `v` of a fused projection.
+    """
     modules = dict(model.named_modules())
-    wrapped = [(path, LoRALinear.from_base(modules[path], r)) for path, r in ranks.items()]
+    wrapped: dict[str, nn.Module] = {}
+    fused: dict[str, dict[str, int]] = {}
+    for path, r in ranks.items():
+        if path not in modules:
+            projection, _, part = path.rpartition(".")
+            fused.setdefault(projection, {})[part] = r
+        elif is_linear(modules[path]):
+            wrapped[path] = LoRALinear.from_base(modules[path], r)
+        else:
+            wrapped[path] = LoRARouter.from_base(modules[path], r)
+    for path, parts in fused.items():
+        attention, _, name = path.rpartition(".")
+        layout = fused_layout(model, modules[attention], name)
+        wrapped[path] = LoRAFused(modules[path], layout, parts)
+    if not hasattr(model, "_no_grad"):  # recurrent_gemma leaves its base class's __init__ out
+        nn.Module.__init__(model)
     model.freeze()
-    model.update_modules(tree_unflatten(wrapped))
+    model.update_modules(tree_unflatten(list(wrapped.items())))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -352,15 +533,15 @@ def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
     Raises:
         UserError: some of it has not; names the first few.
     """
-    modules = dict(model.named_modules())
+    shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
+    shapes |= dict([*attention_places(model), *router_places(model)])
     wrong = []
     for path, (a, b) in adapter.items():
-        linear = modules.get(path)
-        if not is_linear(linear):
+        if path not in shapes:
             wrong.append(f"there is no linear layer {path}")
-        elif (b.shape[1], a.shape[0]) != linear_shape(linear):
+        elif (b.shape[1], a.shape[0]) != shapes[path]:
             wrong.append(
-                f"{path} maps {linear_shape(linear)[1]} to {linear_shape(linear)[0]} numbers, "
+                f"{path} maps {shapes[path][1]} to {shapes[path][0]} numbers, "
                 f"its A and B {a.shape[0]} to {b.shape[1]}"
             )
     if wrong:
