@@ -87,6 +87,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import numpy as np
+import safetensors.numpy
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
@@ -470,10 +471,16 @@ Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a linear layer -> 
 
 
 def write_adapter(file: Path, model: nn.Module) -> None:
-    """Write the trainable parameters as an .npz file of float32 arrays, whole or not at all."""
+    """Write the trainable parameters as an .npz file of float32 arrays, whole or not at all.
+
+    A file named .safetensors becomes one, as mlx-lm's `adapters.safetensors` is.
+    """
     arrays = {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
     with replacing(file) as stream:
-        np.savez(stream, **arrays)
+        if file.suffix == ".safetensors":
+            stream.write(safetensors.numpy.save(arrays))
+        else:
+            np.savez(stream, **arrays)
 
 
 @contextmanager
@@ -492,7 +499,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
 
 
 def read_adapter(file: Path) -> Adapter:
-    """Read an adapter file and check it by itself; no pickled object is ever loaded.
+    """Read an .npz or .safetensors file and check it by itself; nothing pickled is ever loaded.
 
     Returns:
         For each adapted path, first layer first, A (d_in, r) and B (r, d_out).
@@ -503,10 +510,14 @@ def read_adapter(file: Path) -> Adapter:
     if not file.is_file():
         raise UserError(f"there is no adapter file {file}")
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = dict(archive)
+        if file.suffix == ".safetensors":
+            arrays = safetensors.numpy.load_file(file)
+        else:
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = dict(archive)
     except Exception:  # zipfile, zlib and NumPy each raise in their own way on a damaged file
-        raise UserError(f"{file} is not a whole .npz file of plain arrays") from None
+        kind = file.suffix if file.suffix == ".safetensors" else ".npz"
+        raise UserError(f"{file} is not a whole {kind} file of plain arrays") from None
 
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name in sorted(arrays, key=natural_order):

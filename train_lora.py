@@ -507,7 +507,8 @@ def make_step(
     MLX leaves off by default; the first steps are then three times too long).
 
     Returns:
-        The step, which takes and returns what `loss` does, and the state to evaluate after it.
+        The step, which takes and returns what `loss` does, and the state to evaluate after it. The
+        step raises UserError where MLX has no gradient of something in the model.
     """
     optimizer = optim.Adam(learning_rate, bias_correction=True)
     loss_and_gradients = nn.value_and_grad(model, loss)
@@ -515,7 +516,11 @@ def make_step(
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step(tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-        (mean, number), gradients = loss_and_gradients(model, tokens, lengths)
+        try:
+            (mean, number), gradients = loss_and_gradients(model, tokens, lengths)
+        except ValueError as error:  # of an operation that MLX has no gradient of
+            why = models.first_line(error)
+            raise UserError(f"this architecture cannot be trained: {why}") from error
         optimizer.update(model, gradients)
         return mean, number
 
