@@ -227,6 +227,7 @@ class LoRARouter(LowRank):
     """A frozen router that holds a bare `weight` (experts, d_in), which the update is added to.
 
     Such a module does more with its scores than a linear layer, so its output cannot be added to.
+    The sum is float32, since a small update would be rounded away in a 16-bit weight.
     """
 
     @staticmethod
@@ -301,7 +302,7 @@ def is_linear(module: object) -> bool:
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer, which packed weights do not show."""
-    if "in_features" in vars(linear) or "in_features" in linear:
+    if hasattr(linear, "in_features"):
         return linear.out_features, linear.in_features
     d_out, d_in = linear.weight.shape
     if "scales" in linear:
@@ -315,6 +316,7 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 # with latent attention, queries come from `q_b_proj` (`q_a_proj` makes what it reads), and values
 # from the latent vector that `kv_a_proj_with_mqa` makes. That is the only linear layer on the way
 # to the values that each such model has; the keys come from the same vector and so change with it.
+# A layer that takes its values from its keys or from another layer has none of its own to adapt.
 QUERIES = ("q_b_proj", "q_proj", "c_q", "attn_query")
 VALUES = ("v_proj", "c_v", "attn_value", "kv_a_proj_with_mqa", "kv_proj")
 
@@ -348,13 +350,14 @@ def find_targets(model: nn.Module, num_layers: int) -> dict[str, tuple[int, int]
         UserError: there is no attention in those layers.
     """
     last = tuple(f"{path}." for path in layer_paths(model)[-num_layers:])
-    places = [*attention_places(model), *router_places(model)]
-    found = {path: shape for path, shape in places if path.startswith(last)}
-    if not any(path.startswith(last) for path, _ in attention_places(model)):
+    attention = {path: s for path, s in attention_places(model) if path.startswith(last)}
+    routers = {path: s for path, s in router_places(model) if path.startswith(last)}
+    if not attention:
         raise UserError(
             f"the last {min(num_layers, len(model.layers))} layers of this model "
             f"({model_family(model)}) have no attention, into which LoRA would go"
         )
+    found = attention | routers
     return {path: found[path] for path in sorted(found, key=natural_order)}
 
 
@@ -380,10 +383,17 @@ def fused_layout(model: nn.Module, attention: nn.Module, name: str) -> Layout:
     """The layout of a fused projection, from its shape and that of the output projection.
 
     What the output projection reads is as wide as the queries; in linear attention, whose keys are
-    as wide as the queries, it is as wide as the values.
+    as wide as the queries, it is as wide as the values. A last part (`…g`, `…z`) is a gate of that
+    width.
+
+    Raises:
+        UserError: there is no output projection of a known name.
     """
     rows = linear_shape(attention[name])[0]
-    width = next(linear_shape(attention[out])[1] for out in OUTPUTS if out in attention)
+    output = next((out for out in OUTPUTS if out in attention), None)
+    if output is None:
+        raise UserError(f"{model_family(model)}: no output projection shows how {name} is laid out")
+    width = linear_shape(attention[output])[1]
     if name.startswith("in_proj"):
         v = width
         q = k = (rows - (2 * v if name.endswith("z") else v)) // 2
