@@ -227,7 +227,7 @@ class LoRARouter(LowRank):
     """A frozen router that holds a bare `weight` (experts, d_in), which the update is added to.
 
     Such a module does more with its scores than a linear layer, so its output cannot be added to.
-    The sum is float32, since a small update would be rounded away in a 16-bit weight.
+    The sum has the weight's type, for a model that takes the type of its layers from the scores.
     """
 
     @staticmethod
@@ -240,7 +240,8 @@ class LoRARouter(LowRank):
     @property
     def weight(self) -> mx.array:
         """The updated weight, for a model that reads it and does not call the router."""
-        return self.router.weight + self.scale * (self.lora_a @ self.lora_b).T
+        update = self.scale * (self.lora_a @ self.lora_b).T
+        return (self.router.weight + update).astype(self.router.weight.dtype)
 
     def __call__(self, *args, **options):
         frozen = self.router.weight

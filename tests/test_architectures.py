@@ -152,6 +152,15 @@ def test_lora_learns_everywhere_and_is_the_same_in_another_model(name: str, tmp_
     np.testing.assert_array_equal(logits(again), logits(model))
 
 
+def test_a_fresh_router_of_16_bits_keeps_its_weight_and_type():
+    model = build("deepseek_v3")
+    model.set_dtype(mx.bfloat16)
+    router = model.layers[-1].mlp.gate
+    adapted = models.LoRARouter.from_base(router)
+    assert adapted.weight.dtype == mx.bfloat16
+    assert mx.array_equal(adapted.weight, router.weight).item()
+
+
 def load(model: nn.Module, file: Path) -> None:
     """Adapt a model as an adapter file says."""
     adapter = models.read_adapter(file)

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.tuner.utils import load_adapters
 
 PHI3 = {
     **{"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 64},
@@ -95,22 +95,27 @@ TOKENS = mx.array([[72, 101, 108, 108, 111, 10]])
 
 
 def test_an_adapter_of_mlx_lm_loads_here(tmp_path: Path):
+    """Made by a real run of `mlx_lm.lora`."""
     folder = tiny.make_model(tmp_path / "model")
-    theirs, _ = models.load(str(folder))
-    theirs.freeze()
-    linear_to_lora_layers(theirs, 2, MLX_LM)
-    for name, array in tree_flatten(theirs.trainable_parameters()):
-        noise = mx.random.normal(array.shape, scale=0.1)
-        theirs.load_weights([(name, noise)], strict=False)
-    weights = dict(tree_flatten(theirs.trainable_parameters()))
-    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    tiny.write_jsonl(tmp_path / "data", "train", TEXTS["train"])
+    (tmp_path / "config.yaml").write_text(json.dumps({"lora_parameters": MLX_LM}))
+    subprocess.run(
+        [sys.executable, "-m", "mlx_lm", "lora", "--train", "--model", folder]
+        + ["--data", tmp_path / "data", "--adapter-path", tmp_path, "--num-layers", "2"]
+        + ["--iters", "3", "--learning-rate", "1e-2", "--config", tmp_path / "config.yaml"],
+        check=True,
+        capture_output=True,
+    )
 
     ours, _ = models.load(str(folder))
+    fresh = np.array(ours(TOKENS))
     adapter = models.read_adapter(tmp_path / "adapters.safetensors")
     models.add_lora(ours, {path: a.shape[1] for path, (a, _) in adapter.items()})
     models.load_adapter(ours, adapter)
+    theirs = load_adapters(models.load(str(folder))[0], str(tmp_path))
     theirs.eval()
     np.testing.assert_allclose(np.array(ours(TOKENS)), np.array(theirs(TOKENS)), atol=1e-5)
+    assert not np.allclose(np.array(ours(TOKENS)), fresh, atol=1e-3)
 
 
 def test_an_adapter_from_here_loads_in_mlx_lm(tmp_path: Path):
