@@ -341,6 +341,12 @@ def seven(tmp_path: Path) -> Path:
     return tmp_path / "seven"
 
 
+def train_on_seven(call: Run, model: Path, seven: Path, tmp_path: Path, asked: list[str]) -> Ended:
+    """Train on seven texts, by three unless something else is asked for."""
+    args = ["--model", model, "--data", seven, "--adapter-file", tmp_path / "a.npz", "--train"]
+    return call(*args, "--lora-layers", 1, "--batch-size", 3, *asked)
+
+
 @pytest.mark.parametrize(
     ("asked", "iterations"),
     [
@@ -353,8 +359,7 @@ def seven(tmp_path: Path) -> Path:
 def test_a_run_has_as_many_iterations_as_asked_for(
     call: Run, model: Path, seven: Path, tmp_path: Path, asked: list[str], iterations: int
 ) -> None:
-    args = ["--model", model, "--data", seven, "--adapter-file", tmp_path / "a.npz", "--train"]
-    ended = call(*args, "--lora-layers", 1, "--batch-size", 3, *asked)
+    ended = train_on_seven(call, model, seven, tmp_path, asked)
     assert numbers(r"Iter (\d+): Saved adapter weights to .*", ended.stdout) == [str(iterations)]
     assert numbers(r"Iter (\d+): Val loss .*", ended.stdout) == ["1", str(iterations)]
     assert ended.stderr == ""
@@ -371,8 +376,7 @@ def test_a_run_has_as_many_iterations_as_asked_for(
 def test_epochs_go_before_iterations_and_a_line_says_so(
     call: Run, model: Path, seven: Path, tmp_path: Path, asked: list[str], iterations: int
 ) -> None:
-    args = ["--model", model, "--data", seven, "--adapter-file", tmp_path / "a.npz", "--train"]
-    ended = call(*args, "--lora-layers", 1, "--batch-size", 3, *asked)
+    ended = train_on_seven(call, model, seven, tmp_path, asked)
     assert numbers(r"Iter (\d+): Saved adapter weights to .*", ended.stdout) == [str(iterations)]
     assert re.fullmatch(r"warning: .*--iters.*ignored.*\n", ended.stderr)
 

@@ -66,9 +66,8 @@ def demo_model() -> Path:
 def dequantized(model: Path, copy: Path) -> Path:
     """A float32 copy of a model folder."""
     program = (
-        "import sys, models, mlx_lm.utils as u; model, _ = models.load(sys.argv[1]);"
+        "import sys, models, mlx_lm.utils as u; model, tokenizer = models.load(sys.argv[1]);"
         "c = u.load_config(u.Path(sys.argv[1])); c.pop('quantization', None);"
-        "_, tokenizer = models.load(sys.argv[1]);"
         "u.save(u.Path(sys.argv[2]), sys.argv[1], model, tokenizer, c)"
     )
     subprocess.run([sys.executable, "-c", program, str(model), str(copy)], cwd=ROOT, check=True)
