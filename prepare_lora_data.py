@@ -1,0 +1,499 @@
+"""Make the training, validation and test sets of train_lora.py from questions and answers.
+
+    python prepare_lora_data.py
+
+reads data/korean_textbooks_qa and writes lora_finetune/data/{train,valid,test}.jsonl. The file
+tells the work in its order: the command line, finding and reading the source, splitting it,
+writing the sets, and `main`, which does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import hashlib
+import json
+import os
+import sqlite3
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+ROOT = Path(__file__).resolve().parent
+QUESTION, ANSWER = "question", "answer"  # the usual columns
+SPLITS = ("train", "valid", "test")
+
+
+class UserError(Exception):
+    """Something the user can put right; the program prints it as one `error:` line."""
+
+
+# --- The command line ---------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all errors of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argparse type: an integer from `least` on."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return number
+
+    parse.__name__ = "whole number"  # for argparse's "invalid … value"
+    return parse
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number between 0 and 1, both excluded."""
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+    return number
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="prepare_lora_data.py",
+        description="Make train.jsonl, valid.jsonl and test.jsonl from questions and answers.",
+        allow_abbrev=False,
+    )
+
+    def add(name: str, help: str, **options) -> None:
+        parser.add_argument(name, help=help + " (default: %(default)s)", **options)
+
+    add(
+        "--source",
+        "a folder written by datasets' save_to_disk; a Parquet, Arrow, JSON Lines, JSON or CSV "
+        "file; or a folder of such files",
+        default="data/korean_textbooks_qa",
+    )
+    add("--output", "folder of the three sets", default="lora_finetune/data")
+    add("--question-column", "column of the questions", default=QUESTION)
+    add("--answer-column", "column of the answers", default=ANSWER)
+    add("--valid-fraction", "share of validation", type=fraction, default=0.05)
+    add("--test-fraction", "share of the test", type=fraction, default=0.05)
+    add("--seed", "which questions go into which set", type=whole_number(0), default=0)
+    parser.add_argument(
+        "--limit", type=whole_number(1), help="stop after so many examples (default: all)"
+    )
+    parser.add_argument(
+        "--keep-splits",
+        action="store_true",
+        help="keep the splits of a saved DatasetDict; a validation or test set that it lacks is "
+        "taken from train",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the counts and three examples, write nothing"
+    )
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; a default path is one in this project, wherever one stands."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name in ("source", "output", "question_column", "answer_column"):
+        if not getattr(args, name):
+            parser.error(f"argument --{name.replace('_', '-')}: is empty")
+    if args.valid_fraction + args.test_fraction >= 1:
+        parser.error("--valid-fraction and --test-fraction leave nothing for training")
+    for name in ("source", "output"):
+        if getattr(args, name) == parser.get_default(name):
+            setattr(args, name, os.path.relpath(ROOT / getattr(args, name)))
+    return args
+
+
+if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take a second
+    ARGUMENTS = parse_arguments()
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+datasets.disable_progress_bars()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)  # an error here is one line
+
+# --- The source ---------------------------------------------------------------------------------
+
+FORMATS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+}
+# Lies beside the data in many folders and is JSON, but describes it only.
+NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+# The names that the splits of a DatasetDict have, and what they become.
+SPLIT_NAMES = {
+    "train": "train",
+    "validation": "valid",
+    "valid": "valid",
+    "val": "valid",
+    "dev": "valid",
+    "test": "test",
+}
+
+
+def find_files(source: Path) -> dict[Path, str | None]:
+    """The data files of a source in reading order, each with the DatasetDict's split it is in.
+
+    Raises:
+        UserError: there is no such source, or no data in it.
+    """
+    if not source.exists():
+        raise UserError(
+            f"there is no {source}; the real korean_textbooks_qa has to be downloaded by you (from "
+            "maywell/korean_textbooks on the Hugging Face hub) and put there, or named by --source"
+        )
+    if not source.is_dir():
+        if source.suffix.lower() not in FORMATS:
+            raise UserError(f"{source} is none of {', '.join(FORMATS)}, which can be read")
+        return {source: None}
+    if (source / "dataset_dict.json").is_file():
+        splits = read_names(source / "dataset_dict.json", lambda saved: saved["splits"])
+        return {file: split for split in splits for file in find_files(source / split)}
+    if (source / "state.json").is_file():
+        names = read_names(
+            source / "state.json", lambda saved: [file["filename"] for file in saved["_data_files"]]
+        )
+        return dict.fromkeys(source / name for name in names)
+    files = sorted(
+        file
+        for file in source.rglob("*")
+        if file.suffix.lower() in FORMATS and file.name not in NOT_DATA and file.is_file()
+    )
+    if not files:
+        raise UserError(f"{source} holds no {', '.join(FORMATS)} file")
+    return dict.fromkeys(files)
+
+
+def read_names(file: Path, pick: Callable[[dict], list[str]]) -> list[str]:
+    """Names of files or folders from a JSON file that datasets' save_to_disk wrote."""
+    try:
+        names = pick(json.loads(file.read_text(encoding="utf-8")))
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is not what datasets' save_to_disk writes") from None
+    return names
+
+
+def read_tables(file: Path, columns: tuple[str, ...]) -> Iterator[pa.Table]:
+    """The rows of a file, a thousand at a time; what is not needed any more is not kept.
+
+    Args:
+        file: its suffix, one of FORMATS, tells what it is.
+        columns: the names of those columns that are text, whatever a CSV file's look like.
+
+    Raises:
+        UserError: the file cannot be read; says why.
+    """
+    try:
+        if FORMATS[file.suffix.lower()] == "parquet":
+            # Not through `datasets`, which takes a row group at a time: often the whole file.
+            parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16)
+            for batch in parquet.iter_batches(1000, use_threads=False):
+                yield pa.Table.from_batches([batch])
+        else:
+            yield from stream_rows(file, columns).with_format("arrow").iter(1000)
+    except UnicodeDecodeError:
+        raise UserError(f"{file} cannot be read: it is not UTF-8; save it as UTF-8") from None
+    except Exception as error:  # the readers raise of every kind
+        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def stream_rows(file: Path, columns: tuple[str, ...]) -> datasets.IterableDataset:
+    """A file as a dataset that is read as it is gone through, and leaves nothing in a cache."""
+    format, options = FORMATS[file.suffix.lower()], {}
+    if format == "csv":  # all stays as it is written: 007 is no number, and NA is not nothing
+        options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
+    pattern = glob.escape(str(file))
+    return datasets.load_dataset(
+        format, data_files=pattern, split="train", streaming=True, **options
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str, str]]:
+    """The question and the whole text of each row, trimmed; the text is "" where a side is empty.
+
+    The question is for comparing, so it is composed (NFC): macOS takes letters apart in places.
+
+    Args:
+        file: as `read_tables` takes it.
+        question, answer: names of the columns. Where the usual two are missing, the column "text"
+            holds the texts as they are to be.
+
+    Raises:
+        UserError: the file cannot be read, or has no such columns with text in them.
+    """
+    for table in read_tables(file, (question, answer, "text")):
+        names = table.column_names
+        if question in names and answer in names:
+            asked, answered = (texts(file, table, name) for name in (question, answer))
+            whole = map(join, asked, answered)
+        elif "text" in names and (question, answer) == (QUESTION, ANSWER):
+            whole = texts(file, table, "text")
+        else:
+            raise UserError(
+                f"{file} has no columns {question} and {answer}; it has {', '.join(names)}, of "
+                "which --question-column and --answer-column can name two"
+            )
+        for text in whole:
+            yield unicodedata.normalize("NFC", question_of(text)), text
+
+
+def join(question: str, answer: str) -> str:
+    """The text of a question and its answer, "" where one of them is empty."""
+    return f"### 질문:\n{question}\n\n### 답변:\n{answer}" if question and answer else ""
+
+
+def question_of(text: str) -> str:
+    """The question of a text; all of it where it is not made of a question and an answer."""
+    return text.removeprefix("### 질문:\n").partition("\n\n### 답변:\n")[0]
+
+
+def texts(file: Path, table: pa.Table, name: str) -> Iterator[str]:
+    """The trimmed texts of a column, "" where there is none."""
+    type = table.schema.field(name).type
+    if pa.types.is_dictionary(type):
+        type = type.value_type
+    if type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        raise UserError(f"{file}: the column {name} holds {type}, not text")
+    return ((text or "").strip() for text in table.column(name).to_pylist())
+
+
+# --- Splitting ----------------------------------------------------------------------------------
+
+
+def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
+    """The files of a DatasetDict with what its splits become, test and validation first.
+
+    Of a question that stands in several splits it is then training that loses it.
+
+    Raises:
+        UserError: the source is no DatasetDict, or a split has another name.
+    """
+    if None in files.values():
+        raise UserError("--keep-splits is for a DatasetDict, and the source has no splits")
+    if unknown := set(files.values()) - set(SPLIT_NAMES):
+        raise UserError(
+            f"the source has a split {min(unknown)}; --keep-splits knows {', '.join(SPLIT_NAMES)}"
+        )
+    named = [(file, SPLIT_NAMES[split]) for file, split in files.items()]
+    return sorted(named, key=lambda pair: SPLITS.index(pair[1]), reverse=True)
+
+
+def draw_split(question: str, seed: int, shares: dict[str, float]) -> str:
+    """The split of a question, by these alone: more rows around it do not move it.
+
+    Args:
+        question: in Unicode's composed form, as `read_examples` has it.
+        seed: draws differently.
+        shares: the fractions of the splits that are drawn; the rest is "train".
+    """
+    digest = hashlib.blake2b(f"{seed} {question}".encode(), digest_size=8).digest()
+    drawn = int.from_bytes(digest, "big") / 2**64
+    for split, share in shares.items():
+        if drawn < share:
+            return split
+        drawn -= share
+    return "train"
+
+
+class Seen:
+    """What has come before, by its digest. It goes to disk as it grows, so that memory does not."""
+
+    def __init__(self) -> None:
+        self.database = sqlite3.connect("")  # a private one, gone with this object
+        self.database.execute("PRAGMA journal_mode = OFF")
+        self.database.execute("PRAGMA cache_size = -64000")  # KB
+        self.database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY, note) WITHOUT ROWID")
+
+    def first_note(self, text: str, note: int | str) -> int | str:
+        """The note with which a text came first: this one where it is new."""
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        insert = "INSERT OR IGNORE INTO seen VALUES (?, ?)"
+        if self.database.execute(insert, (digest, note)).rowcount:
+            return note
+        return self.database.execute(
+            "SELECT note FROM seen WHERE digest = ?", (digest,)
+        ).fetchone()[0]
+
+
+# --- The three sets -----------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[dict[str, TextIO]]:
+    """A stream for each split; together they replace the old files when all is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    parts = {split: file.with_name(file.name + ".part") for split, file in files.items()}
+    try:
+        with ExitStack() as stack:
+            streams = {
+                split: stack.enter_context(part.open("w", encoding="utf-8", newline="\n"))
+                for split, part in parts.items()
+            }
+            yield streams
+            for stream in streams.values():
+                stream.flush()
+                os.fsync(stream.fileno())
+        for split in SPLITS:
+            parts[split].replace(files[split])
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def prepare(
+    sources: list[tuple[Path, str]],
+    question: str,
+    answer: str,
+    draw: Callable[[str], str],
+    limit: int | None,
+    write: Callable[[str, str], None],
+) -> Counter:
+    """Clean, split and write the examples of some files.
+
+    Args:
+        sources: the files, each with the split of its rows; those of "train" are drawn from.
+        question, answer: names of the columns.
+        draw: the split of a question out of "train".
+        limit: takes no more examples than this from a split of the source.
+        write: takes a split and a text.
+
+    Returns:
+        How many rows were read ("rows"), dropped ("empty", "duplicate", "elsewhere": the question
+        is in another split) and written ("train", "valid", "test").
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    texts, questions = Seen(), Seen()
+    counts, taken = Counter(), Counter()
+    with tqdm(desc="Preparing", unit=" rows", leave=False, disable=None) as progress:
+        for file, source in sources:
+            for asked, text in read_examples(file, question, answer):
+                if taken[source] == limit:
+                    break
+                progress.update()
+                counts["rows"] += 1
+                split = draw(asked) if source == "train" else source
+                if not text:
+                    counts["empty"] += 1
+                elif texts.first_note(text, counts["rows"]) != counts["rows"]:
+                    counts["duplicate"] += 1
+                elif questions.first_note(asked, split) != split:
+                    counts["elsewhere"] += 1
+                else:
+                    taken[source] += 1
+                    counts[split] += 1
+                    write(split, text)
+    return counts
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for, and say what became of the rows.
+
+    Raises:
+        UserError, OSError: something that the user can put right.
+    """
+    source, output = Path(args.source), Path(args.output)
+    files = find_files(source)
+    if args.keep_splits:
+        sources = own_splits(files)
+    else:
+        sources = [(file, "train") for file in files]  # which validation and test are drawn from
+        if len(names := dict.fromkeys(files.values())) > 1:
+            warn(f"the splits {', '.join(names)} are pooled; --keep-splits keeps them apart")
+    shares = {"valid": args.valid_fraction, "test": args.test_fraction}
+    shares |= {split: 0 for _, split in sources if split in shares}  # it has that split already
+    samples = []
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+
+    with nullcontext() if args.dry_run else replacing(output) as streams:
+
+        def write(split: str, text: str) -> None:
+            if streams:
+                streams[split].write(encode({"text": text}) + "\n")
+            if len(samples) < 3:
+                samples.append(text)
+
+        counts = prepare(
+            sources,
+            args.question_column,
+            args.answer_column,
+            partial(draw_split, seed=args.seed, shares=shares),
+            args.limit,
+            write,
+        )
+        print(
+            f"Read {counts['rows']} rows of {source}: dropped {counts['empty']} with an empty",
+            f"side, {counts['duplicate']} exact duplicates,",
+            f"{counts['elsewhere']} whose question is in another set.",
+            flush=True,
+        )
+        check_filled(counts, source)
+    written = ", ".join(f"{counts[split]} {split}" for split in SPLITS)
+    if args.dry_run:
+        print(f"Would write to {output}: {written}. The first of them:")
+        print("", *samples, sep="\n---\n")
+    else:
+        print(f"Wrote to {output}: {written}.")
+
+
+def check_filled(counts: Counter, source: Path) -> None:
+    """Raise UserError where a set is left empty."""
+    if not sum(counts[split] for split in SPLITS):
+        raise UserError(f"{source} leaves nothing to train on")
+    for split in SPLITS:
+        if not counts[split]:
+            raise UserError(
+                f"{split}.jsonl would be empty: raise --{split}-fraction, or take more rows"
+            )
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Run, and turn what the user can put right into one line and exit status 2."""
+    sys.stdout.reconfigure(errors="replace")  # a sample may not fit the terminal's encoding
+    try:
+        run(ARGUMENTS)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or ARGUMENTS.output}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

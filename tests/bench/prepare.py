@@ -1,0 +1,77 @@
+"""Time and peak memory of prepare_lora_data.py on 500,000 questions and answers, in each format.
+
+    python tests/bench/prepare.py [--rows N]
+
+Writes the source to a temporary folder first (1 GB for 500,000 rows; another for what is made).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORDS = ["물은", "산소와", "수소로", "이루어져", "있으며", "그", "비율은", "언제나", "같습니다"]
+
+
+def rows(number: int) -> Iterator[dict[str, str]]:
+    """Pairs of some 1,300 bytes in UTF-8 together, as long as those of korean_textbooks."""
+    rng = random.Random(0)
+    for i in range(number):
+        words = rng.choices(WORDS, k=110)
+        yield {"question": f"{i} {' '.join(words[:20])}?", "answer": " ".join(words[20:])}
+
+
+def make_sources(folder: Path, number: int) -> None:
+    """Write the same rows in each format."""
+    import datasets
+
+    made = datasets.Dataset.from_generator(
+        rows, gen_kwargs={"number": number}, cache_dir=str(folder / "cache")
+    )
+    made.save_to_disk(folder / "saved")
+    made.to_parquet(folder / "a.parquet")
+    made.to_json(folder / "a.jsonl", force_ascii=False)
+    made.to_csv(folder / "a.csv")
+
+
+def measure(source: Path, output: Path) -> tuple[float, float]:
+    """Seconds and peak resident memory in MB of one run."""
+    command = [sys.executable, str(ROOT / "prepare_lora_data.py")]
+    command += ["--source", str(source), "--output", str(output)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"error: the run on {source} failed")
+    kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return time.perf_counter() - start, kilobytes / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=500_000)
+    number = parser.parse_args().rows
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # In a process of its own: Linux counts a parent's memory at its start as the child's.
+        make = multiprocessing.get_context("spawn").Process(
+            target=make_sources, args=(folder, number)
+        )
+        make.start()
+        make.join()
+        for source in ("saved", "a.parquet", "a.jsonl", "a.csv"):
+            seconds, megabytes = measure(folder / source, folder / "out")
+            print(f"{source}: {seconds:.1f} s, {megabytes:.0f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
