@@ -1,7 +1,7 @@
 # make demo   fine-tune the demo model on lora_finetune/data and ask it a question
 # make test   all tests
 # make lint   ruff
-# make bench  speed and memory beside mlx_lm.lora (minutes)
+# make bench  speed and memory, beside mlx_lm.lora and on large data (minutes)
 #
 # Each makes .venv first, with what it needs. PYTHON=python3.12 picks another Python (3.10 or newer).
 
@@ -27,6 +27,8 @@ lint: .venv/installed-for-tests
 bench: .venv/installed
 	$(BIN)/python tests/bench/compare_mlx_lm.py
 	$(BIN)/python tests/bench/compare_mlx_lm.py --float32
+	$(BIN)/python tests/bench/prepare.py
+	$(BIN)/python tests/bench/tokenizing.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed; make PYTHON=python3.12 picks another")'

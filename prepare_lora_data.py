@@ -125,6 +125,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 datasets.disable_progress_bars()
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or each file is reported to the hub
 datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)  # an error here is one line
 
 # --- The source ---------------------------------------------------------------------------------
@@ -186,9 +187,9 @@ def read_names(file: Path, pick: Callable[[dict], list[str]]) -> list[str]:
     """Names of files or folders from a JSON file that datasets' save_to_disk wrote."""
     try:
         names = pick(json.loads(file.read_text(encoding="utf-8")))
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        if not all(Path(name).name == name not in ("", "..") for name in names):
             raise ValueError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{file} is not what datasets' save_to_disk writes") from None
     return names
 
@@ -259,7 +260,7 @@ def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str,
                 "which --question-column and --answer-column can name two"
             )
         for text in whole:
-            yield unicodedata.normalize("NFC", question_of(text)), text
+            yield question_of(unicodedata.normalize("NFC", text)), text
 
 
 def join(question: str, answer: str) -> str:
@@ -470,7 +471,7 @@ def check_filled(counts: Counter, source: Path) -> None:
     for split in SPLITS:
         if not counts[split]:
             raise UserError(
-                f"{split}.jsonl would be empty: raise --{split}-fraction, or take more rows"
+                f"{split}.jsonl would be empty: take more rows, or choose other fractions"
             )
 
 

@@ -14,15 +14,17 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent
 
@@ -169,6 +171,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=2048,
         help="cut longer texts to this many tokens",
     )
+    beyond.add_argument(
+        "--mask-prompt",
+        action="store_true",
+        help="count the loss on answers only: completions, last messages, and what follows "
+        "### 답변: in a text",
+    )
     return parser
 
 
@@ -233,38 +241,58 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from models import UserError
 
 # --- The data -----------------------------------------------------------------------------------
 
+# The kinds of examples by their keys; the first that an object has counts, as in mlx-lm.
+KINDS = (("prompt", "completion"), ("messages",), ("text",))
 
-def read_texts(file: Path) -> list[str]:
-    """Read the texts of a JSON Lines file: one object a line, with the text under "text".
+# All of a text of questions and answers but the last answer.
+UP_TO_ANSWER = re.compile(r"\s*### 질문:.*\n### 답변:\s*(?=\S)", re.DOTALL)
 
-    A byte-order mark, Windows line ends and blank lines are passed over.
+Entry = dict[str, Any]
+
+
+def read_entries(file: Path, mask_prompt: bool) -> Iterator[tuple[int, Entry]]:
+    """The line number and the object of each line of a JSON Lines file.
+
+    A byte-order mark, Windows line ends and blank lines are passed over. The file is read as the
+    iterator goes, so that a large one takes no memory.
 
     Raises:
-        UserError: no such file, none in it, or a line that is not such an object; names the line.
+        UserError: no such file, none in it, a line that is no such object as `parse_line` takes,
+            or of another kind than the first; names the line.
     """
-    texts = []
+    first = None
     try:
-        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if not line.strip():
+                    continue
+                entry = parse_line(line, mask_prompt)
+                kind = " and ".join(key for key in entry if key != "tools")
+                first = first or (number, kind)
+                if kind != first[1]:
+                    raise ValueError(f"has {kind}, but line {first[0]} has {first[1]}")
+                yield number, entry
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                texts.append(parse_line(line))
-            except ValueError as error:
-                raise UserError(f"{file}, line {number}: {error}") from None
-    if not texts:
+    except ValueError as error:
+        raise UserError(f"{file}, line {number}: {error}") from None
+    if not first:
         raise UserError(f"{file} holds no texts")
-    return texts
 
 
-def parse_line(line: bytes) -> str:
-    """The text of one line of a JSON Lines file; raises ValueError that says what is wrong."""
+def parse_line(line: bytes, mask_prompt: bool) -> Entry:
+    """The object of one line of a JSON Lines file, with the keys of its kind alone, and "tools".
+
+    Raises:
+        ValueError: says what is wrong; with `mask_prompt`, also of a text without an answer.
+    """
     try:
         entry = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -273,16 +301,92 @@ def parse_line(line: bytes) -> str:
         raise ValueError("is not JSON") from None
     if not isinstance(entry, dict):
         raise ValueError('is not a JSON object such as {"text": "…"}')
-    if "text" not in entry:
-        raise ValueError('has no "text"')
-    text = entry["text"]
-    if not isinstance(text, str):
-        raise ValueError('its "text" is not a string')
-    if not text.strip():
-        raise ValueError('its "text" is empty')
-    if not is_unicode(text):
-        raise ValueError('its "text" holds half of a surrogate pair')
-    return text
+    for keys in KINDS:
+        if entry.keys() >= set(keys):
+            break
+    else:
+        raise ValueError('has no "text", no "messages", and no "prompt" with a "completion"')
+    for key in keys:
+        check_value(key, entry[key])
+    if mask_prompt and keys == ("text",) and not UP_TO_ANSWER.match(entry["text"]):
+        raise ValueError('for --mask-prompt its "text" needs a "### 질문:" and a "### 답변:"')
+    return {key: entry[key] for key in (*keys, "tools") if key in entry}
+
+
+def check_value(key: str, value: object) -> None:
+    """Raise ValueError where the value of a key cannot be trained on."""
+    if key == "messages":
+        if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
+            raise ValueError('its "messages" are not a list of objects')
+    elif not isinstance(value, str):
+        raise ValueError(f'its "{key}" is not a string')
+    if not value or not str(value).strip():
+        raise ValueError(f'its "{key}" is empty')
+    if not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise ValueError(f'its "{key}" holds half of a surrogate pair')
+
+
+class Text(NamedTuple):
+    """An example as it is tokenized.
+
+    Attributes:
+        whole: all of it.
+        prompt: what of it comes before the answer that the loss counts; "" where all counts.
+        templated: a chat template made it, special tokens included.
+    """
+
+    whole: str
+    prompt: str = ""
+    templated: bool = False
+
+
+def read_texts(file: Path, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Iterator[Text]:
+    """The texts of a JSON Lines file; raises UserError as `read_entries` and `render` do."""
+    for number, entry in read_entries(file, mask_prompt):
+        try:
+            text = render(entry, tokenizer, mask_prompt)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: {error}") from None
+        yield text
+
+
+def render(entry: Entry, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Text:
+    """The text of an entry: messages go through the tokenizer's chat template.
+
+    So do a prompt and a completion, as messages of a user and an assistant. Where there is no
+    template, the completion follows its prompt directly.
+
+    Raises:
+        ValueError: there is no template for messages, or it does not take them.
+    """
+    if "text" in entry:
+        up_to_answer = UP_TO_ANSWER.match(entry["text"]) if mask_prompt else None
+        return Text(entry["text"], up_to_answer[0] if up_to_answer else "")
+    if "messages" in entry:
+        messages = entry["messages"]
+    elif tokenizer.has_chat_template:
+        messages = [
+            {"role": "user", "content": entry["prompt"]},
+            {"role": "assistant", "content": entry["completion"]},
+        ]
+    else:
+        prompt = entry["prompt"]
+        return Text(prompt + entry["completion"], prompt if mask_prompt else "")
+    if not tokenizer.has_chat_template:
+        raise ValueError("this model has no chat template for messages; write a text instead")
+    apply = partial(tokenizer.apply_chat_template, tools=entry.get("tools"), tokenize=False)
+    try:
+        whole, prompt = apply(messages), ""
+        if mask_prompt and messages[:-1]:
+            answers = messages[-1].get("role") == "assistant"
+            prompt = apply(messages[:-1], add_generation_prompt=answers)
+    except Exception as error:  # a template raises what it likes
+        why = models.first_line(error)
+        raise ValueError(f"the model's chat template does not take it: {why}") from None
+    return Text(whole, prompt, templated=True)
+
+
+# --- Tokens and batches -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -292,10 +396,14 @@ class Examples:
     Attributes:
         tokens: int32 (total number of tokens,).
         starts: int64 (number of texts + 1,): where each text starts, and where the last ends.
+        prompts: int32 (number of texts,): how many tokens at its start the loss does not count.
+        cut: how many of the texts were longer.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
+    prompts: np.ndarray
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -305,45 +413,103 @@ class Examples:
         """Tokens of each text, int64 (number of texts,)."""
         return np.diff(self.starts)
 
-    def batch(self, rows: np.ndarray) -> tuple[mx.array, mx.array]:
-        """The given texts, padded on the right: tokens int32 (rows, width), lengths (rows,)."""
+    @property
+    def targets(self) -> np.ndarray:
+        """Tokens of each text that the loss counts; the first never does."""
+        return self.lengths - np.maximum(self.prompts, 1)
+
+    def batch(self, rows: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
+        """The given texts, padded on the right, as `loss` takes them.
+
+        Returns:
+            Tokens int32 (rows, width), lengths int32 (rows,), prompts int32 (rows,).
+        """
         lengths = self.lengths[rows]
-        inputs = max(1, max(lengths) - 1)  # all tokens but the last, which is a target only
-        tokens = np.zeros((len(rows), 1 + padded_length(inputs)), np.int32)
+        tokens = np.zeros((len(rows), padded_width(lengths)), np.int32)
         for row, start, length in zip(tokens, self.starts[rows], lengths, strict=True):
             row[:length] = self.tokens[start : start + length]
-        return mx.array(tokens), mx.array(lengths.astype(np.int32))
+        return mx.array(tokens), mx.array(lengths.astype(np.int32)), mx.array(self.prompts[rows])
 
 
-def tokenize(texts: list[str], tokenizer: TokenizerWrapper, end: bool) -> Examples:
-    """Tokenize texts; with `end`, each ends in exactly one end-of-text token."""
-    appends_eos = ends_by_itself(tokenizer)
-    eos = tokenizer.eos_token_id
-    arrays = []
-    for text in tqdm(texts, "Tokenizing", leave=False, disable=None):
-        ids = tokenizer.encode(text)[: -1 if appends_eos else None]
-        if end:
-            while ids and ids[-1] == eos:
-                ids.pop()
-            ids.append(eos)
-        arrays.append(np.array(ids, np.int32))
-    starts = np.cumsum([0, *map(len, arrays)])
-    return Examples(np.concatenate(arrays), starts)
+# Texts are tokenized so many at a time: enough for a fast tokenizer to share out among the cores.
+TOKENIZED_TEXTS = 1000
 
 
-def ends_by_itself(tokenizer: TokenizerWrapper) -> bool:
-    """Whether the tokenizer puts an end-of-text token behind every text by its own setting."""
-    return tokenizer.encode("a")[-1] == tokenizer.eos_token_id
+def tokenize(
+    texts: Iterable[Text], tokenizer: TokenizerWrapper, end: bool, max_length: int
+) -> Examples:
+    """Tokenize texts and cut the longer ones to `max_length` tokens.
 
-
-def cut(examples: Examples, max_length: int) -> tuple[Examples, int]:
-    """Cut longer texts to `max_length` tokens, and count them."""
-    kept = np.minimum(examples.lengths, max_length)
-    keep = np.arange(len(examples.tokens)) < np.repeat(
-        examples.starts[:-1] + kept, examples.lengths
+    With `end`, each ends in exactly one end-of-text token, unless it is cut. That which a chat
+    template puts behind the last message serves, and what follows it, a line end mostly, goes.
+    """
+    texts = iter(texts)
+    tokens, starts, prompts, too_long = array("i"), array("q", [0]), array("i"), 0
+    while some := list(islice(texts, TOKENIZED_TEXTS)):
+        for ids, prompt_ids, text in zip(
+            encode(tokenizer, [text.whole for text in some], some[0].templated),
+            encode(tokenizer, [text.prompt for text in some], some[0].templated),
+            some,
+            strict=True,
+        ):
+            if end:
+                end_text(ids, tokenizer, text.templated)
+            # A token that holds some of the prompt and some of the answer counts as answer.
+            shared = len(os.path.commonprefix([ids, prompt_ids])) if text.prompt else 0
+            too_long += len(ids) > max_length
+            tokens.extend(ids[:max_length])
+            starts.append(len(tokens))
+            prompts.append(min(shared, max_length))
+    return Examples(
+        np.frombuffer(tokens, np.int32),
+        np.frombuffer(starts, np.int64),
+        np.frombuffer(prompts, np.int32),
+        too_long,
     )
-    starts = np.concatenate([[0], np.cumsum(kept)])
-    return Examples(examples.tokens[keep], starts), int((kept < examples.lengths).sum())
+
+
+def encode(
+    tokenizer: TokenizerWrapper, texts: list[str], templated: bool = False
+) -> list[list[int]]:
+    """The tokens of texts, without the end-of-text token that some tokenizers put behind each.
+
+    A fast tokenizer does them in parallel. Those of a chat template have their special tokens.
+    """
+    # mlx-lm and transformers have classes that change the text first, in an `encode` of their own.
+    plain = tokenizer.is_fast and tokenizer.encode.__func__ is PreTrainedTokenizerBase.encode
+    if plain:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=not templated)
+        ids = [encoding.ids for encoding in encodings]
+    else:
+        ids = [tokenizer.encode(text, add_special_tokens=not templated) for text in texts]
+    if not templated and tokenizer.encode("a")[-1] == tokenizer.eos_token_id:
+        ids = [tokens[:-1] for tokens in ids]
+    return ids
+
+
+def end_text(ids: list[int], tokenizer: TokenizerWrapper, templated: bool) -> None:
+    """Make tokens end in exactly one end-of-text token; a template's own serves as well.
+
+    What a template puts behind it, a line end mostly, goes.
+    """
+    if templated:
+        end = len(ids)
+        while end and not tokenizer.decode(ids[end - 1 : end]).strip():
+            end -= 1
+        if end and ids[end - 1] in tokenizer.eos_token_ids:
+            del ids[end:]
+            return
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    ids.append(tokenizer.eos_token_id)
+
+
+def padded_width(lengths: np.ndarray) -> int:
+    """The width of a batch of texts: all tokens but the last of each are inputs."""
+    return 1 + padded_length(max(1, max(lengths) - 1))
 
 
 def padded_length(length: int) -> int:
@@ -379,7 +545,7 @@ def epoch_batches(
 
 def training_batches(
     examples: Examples, batch_size: int, seed: int, start: int
-) -> Iterator[tuple[mx.array, mx.array]]:
+) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
     """The batches of iteration start + 1 and on, without end; each a pure function of the seed."""
     per_epoch = math.ceil(len(examples) / batch_size)
     for epoch in count(start // per_epoch):
@@ -388,6 +554,13 @@ def training_batches(
         for rows in batches[start % per_epoch :]:
             yield examples.batch(rows)
         start = 0
+
+
+def padding_share(lengths: np.ndarray, batch_size: int, seed: int) -> float:
+    """The share of padding among the inputs of the model in the first epoch."""
+    batches = epoch_batches(lengths, batch_size, np.random.default_rng([seed, 0]))
+    inputs = sum(len(rows) * (padded_width(lengths[rows]) - 1) for rows in batches)
+    return 1 - (lengths - 1).sum() / inputs
 
 
 def evaluation_batches(examples: Examples, batch_size: int, num_batches: int) -> list[np.ndarray]:
@@ -440,26 +613,30 @@ def at(logits: mx.array, targets: mx.array) -> mx.array:
     return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32)
 
 
-def loss(model: nn.Module, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-    """Mean cross-entropy over the real target tokens of a batch, in float32.
+def loss(
+    model: nn.Module, tokens: mx.array, lengths: mx.array, prompts: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Mean cross-entropy over the target tokens of a batch that count, in float32.
 
     Args:
         tokens: int32 (rows, width), padded on the right; token t predicts token t + 1.
         lengths: int32 (rows,), real tokens of each row; targets beyond them do not count.
+        prompts: int32 (rows,), tokens at the start of each row that do not count as targets.
 
     Returns:
-        The loss in nats per token, and the number of real target tokens; both scalars.
+        The loss in nats per token, and the number of targets that count; both scalars.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     losses = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-    real = mx.arange(1, tokens.shape[1]) < lengths[:, None]
-    total = (losses * real.flatten()).sum()
-    number = real.sum()
+    places = mx.arange(1, tokens.shape[1])
+    counted = (places >= prompts[:, None]) & (places < lengths[:, None])
+    total = (losses * counted.flatten()).sum()
+    number = counted.sum()
     return total / mx.maximum(number, 1), number
 
 
 def evaluate(model: nn.Module, examples: Examples, batch_size: int, num_batches: int) -> float:
-    """Mean loss in nats over all real target tokens of the batches (-1: of all examples)."""
+    """Mean loss in nats over all target tokens that count in the batches (-1: in all examples)."""
     model.eval()
     total, number = 0.0, 0
     batches = evaluation_batches(examples, batch_size, num_batches)
@@ -500,7 +677,7 @@ def say(line: str) -> None:
 
 def make_step(
     model: nn.Module, learning_rate: float
-) -> tuple[Callable[[mx.array, mx.array], tuple[mx.array, mx.array]], list]:
+) -> tuple[Callable[..., tuple[mx.array, mx.array]], list]:
     """A compiled step that updates the model's trainable parameters with Adam on one batch.
 
     Adam is as in Kingma and Ba (2015) and PyTorch: β 0.9 and 0.999, ε 1e-8, bias corrected (which
@@ -515,9 +692,9 @@ def make_step(
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def step(tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+    def step(*batch: mx.array) -> tuple[mx.array, mx.array]:
         try:
-            (mean, number), gradients = loss_and_gradients(model, tokens, lengths)
+            (mean, number), gradients = loss_and_gradients(model, *batch)
         except ValueError as error:  # of an operation that MLX has no gradient of
             why = models.first_line(error)
             raise UserError(f"this architecture cannot be trained: {why}") from error
@@ -614,7 +791,7 @@ def generate(
     """
     model.eval()
     mx.random.seed(seed)
-    ids = tokenizer.encode(prompt)[: -1 if ends_by_itself(tokenizer) else None]
+    [ids] = encode(tokenizer, [prompt])
     if not ids:
         raise UserError("the prompt holds no tokens")
     sampler = make_sampler(temp=temperature)
@@ -648,10 +825,13 @@ def run(args: argparse.Namespace) -> None:
     """
     data, adapter_file = Path(args.data), Path(args.adapter_file)
     splits = (["train", "valid"] if args.train else []) + (["test"] if args.test else [])
-    texts = {split: read_texts(data / f"{split}.jsonl") for split in splits}
+    files = {split: data / f"{split}.jsonl" for split in splits}
+    numbers = {
+        split: sum(1 for _ in read_entries(file, args.mask_prompt)) for split, file in files.items()
+    }
     if args.train:
         check_writable(adapter_file)
-        iters = args.iters or args.epochs * math.ceil(len(texts["train"]) / args.batch_size)
+        iters = args.iters or args.epochs * math.ceil(numbers["train"] / args.batch_size)
         if args.start_iter >= iters:
             raise UserError(f"--start-iter {args.start_iter} leaves none of {iters} iterations")
     source = Path(args.resume_adapter_file or adapter_file)
@@ -675,16 +855,29 @@ def run(args: argparse.Namespace) -> None:
     adapt(model, args.lora_layers if args.train else None, adapter, source)
     print(f"Total parameters {total / 1e6:.3f}M")
     print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
-    examples = load_examples(data, texts, tokenizer, bool(args.add_eos_token), args.max_seq_length)
+    examples = load_examples(
+        files,
+        numbers,
+        tokenizer,
+        end=bool(args.add_eos_token),
+        mask_prompt=args.mask_prompt,
+        max_length=args.max_seq_length,
+    )
 
     log = Log(adapter_file.with_suffix(".log.jsonl"))
     if args.train:
         if not resumed and not args.start_iter:
             log.clear()
-        print("Training", flush=True)
+        training = examples["train"]
+        padding = padding_share(training.lengths, args.batch_size, args.seed)
+        print(
+            f"Training: {len(training)} examples, {len(training.tokens)} tokens,",
+            f"longest {max(training.lengths)}, {training.cut} cut, {padding:.1%} padding an epoch",
+            flush=True,
+        )
         train(
             model,
-            examples["train"],
+            training,
             examples["valid"],
             log,
             adapter_file,
@@ -760,32 +953,37 @@ def adapt(model: nn.Module, lora_layers: int | None, adapter: models.Adapter, so
 
 
 def load_examples(
-    data: Path,
-    texts: dict[str, list[str]],
+    files: dict[str, Path],
+    numbers: dict[str, int],
     tokenizer: TokenizerWrapper,
+    *,
     end: bool,
+    mask_prompt: bool,
     max_length: int,
 ) -> dict[str, Examples]:
-    """Tokenize the texts of each split, cut the long ones, and say how many those were.
+    """Tokenize the file of each split, which has so many texts, and say how many were cut.
 
     Raises:
-        UserError: a split has no text of two tokens, so that there is nothing to predict in it.
+        UserError: a text cannot be had from an entry, or a split leaves nothing to predict.
     """
-    if end and texts and tokenizer.eos_token_id is None:
+    if end and files and tokenizer.eos_token_id is None:
         warn("the tokenizer has no end-of-text token, so texts end without one")
         end = False
-    examples, too_long = {}, 0
-    for split, split_texts in texts.items():
-        examples[split], number = cut(tokenize(split_texts, tokenizer, end), max_length)
-        too_long += number
-        if max(examples[split].lengths) < 2:
-            raise UserError(f"{data / f'{split}.jsonl'} has only texts of a single token")
-    if too_long:
-        number = sum(map(len, examples.values()))
-        warn(
-            f"{too_long} of {number} texts were cut to {max_length} tokens "
-            "(--max-seq-length); shorter texts lose nothing and take less memory"
-        )
+    examples = {}
+    for split, file in files.items():
+        texts = read_texts(file, tokenizer, mask_prompt)
+        texts = tqdm(texts, f"Tokenizing {file.name}", numbers[split], leave=False, disable=None)
+        examples[split] = found = tokenize(texts, tokenizer, end, max_length)
+        if max(found.lengths) < 2:
+            raise UserError(f"{file} has only texts of a single token")
+        if max(found.targets) < 1:
+            raise UserError(f"{file} has no answer within {max_length} tokens (--max-seq-length)")
+        if found.cut:
+            lost = sum(found.prompts >= found.lengths)
+            warn(
+                f"{file}: {found.cut} of {len(found)} texts were cut to {max_length} tokens "
+                "(--max-seq-length)" + (f", {lost} of them before the answer" if lost else "")
+            )
     return examples
 
 

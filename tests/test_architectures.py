@@ -32,6 +32,7 @@ ADAPTED = {name: entry for name, entry in BUILT.items() if entry["adapted"]}
 LAYERS = 3
 TOKENS = mx.array([[1, 17, 33, 49, 65, 81, 97, 113, 2], [5, 3, 8, 13, 21, 34, 55, 0, 0]])
 LENGTHS = mx.array([9, 7])
+PROMPTS = mx.zeros_like(LENGTHS)
 
 # Parts that other modules are made of; they are no architectures.
 PARTS = {
@@ -87,11 +88,11 @@ def train(model: nn.Module, steps: int) -> list[float]:
     loss_and_gradients = nn.value_and_grad(model, train_lora.loss)
     losses = []
     for _ in range(steps):
-        (mean, _), gradients = loss_and_gradients(model, TOKENS, LENGTHS)
+        (mean, _), gradients = loss_and_gradients(model, TOKENS, LENGTHS, PROMPTS)
         optimizer.update(model, gradients)
         mx.eval(model.state, optimizer.state)
         losses.append(mean.item())
-    return [*losses, train_lora.loss(model, TOKENS, LENGTHS)[0].item()]
+    return [*losses, train_lora.loss(model, TOKENS, LENGTHS, PROMPTS)[0].item()]
 
 
 def logits(model: nn.Module) -> np.ndarray:
@@ -176,7 +177,7 @@ def test_what_mlx_cannot_train_is_told(name: str):
     mx.enable_compile()
     step, _ = train_lora.make_step(model, learning_rate=1e-3)
     with pytest.raises(models.UserError, match="cannot be trained"):
-        step(TOKENS, LENGTHS)
+        step(TOKENS, LENGTHS, PROMPTS)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

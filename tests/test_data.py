@@ -40,7 +40,18 @@ def tokenizer(model: Path) -> TokenizerWrapper:
 def make_examples(lengths: np.ndarray) -> train_lora.Examples:
     """Examples of the given lengths that hold 1, 2, 3 and so on, so that each token is known."""
     tokens = np.arange(1, 1 + lengths.sum(), dtype=np.int32)
-    return train_lora.Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return train_lora.Examples(tokens, starts, np.zeros(len(lengths), np.int32))
+
+
+def read_texts(file: Path) -> list[str]:
+    return [entry["text"] for _, entry in train_lora.read_entries(file, mask_prompt=False)]
+
+
+def tokenize(
+    tokenizer: TokenizerWrapper, texts: list[str], end: bool, max_length: int = 9999
+) -> train_lora.Examples:
+    return train_lora.tokenize(map(train_lora.Text, texts), tokenizer, end, max_length)
 
 
 # --- Reading ------------------------------------------------------------------------------------
@@ -54,7 +65,7 @@ def test_any_text_is_read_as_it_was_written(
     end = b"\r\n" if windows else b"\n"
     lines = [json.dumps({"text": text}, ensure_ascii=ascii_only).encode() for text in texts]
     file.write_bytes(mark + end.join(lines) + (end if ended else b""))
-    assert train_lora.read_texts(file) == texts
+    assert read_texts(file) == texts
 
 
 @given(TEXTS)
@@ -62,30 +73,30 @@ def test_other_fields_and_blank_lines_are_passed_over(folder: Path, texts: list[
     file = folder / "train.jsonl"
     entries = [json.dumps({"id": i, "text": text, "tags": []}) for i, text in enumerate(texts)]
     file.write_text("\n" + "\n\n  \n".join(entries) + "\n\n", encoding="utf-8")
-    assert train_lora.read_texts(file) == texts
+    assert read_texts(file) == texts
 
 
 @given(TEXTS, st.booleans())
 def test_the_tokens_of_each_text_are_its_own_and_one_end(
     tokenizer: TokenizerWrapper, texts: list[str], end: bool
 ) -> None:
-    examples = train_lora.tokenize(texts, tokenizer, end)
+    examples = tokenize(tokenizer, texts, end)
     assert len(examples) == len(texts)
     for text, start, stop in zip(texts, examples.starts[:-1], examples.starts[1:], strict=True):
         expected = [*text.encode(), *([tokenizer.eos_token_id] if end else [])]
         assert examples.tokens[start:stop].tolist() == expected
 
 
-@given(LENGTHS, st.integers(2, 300))
+@given(TEXTS, st.booleans(), st.integers(2, 20))
 def test_long_texts_are_cut_and_counted_and_short_ones_left_alone(
-    lengths: np.ndarray, longest: int
+    tokenizer: TokenizerWrapper, texts: list[str], end: bool, longest: int
 ) -> None:
-    examples = make_examples(lengths)
-    kept, number = train_lora.cut(examples, longest)
-    assert number == sum(lengths > longest)
-    assert len(kept) == len(examples)
-    for i, length in enumerate(lengths):
-        before = examples.tokens[examples.starts[i] :][: min(length, longest)]
+    whole, kept = (tokenize(tokenizer, texts, end, m) for m in (9999, longest))
+    assert whole.cut == 0
+    assert kept.cut == sum(whole.lengths > longest)
+    assert len(kept) == len(whole)
+    for i, length in enumerate(whole.lengths):
+        before = whole.tokens[whole.starts[i] :][: min(length, longest)]
         assert kept.tokens[kept.starts[i] : kept.starts[i + 1]].tolist() == before.tolist()
 
 
@@ -148,7 +159,8 @@ def test_a_batch_holds_its_texts_from_the_left_and_their_lengths(
 ) -> None:
     examples = make_examples(lengths)
     rows = draw.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=20))
-    tokens, found_lengths = (np.array(array) for array in examples.batch(np.array(rows)))
+    tokens, found_lengths, prompts = map(np.array, examples.batch(np.array(rows)))
+    assert not prompts.any()
     assert found_lengths.tolist() == lengths[rows].tolist()
     assert tokens.shape[0] == len(rows)
     assert tokens.shape[1] >= max(lengths[rows])
@@ -157,6 +169,17 @@ def test_a_batch_holds_its_texts_from_the_left_and_their_lengths(
         real = lengths[number]
         assert row[:real].tolist() == list(range(first, first + real))
         assert not row[real:].any()
+
+
+@given(LENGTHS, BATCH_SIZES, SEEDS)
+def test_the_share_of_padding_is_that_of_the_first_epoch(
+    lengths: np.ndarray, batch_size: int, seed: int
+) -> None:
+    examples = make_examples(lengths)
+    batches = train_lora.training_batches(examples, batch_size, seed, 0)
+    widths = [next(batches)[0][:, :-1] for _ in range(math.ceil(len(lengths) / batch_size))]
+    share = train_lora.padding_share(lengths, batch_size, seed)
+    assert share == pytest.approx(1 - sum(lengths - 1) / sum(inputs.size for inputs in widths))
 
 
 @given(st.integers(1, 10**6))

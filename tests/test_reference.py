@@ -35,8 +35,9 @@ def reference(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, np.n
     return model, arrays
 
 
-def batch(arrays: dict[str, np.ndarray]) -> tuple[mx.array, mx.array]:
-    return mx.array(arrays["tokens"]), mx.array(arrays["lengths"])
+def batch(arrays: dict[str, np.ndarray]) -> tuple[mx.array, mx.array, mx.array]:
+    lengths = mx.array(arrays["lengths"])
+    return mx.array(arrays["tokens"]), lengths, mx.zeros_like(lengths)
 
 
 def test_the_adapted_layers_are_those_of_the_reference(reference):
@@ -63,11 +64,27 @@ def test_each_gradient_is_that_of_peft(reference):
 
 def test_padding_to_the_right_changes_nothing(reference):
     model, arrays = reference
-    tokens, lengths = batch(arrays)
+    tokens, lengths, prompts = batch(arrays)
     wider = mx.pad(tokens, [(0, 0), (0, 15)], constant_values=7)
-    loss, number = train_lora.loss(model, wider, lengths)
+    loss, number = train_lora.loss(model, wider, lengths, prompts)
     assert number.item() == arrays["num_tokens"]
     assert loss.item() == pytest.approx(arrays["loss"].item(), abs=1e-5)
+
+
+def test_the_masked_loss_is_the_mean_over_the_answers_by_hand(reference):
+    """Also where a row has no answer, or its prompt is empty."""
+    model, arrays = reference
+    tokens, lengths, _ = batch(arrays)
+    prompts = [3, 0, lengths[2].item(), lengths[3].item() - 1]
+    logits = np.array(model(tokens[:, :-1]), np.float64)
+    losses = [
+        np.log(np.exp(logits[row, t - 1]).sum()) - logits[row, t - 1, tokens[row, t].item()]
+        for row, prompt in enumerate(prompts)
+        for t in range(max(prompt, 1), lengths[row].item())
+    ]
+    loss, number = train_lora.loss(model, tokens, lengths, mx.array(prompts, mx.int32))
+    assert number.item() == len(losses)
+    assert loss.item() == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_three_steps_of_training_are_those_of_torch_adam(reference):

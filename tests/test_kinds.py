@@ -1,0 +1,377 @@
+"""The kinds of examples (text, prompt and completion, messages), and what of them is learnt."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from conftest import Run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+import models  # before mlx, as its docstring asks
+
+# isort: split
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset
+
+import train_lora
+
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
+
+# ChatML, as Qwen has it, with the tools before all, and the tiny tokenizer's end of text.
+TEMPLATE = (
+    "{% for tool in tools or [] %}tool {{ tool.name }}\n{% endfor %}"
+    "{% for message in messages %}"
+    "{% if message.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('an unknown role: ' + message.role) }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+END = "<|endoftext|>"
+
+PAIR = {"prompt": "물은?", "completion": "H2O입니다."}
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "짧게."},
+        {"role": "user", "content": "안녕?"},
+        {"role": "assistant", "content": "네."},
+        {"role": "user", "content": "물은?"},
+        {"role": "assistant", "content": "H2O."},
+    ]
+}
+TEXT = {"text": "### 질문:\n물은?\n\n### 답변:\nH2O입니다."}
+
+Tokenized = Callable[..., train_lora.Examples]
+
+
+def make_folder(model: Path, folder: Path, template: str | None = TEMPLATE) -> Path:
+    """A copy of a model folder whose tokenizer has a chat template."""
+    shutil.copytree(model, folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(model, tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture(scope="module")
+def with_template(chat_model: Path) -> TokenizerWrapper:
+    return models.load(str(chat_model))[1]
+
+
+@pytest.fixture(scope="module")
+def without_template(model: Path) -> TokenizerWrapper:
+    return models.load(str(model))[1]
+
+
+def write_entries(file: Path, *entries: dict) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def tokenized(tmp_path: Path) -> Tokenized:
+    """Entries as the program has them after reading and tokenizing."""
+
+    def tokenized(
+        tokenizer: TokenizerWrapper,
+        *entries: dict,
+        mask: bool = False,
+        end: bool = False,
+        longest=999,
+    ) -> train_lora.Examples:
+        file = write_entries(tmp_path / "a.jsonl", *entries)
+        texts = train_lora.read_texts(file, tokenizer, mask)
+        return train_lora.tokenize(texts, tokenizer, end, longest)
+
+    return tokenized
+
+
+def parts(examples: train_lora.Examples, row: int = 0) -> tuple[str, str]:
+    """What of an example is passed over, and what is learnt, as text; tokens are bytes here."""
+    tokens = examples.tokens[examples.starts[row] : examples.starts[row + 1]].tolist()
+    words = [END.encode() if token == tiny.EOS else bytes([token]) for token in tokens]
+    prompt = examples.prompts[row]
+    return b"".join(words[:prompt]).decode(), b"".join(words[prompt:]).decode()
+
+
+# --- Without a mask -----------------------------------------------------------------------------
+
+
+def test_a_text_is_learnt_as_it_is(
+    tokenized: Tokenized, with_template: TokenizerWrapper, without_template: TokenizerWrapper
+) -> None:
+    for tokenizer in (with_template, without_template):
+        assert parts(tokenized(tokenizer, TEXT)) == ("", TEXT["text"])
+
+
+def test_messages_go_through_the_chat_template(
+    tokenized: Tokenized, with_template: TokenizerWrapper
+) -> None:
+    expected = (
+        f"<system>짧게.{END}\n<user>안녕?{END}\n<assistant>네.{END}\n"
+        f"<user>물은?{END}\n<assistant>H2O.{END}\n"
+    )
+    assert parts(tokenized(with_template, CHAT)) == ("", expected)
+    tools = {"tools": [{"name": "calculator"}]}
+    assert parts(tokenized(with_template, CHAT | tools)) == ("", f"tool calculator\n{expected}")
+
+
+def test_a_prompt_and_its_completion_are_two_messages(
+    tokenized: Tokenized, with_template: TokenizerWrapper
+) -> None:
+    expected = f"<user>물은?{END}\n<assistant>H2O입니다.{END}\n"
+    assert parts(tokenized(with_template, PAIR)) == ("", expected)
+
+
+def test_without_a_template_the_completion_follows_its_prompt(
+    tokenized: Tokenized, without_template: TokenizerWrapper
+) -> None:
+    assert parts(tokenized(without_template, PAIR)) == ("", "물은?H2O입니다.")
+
+
+def test_of_several_kinds_in_an_object_the_first_counts_as_in_mlx_lm(
+    tokenized: Tokenized, with_template: TokenizerWrapper
+) -> None:
+    pair, chat = tokenized(with_template, PAIR), tokenized(with_template, CHAT)
+    assert parts(tokenized(with_template, TEXT | CHAT | PAIR)) == parts(pair)
+    assert parts(tokenized(with_template, TEXT | CHAT)) == parts(chat)
+    assert parts(tokenized(with_template, TEXT | {"prompt": "a"})) == ("", TEXT["text"])
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_the_tokens_and_the_mask_are_those_of_mlx_lm(
+    tokenized: Tokenized, with_template: TokenizerWrapper, mask: bool
+) -> None:
+    theirs = [
+        ChatDataset([CHAT], with_template, mask_prompt=mask).process(CHAT),
+        CompletionsDataset([PAIR], with_template, "prompt", "completion", mask).process(PAIR),
+    ]
+    for entry, (tokens, offset) in zip([CHAT, PAIR], theirs, strict=True):
+        ours = tokenized(with_template, entry, mask=mask)
+        assert ours.tokens.tolist() == tokens
+        assert ours.prompts.tolist() == [offset]
+
+
+# --- The end of text ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_end", ["<|endoftext|>\n", "<|endoftext|>", "\n", ""])
+def test_templated_text_ends_in_exactly_one_end_or_as_the_template_has_it(
+    tokenized: Tokenized, model: Path, tmp_path: Path, own_end: str
+) -> None:
+    template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+    folder = make_folder(model, tmp_path / "model", template + own_end + "{% endfor %}")
+    tokenizer = models.load(str(folder))[1]
+    first = f"<user>물은?{own_end}<assistant>H2O입니다."
+    assert parts(tokenized(tokenizer, PAIR)) == ("", first + own_end)
+    spaced = "" if END in own_end else own_end  # which is the template's own, so it stays
+    assert parts(tokenized(tokenizer, PAIR, end=True)) == ("", f"{first}{spaced}{END}")
+
+
+# --- The mask -----------------------------------------------------------------------------------
+
+
+def test_the_loss_is_on_the_answer_only(
+    tokenized: Tokenized, with_template: TokenizerWrapper, without_template: TokenizerWrapper
+) -> None:
+    """The end of it too, which has to be learnt."""
+    masked = tokenized(without_template, TEXT, mask=True, end=True)
+    assert parts(masked) == ("### 질문:\n물은?\n\n### 답변:\n", f"H2O입니다.{END}")
+    masked = tokenized(without_template, PAIR, mask=True, end=True)
+    assert parts(masked) == ("물은?", f"H2O입니다.{END}")
+    masked = tokenized(with_template, PAIR, mask=True, end=True)
+    assert parts(masked) == (f"<user>물은?{END}\n<assistant>", f"H2O입니다.{END}")
+    prompt, answer = parts(tokenized(with_template, CHAT, mask=True, end=True))
+    assert prompt.endswith(f"<assistant>네.{END}\n<user>물은?{END}\n<assistant>")
+    assert answer == f"H2O.{END}"
+
+
+def test_of_several_answers_in_a_text_the_last_is_learnt(
+    tokenized: Tokenized, without_template: TokenizerWrapper
+) -> None:
+    text = "### 질문:\n가?\n\n### 답변:\n나.\n\n### 질문:\n다?\n\n### 답변:\n라.\n\n마."
+    masked = tokenized(without_template, {"text": text}, mask=True)
+    assert parts(masked) == (text[: text.index("라")], "라.\n\n마.")
+
+
+def test_a_last_message_of_the_user_is_learnt_with_its_mark(
+    tokenized: Tokenized, with_template: TokenizerWrapper
+) -> None:
+    masked = tokenized(with_template, {"messages": CHAT["messages"][:2]}, mask=True)
+    assert parts(masked) == (f"<system>짧게.{END}\n", f"<user>안녕?{END}\n")
+
+
+def test_a_first_message_alone_is_learnt_whole(
+    tokenized: Tokenized, with_template: TokenizerWrapper
+) -> None:
+    masked = tokenized(with_template, {"messages": CHAT["messages"][2:3]}, mask=True)
+    assert parts(masked) == ("", f"<assistant>네.{END}\n")
+
+
+def test_a_template_that_opens_the_answer_otherwise_masks_what_is_the_same(
+    tokenized: Tokenized, model: Path, tmp_path: Path
+) -> None:
+    """Some put an empty thought behind the assistant's mark for generation alone."""
+    template = TEMPLATE.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
+    folder = make_folder(model, tmp_path / "model", template)
+    masked = tokenized(models.load(str(folder))[1], PAIR, mask=True)
+    assert parts(masked) == (f"<user>물은?{END}\n<assistant>", f"H2O입니다.{END}\n")
+
+
+def test_a_token_of_both_prompt_and_answer_is_learnt(
+    tokenized: Tokenized, model: Path, tmp_path: Path
+) -> None:
+    folder = make_folder(model, tmp_path / "model", None)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["bc"] = 258
+    tokenizer["model"]["merges"] = [["b", "c"]]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    entry = {"prompt": "ab", "completion": "cd"}
+    masked = tokenized(models.load(str(folder))[1], entry, mask=True)
+    assert masked.tokens.tolist() == [ord("a"), 258, ord("d")]
+    assert masked.prompts.tolist() == [1]
+
+
+@given(st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip))
+def test_prompt_and_answer_together_are_the_text(
+    without_template: TokenizerWrapper, prompt: str, answer: str
+) -> None:
+    entry = {"prompt": prompt, "completion": answer}
+    text = train_lora.render(entry, without_template, mask_prompt=True)
+    masked = train_lora.tokenize([text], without_template, end=False, max_length=9999)
+    assert masked.tokens.tolist() == [*(prompt + answer).encode()]
+    assert masked.prompts.tolist() == [len(prompt.encode())]
+    assert masked.targets.tolist() == [len(answer.encode())]
+
+
+def test_a_run_with_the_mask_counts_the_tokens_of_answers_alone(
+    call: Run, model: Path, tmp_path: Path
+) -> None:
+    for split in ("train", "valid", "test"):
+        write_entries(tmp_path / f"{split}.jsonl", TEXT, {"text": TEXT["text"] + "a" * 40})
+    args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
+    args += ["--train", "--test", "--lora-layers", 1, "--mask-prompt"]
+    ended = call(*args)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    entry = json.loads((tmp_path / "a.log.jsonl").read_text().splitlines()[1])
+    answers = 2 * (len("H2O입니다.".encode()) + 1) + 40
+    assert entry["tokens_per_sec"] / entry["it_per_sec"] == pytest.approx(answers)
+
+
+def test_answers_lost_by_a_cut_are_counted(call: Run, model: Path, tmp_path: Path) -> None:
+    long = {"text": "### 질문:\n" + "a" * 99 + "\n### 답변:\n네."}
+    for split in ("train", "valid"):
+        write_entries(tmp_path / f"{split}.jsonl", TEXT, TEXT, long)
+    args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
+    args += ["--train", "--lora-layers", 1, "--mask-prompt", "--max-seq-length", 64]
+    ended = call(*args)
+    assert ended.returncode == 0
+    for line, split in zip(ended.stderr.splitlines(), ("train", "valid"), strict=True):
+        assert f"{split}.jsonl: 1 of 3 texts were cut" in line
+        assert "1 of them before the answer" in line
+
+
+# --- What is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "mentions"),
+    [
+        ([TEXT, TEXT, CHAT], ["line 3", "messages", "line 1 has text"]),
+        ([PAIR, TEXT], ["line 2", "text", "line 1 has prompt and completion"]),
+        ([CHAT, CHAT | PAIR], ["line 2", "prompt and completion", "line 1 has messages"]),
+        ([{"prompt": "a"}], ["line 1", '"completion"']),
+        ([{"completion": "a"}], ["line 1", '"prompt"']),
+        ([PAIR, PAIR | {"completion": " \n"}], ["line 2", '"completion" is empty']),
+        ([PAIR | {"prompt": None}], ["line 1", '"prompt" is not a string']),
+        ([{"messages": "a"}], ["line 1", '"messages" are not']),
+        ([{"messages": ["a"]}], ["line 1", '"messages" are not']),
+        ([{"messages": []}], ["line 1", '"messages" is empty']),
+        ([CHAT, {"messages": [{"role": "cook", "content": "a"}]}], ["line 2", "role: cook"]),
+        ([{"messages": [{"content": "a"}]}], ["line 1", "template"]),
+    ],
+)
+def test_entries_that_cannot_be_trained_on_are_told_with_their_line(
+    call: Run, chat_model: Path, tmp_path: Path, entries: list[dict], mentions: list[str]
+) -> None:
+    write_entries(tmp_path / "valid.jsonl", TEXT)
+    write_entries(tmp_path / "train.jsonl", *entries)
+    args = ["--model", chat_model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
+    ended = call(*args, "--train", "--lora-layers", 1)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {tmp_path / 'train.jsonl'}, line ")
+    assert ended.stderr.count("\n") == 1
+    assert all(words in ended.stderr for words in mentions)
+
+
+def test_messages_without_a_chat_template_are_told(call: Run, model: Path, tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        write_entries(tmp_path / f"{split}.jsonl", CHAT)
+    args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
+    ended = call(*args, "--train", "--lora-layers", 1)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {tmp_path / 'train.jsonl'}, line 1: ")
+    assert "chat template" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["물은 H2O.", "### 질문:\n물은?\n\n### 답변:\n ", "### 답변:\n네."]
+)
+def test_a_text_without_an_answer_is_told_before_the_model_is_loaded(
+    call: Run, tmp_path: Path, text: str
+) -> None:
+    for split in ("train", "valid"):
+        write_entries(tmp_path / f"{split}.jsonl", TEXT, {"text": text})
+    args = ["--model", tmp_path, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
+    ended = call(*args, "--train", "--mask-prompt")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {tmp_path / 'train.jsonl'}, line 2: for --mask-prompt")
+
+
+# --- Many texts ---------------------------------------------------------------------------------
+
+
+def test_texts_beyond_a_batch_of_the_tokenizer_stay_in_order(
+    without_template: TokenizerWrapper,
+) -> None:
+    words = [f"{i} {'가' * (i % 7)}" for i in range(2 * train_lora.TOKENIZED_TEXTS + 3)]
+    found = train_lora.tokenize(map(train_lora.Text, words), without_template, False, 9999)
+    assert found.tokens.tolist() == [*"".join(words).encode()]
+    assert found.lengths.tolist() == [len(word.encode()) for word in words]
+    assert (found.tokens.dtype, found.prompts.dtype) == (np.int32, np.int32)
+
+
+def test_a_tokenizer_saved_with_a_cut_or_padding_does_neither(model: Path, tmp_path: Path) -> None:
+    folder = make_folder(model, tmp_path / "model", None)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    backend.save(str(folder / "tokenizer.json"))
+    texts = [train_lora.Text("abcdefg"), train_lora.Text("h")]
+    found = train_lora.tokenize(texts, models.load(str(folder))[1], False, 9999)
+    assert found.tokens.tolist() == [*b"abcdefgh"]
+
+
+def test_a_tokenizer_with_an_encoding_of_its_own_keeps_it(model: Path, tmp_path: Path) -> None:
+    """mlx-lm's NewlineTokenizer writes <n> for a line end."""
+    folder = make_folder(model, tmp_path / "model", None)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"tokenizer_class": "NewlineTokenizer"}
+    file.write_text(json.dumps(settings))
+    tokenizer = models.load(str(folder))[1]
+    found = train_lora.tokenize([train_lora.Text("a\nb")], tokenizer, False, 9999)
+    assert found.tokens.tolist() == tokenizer.encode("a\nb") == [*b"a<n>b"]
