@@ -6,7 +6,10 @@ Import this module before `mlx.core`: on a Linux CPU it puts a fast BLAS in plac
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
+import io
+import json
 import math
 import os
 import platform
@@ -15,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 # --- A fast BLAS for MLX on a Linux CPU ---------------------------------------------------------
 
@@ -467,6 +470,11 @@ def add_lora(model: nn.Module, ranks: dict[str, int]) -> None:
     model.update_modules(tree_unflatten(list(wrapped.items())))
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """How many tokens the model knows."""
+    return model(mx.zeros((1, 1), mx.int32)).shape[-1]  # nothing is computed for a shape
+
+
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the model, each packed weight counted as the numbers that it stands for."""
     return get_total_parameters(model)
@@ -481,22 +489,36 @@ def count_trainable(model: nn.Module) -> int:
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a linear layer -> its A and B
 
 
-def write_adapter(file: Path, model: nn.Module) -> None:
-    """Write the trainable parameters as an .npz file of float32 arrays, whole or not at all.
+def adapter_content(model: nn.Module, suffix: str) -> bytes:
+    """The trainable parameters as an .npz file of float32 arrays.
 
-    A file named .safetensors becomes one, as mlx-lm's `adapters.safetensors` is.
+    With the suffix .safetensors it is such a file, as mlx-lm's `adapters.safetensors` is.
     """
-    arrays = {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
+    arrays = trainable_arrays(model)
+    if suffix == ".safetensors":
+        return safetensors.numpy.save(arrays)
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
+
+
+def write_adapter(file: Path, model: nn.Module) -> None:
+    """Write the trainable parameters, whole or not at all."""
     with replacing(file) as stream:
-        if file.suffix == ".safetensors":
-            stream.write(safetensors.numpy.save(arrays))
-        else:
-            np.savez(stream, **arrays)
+        stream.write(adapter_content(model, file.suffix))
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[BinaryIO]:
-    """A stream to a file beside `file` that takes its place when all is written, or vanishes."""
+    """A stream to a file beside `file` that takes its place when all is written, or vanishes.
+
+    Raises:
+        UserError: it cannot be written: a full disk, a folder that has gone.
+    """
     part = file.with_name(file.name + ".part")
     try:
         with part.open("wb") as stream:
@@ -504,9 +526,10 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)
-    except BaseException:
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
 def read_adapter(file: Path) -> Adapter:
@@ -520,16 +543,23 @@ def read_adapter(file: Path) -> Adapter:
     """
     if not file.is_file():
         raise UserError(f"there is no adapter file {file}")
+    return pair_arrays(file, read_arrays(file))
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz or .safetensors file; raises UserError where it is not whole."""
     try:
         if file.suffix == ".safetensors":
-            arrays = safetensors.numpy.load_file(file)
-        else:
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = dict(archive)
+            return safetensors.numpy.load_file(file)
+        with np.load(file, allow_pickle=False) as archive:
+            return dict(archive)
     except Exception:  # zipfile, zlib and NumPy each raise in their own way on a damaged file
         kind = file.suffix if file.suffix == ".safetensors" else ".npz"
         raise UserError(f"{file} is not a whole {kind} file of plain arrays") from None
 
+
+def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
+    """Put each A and its B together; raises UserError as `read_adapter` does."""
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name in sorted(arrays, key=natural_order):
         path, _, which = name.rpartition(".")
@@ -579,3 +609,99 @@ def load_adapter(model: nn.Module, adapter: Adapter) -> None:
         for which, array in zip(("lora_a", "lora_b"), pair, strict=True)
     ]
     model.load_weights(weights, strict=False)
+
+
+# --- The state of a run -------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a run needs beside its data and its model to go on as if it had never stopped.
+
+    Attributes:
+        adapter: A and B of each adapted path.
+        optimizer: the optimizer's state, flattened as MLX names it.
+        notes: what else the run wrote down, as JSON has it.
+    """
+
+    adapter: Adapter
+    optimizer: dict[str, np.ndarray]
+    notes: dict[str, Any]
+
+
+def state_file(adapter_file: Path) -> Path:
+    return adapter_file.with_suffix(".state.npz")
+
+
+def checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_checksum(file: Path) -> str | None:
+    """The checksum of a file, None where there is none."""
+    if not file.is_file():
+        return None
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A checksum of names, shapes and some numbers of all parameters, to tell models apart."""
+    sample = [(name, a.shape, a.flatten()[:16]) for name, a in tree_flatten(model.parameters())]
+    mx.eval([numbers for _, _, numbers in sample])
+    described = [(name, shape, numbers.tolist()) for name, shape, numbers in sample]
+    return checksum(repr(described).encode())
+
+
+def write_checkpoint(
+    file: Path, model: nn.Module, optimizer_state: dict, notes: dict[str, Any]
+) -> None:
+    """Write the adapter file, and before it the state of the run beside it.
+
+    The state holds the adapter too. It knows by their checksums the adapter file that it belongs
+    to and the one that this replaces, so a process that dies between the two files leaves no doubt
+    which they are.
+    """
+    content = adapter_content(model, file.suffix)
+    sums = {"adapter": checksum(content), "replaced": file_checksum(file)}
+    arrays = trainable_arrays(model)
+    arrays |= {f"optimizer.{name}": np.array(a) for name, a in tree_flatten(optimizer_state)}
+    arrays["notes"] = np.frombuffer(json.dumps(notes | {"checksums": sums}).encode(), np.uint8)
+    with replacing(state_file(file)) as stream:
+        np.savez(stream, **arrays)
+    with replacing(file) as stream:
+        stream.write(content)
+
+
+def read_state(file: Path) -> State | None:
+    """The state that belongs to an adapter file, None where there is none.
+
+    Raises:
+        UserError: the state file is damaged.
+    """
+    state = state_file(file)
+    if not state.is_file():
+        return None
+    try:
+        arrays = read_arrays(state)
+        notes = json.loads(arrays.pop("notes").tobytes())
+        sums = notes["checksums"]
+        belongs = file_checksum(file) in (sums["adapter"], sums["replaced"])
+        optimizer = {
+            name.removeprefix("optimizer."): arrays.pop(name)
+            for name in list(arrays)
+            if name.startswith("optimizer.")
+        }
+        adapter = pair_arrays(state, arrays)
+    except (UserError, KeyError, ValueError, TypeError, RecursionError):
+        raise damaged_state(file) from None
+    return State(adapter, optimizer, notes) if belongs else None
+
+
+def damaged_state(file: Path) -> UserError:
+    """The error that the state of an adapter file is damaged."""
+    return UserError(
+        f"{state_file(file)} is damaged; without it (delete it) training resumes with fresh moments"
+    )

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -184,7 +187,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line and settle what depends on which flags were typed.
 
     A default path is one in this project, wherever the program is called from. `iters` is left
-    None where epochs count; `lora_layers` is None where an adapter file is to decide.
+    None where epochs count; `lora_layers` is None where an adapter file is to decide, and
+    `start_iter` where the state beside it is.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -211,6 +215,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.iters = None
     if args.resume_adapter_file and "lora_layers" not in typed:
         args.lora_layers = None
+    if "start_iter" not in typed:
+        args.start_iter = None
     return args
 
 
@@ -229,6 +235,8 @@ def warn(message: str) -> None:
 
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take seconds
     ARGUMENTS = parse_arguments()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a word
 
 import models  # before mlx, since it puts a fast BLAS in place
 
@@ -237,6 +245,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -635,29 +644,95 @@ def loss(
     return total / mx.maximum(number, 1), number
 
 
-def evaluate(model: nn.Module, examples: Examples, batch_size: int, num_batches: int) -> float:
-    """Mean loss in nats over all target tokens that count in the batches (-1: in all examples)."""
+def evaluate(
+    model: nn.Module,
+    examples: Examples,
+    batch_size: int,
+    num_batches: int,
+    check: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean loss in nats over all target tokens that count in the batches (-1: in all examples).
+
+    Calls `check` before each batch; what it raises ends the evaluation.
+    """
     model.eval()
     total, number = 0.0, 0
     batches = evaluation_batches(examples, batch_size, num_batches)
     for rows in tqdm(batches, "Evaluating", leave=False, disable=None):
+        check()
         mean, tokens = loss(model, *examples.batch(rows))
         total += mean.item() * tokens.item()
         number += tokens.item()
     return total / max(number, 1)
 
 
-# --- Training -----------------------------------------------------------------------------------
+# --- What a run leaves behind -------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run has come; it is saved with each adapter, for a resumed run to go on the same.
+
+    Attributes:
+        iteration: the last one done.
+        finished: whether all that was due at it is done: report, validation, save.
+        total, tokens, steps, seconds: the sums since the last training report.
+        validated: the iteration of the last validation.
+        best_loss, best_iteration: of the validation with the lowest loss.
+        log_size: bytes of the log; what is behind them belongs to no saved iteration.
+    """
+
+    iteration: int = 0
+    finished: bool = True
+    total: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    validated: int = -1
+    best_loss: float = math.inf
+    best_iteration: int = 0
+    log_size: int = 0
+
+
+def read_progress(saved: object) -> Progress:
+    """A Progress that was saved as JSON; raises TypeError where it is none."""
+    progress = Progress(**saved)
+    for field in fields(Progress):
+        if type(getattr(progress, field.name)) is not type(field.default):
+            raise TypeError
+    return progress
 
 
 class Log:
-    """Reports on standard output, and each with its numbers in full in a JSON Lines file."""
+    """Reports on standard output, and each with its numbers in full in a JSON Lines file.
+
+    While a run trains it holds a lock on that file, which ends with the process.
+    """
 
     def __init__(self, file: Path):
         self.file = file
+        self.held = None
 
-    def clear(self) -> None:
-        self.file.unlink(missing_ok=True)
+    def lock(self) -> None:
+        """Keep others from training the same adapter; raises UserError where one does already."""
+        self.held = self.held or self.file.open("ab")
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is training this adapter (it writes {self.file}); wait for its end, "
+                "or give another --adapter-file"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def size(self) -> int:
+        return self.file.stat().st_size if self.file.exists() else 0
+
+    def shorten(self, size: int) -> None:
+        """Take away what was written after the log had this size, in bytes."""
+        if self.size() > size:
+            os.truncate(self.file, size)
 
     def report(self, line: str, **numbers: float) -> None:
         say(line)
@@ -675,102 +750,270 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def make_step(
-    model: nn.Module, learning_rate: float
-) -> tuple[Callable[..., tuple[mx.array, mx.array]], list]:
-    """A compiled step that updates the model's trainable parameters with Adam on one batch.
+# --- Stopping -----------------------------------------------------------------------------------
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run; its arguments are the signal's number and what is saved."""
+
+
+class Stop:
+    """While it is entered, Ctrl-C and its like only ask for a stop; a second Ctrl-C ends all.
+
+    A thread attends to them, since MLX keeps the main one busy for as long as a step takes.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Stop:
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        self.handlers = {
+            number: signal.signal(number, lambda *_: None)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup has it
+        }
+        signal.set_wakeup_fd(self.writer)
+        threading.Thread(target=self.attend, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        os.close(self.writer)
+
+    def attend(self) -> None:
+        while received := os.read(self.reader, 1):
+            if received[0] not in self.handlers:
+                continue
+            if self.signal and received[0] == signal.SIGINT:
+                os.write(2, b"\ninterrupted\n")
+                os._exit(128 + signal.SIGINT)
+            if not self.signal:
+                self.signal = received[0]
+                tqdm.write("stopping after this iteration; Ctrl-C stops at once", file=sys.stderr)
+        os.close(self.reader)
+
+    def check(self) -> None:
+        """Raise Interrupted if a stop was asked for."""
+        if self.signal:
+            raise Interrupted(self.signal, "nothing new was saved")
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, saved: dict[str, np.ndarray]
+) -> optim.Adam:
+    """Adam for the model's trainable parameters, with the moments and the step that were saved.
 
     Adam is as in Kingma and Ba (2015) and PyTorch: β 0.9 and 0.999, ε 1e-8, bias corrected (which
     MLX leaves off by default; the first steps are then three times too long).
 
-    Returns:
-        The step, which takes and returns what `loss` does, and the state to evaluate after it. The
-        step raises UserError where MLX has no gradient of something in the model.
+    Args:
+        saved: as MLX names them; parameters without moments start fresh.
+
+    Raises:
+        ValueError: what was saved is not for these parameters.
     """
     optimizer = optim.Adam(learning_rate, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    fresh = dict(tree_flatten(optimizer.state))
+    for name in saved.keys() & fresh.keys() - {"learning_rate"}:
+        if saved[name].shape != fresh[name].shape or saved[name].dtype.kind not in "fu":
+            raise ValueError(f"{name} is not for this model")
+        fresh[name] = mx.array(saved[name]).astype(fresh[name].dtype)
+    optimizer.state = tree_unflatten(list(fresh.items()))
+    return optimizer
+
+
+def make_step(
+    model: nn.Module, optimizer: optim.Optimizer
+) -> tuple[Callable[..., tuple[mx.array, mx.array, mx.array]], list]:
+    """A compiled step that updates the model's trainable parameters on one batch.
+
+    Returns:
+        The step, and the state to evaluate after it. The step takes what `loss` takes and returns
+        what it returns, and the sum of the updated parameters' absolute numbers: where a gradient
+        or a parameter is not finite, that is not. It raises UserError where MLX has no gradient of
+        something in the model.
+    """
     loss_and_gradients = nn.value_and_grad(model, loss)
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def step(*batch: mx.array) -> tuple[mx.array, mx.array]:
+    def step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         try:
             (mean, number), gradients = loss_and_gradients(model, *batch)
         except ValueError as error:  # of an operation that MLX has no gradient of
             why = models.first_line(error)
             raise UserError(f"this architecture cannot be trained: {why}") from error
         optimizer.update(model, gradients)
-        return mean, number
+        parameters = tree_flatten(model.trainable_parameters())
+        return mean, number, sum(mx.abs(parameter).sum() for _, parameter in parameters)
 
     return step, state
 
 
+def warm_up(model: nn.Module, examples: Examples, batch_size: int, learning_rate: float) -> None:
+    """Do a step on the largest batch that can come, and undo it: what memory it takes shows now.
+
+    Where memory runs out, some systems kill the process without a word. So steps on one and two of
+    the longest texts foretell what the whole batch takes, where that might be too much.
+
+    Raises:
+        UserError: it takes more than there is.
+    """
+    longest = np.argsort(examples.lengths)[-batch_size:]
+    before = model.trainable_parameters()
+    step, state = make_step(model, make_optimizer(model, learning_rate, {}))
+
+    def peak_memory(rows: np.ndarray) -> int:
+        mx.reset_peak_memory()
+        mx.eval(state, step(*examples.batch(rows)))
+        return mx.get_peak_memory()
+
+    total, base, rows = models.memory_size(), mx.get_active_memory(), len(longest)
+    what = f"a batch of {rows} texts, the longest of {max(examples.lengths)} tokens,"
+    way_out = "lower --batch-size, --max-seq-length or --lora-layers"
+    try:
+        one = peak_memory(longest[-1:])
+        if base + (one - base) * rows > total and rows > 2:
+            foreseen = one + (peak_memory(longest[-2:]) - one) * (rows - 1)
+            if foreseen > total:
+                raise UserError(
+                    f"{what} takes {foreseen / 1e9:.1f} GB of memory, and there are "
+                    f"{total / 1e9:.1f} GB; {way_out}"
+                )
+        if rows > 1:
+            peak_memory(longest)
+    except (RuntimeError, MemoryError) as error:
+        peak = mx.get_peak_memory() / 1e9
+        why = models.first_line(error)
+        raise UserError(f"{what} is too much after {peak:.1f} GB ({why}); {way_out}") from None
+    model.update(before)
+
+
 def train(
     model: nn.Module,
+    optimizer: optim.Optimizer,
     training: Examples,
     validation: Examples,
     log: Log,
     adapter_file: Path,
+    progress: Progress,
+    settings: dict[str, Any],
     *,
-    learning_rate: float,
-    batch_size: int,
-    start_iter: int,
     iters: int,
+    batch_size: int,
     seed: int,
     val_batches: int,
     steps_per_report: int,
     steps_per_eval: int,
     save_every: int,
 ) -> None:
-    """Do iterations start_iter + 1 … iters with Adam; validate, report and save on the way.
+    """Do the iterations after `progress` up to `iters`; validate, report and save on the way.
 
-    The adapter is in `adapter_file` at the end, and every `save_every` iterations before.
+    The adapter is in `adapter_file` at the end, and every `save_every` iterations before; the
+    one with the lowest validation loss is beside it. `settings` are saved with the state.
+
+    Raises:
+        UserError: a loss, a gradient or a parameter is not finite; nothing of it is saved.
+        Interrupted: a signal asked for a stop; the last whole iteration is saved.
     """
-    step, state = make_step(model, learning_rate)
+    step, state = make_step(model, optimizer)
+    best_file = adapter_file.with_suffix(f".best{adapter_file.suffix}")
+    first = progress.iteration
 
-    def validate(iteration: int) -> None:
+    def check_finite(number: float, what: str) -> None:
+        if not math.isfinite(number):
+            raise UserError(
+                f"{what} is not finite ({number}) at iteration {progress.iteration}; a lower "
+                f"--learning-rate may help, and what {adapter_file} held before is still there"
+            )
+
+    def report() -> None:
+        report = {
+            "train_loss": progress.total / max(progress.tokens, 1),
+            "it_per_sec": progress.steps / progress.seconds,
+            "tokens_per_sec": progress.tokens / progress.seconds,
+            "peak_mem_gb": mx.get_peak_memory() / 1e9,
+        }
+        log.report(
+            f"Iter {progress.iteration}: Train loss {report['train_loss']:.3f}, "
+            f"It/sec {report['it_per_sec']:.3f}, Tokens/sec {report['tokens_per_sec']:.3f}, "
+            f"Peak mem {report['peak_mem_gb']:.3f} GB",
+            iter=progress.iteration,
+            **report,
+        )
+        progress.total, progress.tokens, progress.steps, progress.seconds = 0.0, 0, 0, 0.0
+
+    def validate(name: int) -> None:
         start = time.perf_counter()
-        mean = evaluate(model, validation, batch_size, val_batches)
+        mean = evaluate(model, validation, batch_size, val_batches, stop.check)
         took = time.perf_counter() - start
-        line = f"Iter {iteration}: Val loss {mean:.3f}, Val took {took:.3f}s"
-        log.report(line, iter=iteration, val_loss=mean)
+        check_finite(mean, "the validation loss")
+        line = f"Iter {name}: Val loss {mean:.3f}, Val took {took:.3f}s"
+        log.report(line, iter=name, val_loss=mean)
+        progress.validated = progress.iteration
+        if mean < progress.best_loss:
+            progress.best_loss, progress.best_iteration = mean, progress.iteration
+            models.write_adapter(best_file, model)
         model.train()
 
-    validate(start_iter + 1)
-    total, tokens, steps, seconds = 0.0, 0, 0, 0.0
-    batches = training_batches(training, batch_size, seed, start_iter)
-    progress = tqdm(
-        range(start_iter + 1, iters + 1), "Training", initial=start_iter, total=iters, disable=None
-    )
-    for iteration in progress:
-        start = time.perf_counter()
-        mean, number = step(*next(batches))
-        mx.eval(state, mean, number)
-        seconds += time.perf_counter() - start
-        total += mean.item() * number.item()
-        tokens += number.item()
-        steps += 1
+    def save(finished: bool) -> None:
+        progress.finished, progress.log_size = finished, log.size()
+        notes = {"progress": asdict(progress), "settings": settings}
+        models.write_checkpoint(adapter_file, model, optimizer.state, notes)
+        end = ""
+        if finished and progress.iteration == iters:
+            end = f" Lowest Val loss {progress.best_loss:.3f} at iteration "
+            end += f"{progress.best_iteration}, in {best_file}."
+        say(f"Iter {progress.iteration}: Saved adapter weights to {adapter_file}.{end}")
 
-        last = iteration == iters
-        if iteration % steps_per_report == 0 or last:
-            report = {
-                "train_loss": total / max(tokens, 1),
-                "it_per_sec": steps / seconds,
-                "tokens_per_sec": tokens / seconds,
-                "peak_mem_gb": mx.get_peak_memory() / 1e9,
-            }
-            log.report(
-                f"Iter {iteration}: Train loss {report['train_loss']:.3f}, "
-                f"It/sec {report['it_per_sec']:.3f}, Tokens/sec {report['tokens_per_sec']:.3f}, "
-                f"Peak mem {report['peak_mem_gb']:.3f} GB",
-                iter=iteration,
-                **report,
-            )
-            total, tokens, steps, seconds = 0.0, 0, 0, 0.0
-        if iteration % steps_per_eval == 0 or last:
+    def finish_iteration() -> None:
+        """Do what is due after the step of an iteration, as far as it is not done."""
+        iteration, last = progress.iteration, progress.iteration == iters
+        stop.check()
+        if (iteration % steps_per_report == 0 or last) and progress.steps:
+            report()
+        if (iteration % steps_per_eval == 0 or last) and progress.validated != iteration:
             validate(iteration)
         if iteration % save_every == 0 or last:
-            models.write_adapter(adapter_file, model)
-            say(f"Iter {iteration}: Saved adapter weights to {adapter_file}.")
+            save(finished=True)
+
+    with Stop() as stop:
+        try:
+            if progress.validated < 0:
+                validate(first + 1)
+            if not progress.finished or first == iters:
+                finish_iteration()
+            batches = training_batches(training, batch_size, seed, first)
+            numbers = range(first + 1, iters + 1)
+            for iteration in tqdm(numbers, "Training", initial=first, total=iters, disable=None):
+                start = time.perf_counter()
+                mean, number, size = step(*next(batches))
+                mx.eval(state, mean, number, size)
+                progress.seconds += time.perf_counter() - start
+                progress.iteration = iteration
+                check_finite(mean.item(), "the loss")
+                check_finite(size.item(), "a gradient or a parameter")
+                progress.total += mean.item() * number.item()
+                progress.tokens += number.item()
+                progress.steps += 1
+                finish_iteration()
+        except Interrupted as interrupted:
+            if progress.iteration == first:
+                raise
+            save(finished=False)
+            raise Interrupted(
+                interrupted.args[0],
+                f"iteration {progress.iteration} is saved; the same command with "
+                f"--resume-adapter-file {adapter_file} goes on",
+            ) from None
 
 
 # --- Generation ---------------------------------------------------------------------------------
@@ -794,6 +1037,8 @@ def generate(
     [ids] = encode(tokenizer, [prompt])
     if not ids:
         raise UserError("the prompt holds no tokens")
+    if max(ids) >= models.vocabulary_size(model):
+        raise UserError("the prompt holds tokens that the model does not know")
     sampler = make_sampler(temp=temperature)
     print(prompt, end="", flush=True)
     tokens, begun = [], False
@@ -829,16 +1074,25 @@ def run(args: argparse.Namespace) -> None:
     numbers = {
         split: sum(1 for _ in read_entries(file, args.mask_prompt)) for split, file in files.items()
     }
-    if args.train:
-        check_writable(adapter_file)
-        iters = args.iters or args.epochs * math.ceil(numbers["train"] / args.batch_size)
-        if args.start_iter >= iters:
-            raise UserError(f"--start-iter {args.start_iter} leaves none of {iters} iterations")
+    log = Log(adapter_file.with_suffix(".log.jsonl"))
     source = Path(args.resume_adapter_file or adapter_file)
     if not args.train and not source.exists():
         raise UserError(f"there is no adapter file {source}; --train makes one")
-    resumed = bool(args.resume_adapter_file) or not args.train
-    adapter = models.read_adapter(source) if resumed else {}
+    resumes = bool(args.resume_adapter_file)
+    state = models.read_state(source) if resumes else None
+    adapter = models.read_adapter(source) if not state and (resumes or not args.train) else {}
+    adapter = state.adapter if state else adapter
+    if args.train:
+        check_writable(adapter_file)
+        if log.size():
+            log.lock()
+        iters = args.iters or args.epochs * math.ceil(numbers["train"] / args.batch_size)
+        progress = find_start(state, source, args.start_iter)
+        if progress.iteration >= iters and not (state and progress.iteration == iters):
+            raise UserError(
+                f"of {iters} iterations {progress.iteration} are done already, as --start-iter or "
+                "the file to resume from says; raise --epochs or --iters"
+            )
 
     if models.lacks_fast_blas():
         warn(
@@ -851,6 +1105,7 @@ def run(args: argparse.Namespace) -> None:
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(path_or_repo)
     total = models.count_parameters(model)
+    identity = models.fingerprint(model)
     mx.random.seed(args.seed)
     adapt(model, args.lora_layers if args.train else None, adapter, source)
     print(f"Total parameters {total / 1e6:.3f}M")
@@ -859,15 +1114,25 @@ def run(args: argparse.Namespace) -> None:
         files,
         numbers,
         tokenizer,
+        vocabulary=models.vocabulary_size(model),
         end=bool(args.add_eos_token),
         mask_prompt=args.mask_prompt,
         max_length=args.max_seq_length,
     )
 
-    log = Log(adapter_file.with_suffix(".log.jsonl"))
     if args.train:
-        if not resumed and not args.start_iter:
-            log.clear()
+        settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in DECISIVE}
+        settings |= {
+            files[split].name: models.file_checksum(files[split]) for split in ("train", "valid")
+        }
+        settings["the model"] = identity
+        log.lock()
+        if resumes and not state:
+            warn(f"{source} has no state of its run beside it, so Adam starts with fresh moments")
+        if state and tell_changes(state, settings, source):
+            progress = Progress(progress.iteration, log_size=progress.log_size)
+        if source == adapter_file and (progress.log_size or not progress.iteration):
+            log.shorten(progress.log_size)
         training = examples["train"]
         padding = padding_share(training.lengths, args.batch_size, args.seed)
         print(
@@ -875,16 +1140,23 @@ def run(args: argparse.Namespace) -> None:
             f"longest {max(training.lengths)}, {training.cut} cut, {padding:.1%} padding an epoch",
             flush=True,
         )
+        warm_up(model, training, args.batch_size, args.learning_rate)
+        try:
+            saved = state.optimizer if state else {}
+            optimizer = make_optimizer(model, args.learning_rate, saved)
+        except ValueError:
+            raise models.damaged_state(source) from None
         train(
             model,
+            optimizer,
             training,
             examples["valid"],
             log,
             adapter_file,
-            learning_rate=args.learning_rate,
-            batch_size=args.batch_size,
-            start_iter=args.start_iter,
+            progress,
+            settings,
             iters=iters,
+            batch_size=args.batch_size,
             seed=args.seed,
             val_batches=args.val_batches,
             steps_per_report=args.steps_per_report,
@@ -903,6 +1175,45 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt is not None:
         print("Generating", flush=True)
         generate(model, tokenizer, args.prompt, args.max_tokens, args.temp, args.seed)
+
+
+# What decides, with the data and the model, what a run computes.
+DECISIVE = (
+    "batch_size",
+    "learning_rate",
+    "seed",
+    "val_batches",
+    "add_eos_token",
+    "max_seq_length",
+    "mask_prompt",
+)
+
+
+def find_start(state: models.State | None, source: Path, start_iter: int | None) -> Progress:
+    """Where a run starts: where the state read from beside `source` is, unless at `start_iter`.
+
+    Raises:
+        UserError: the state is damaged.
+    """
+    try:
+        progress = read_progress(state.notes["progress"]) if state else Progress()
+    except (KeyError, TypeError):
+        raise models.damaged_state(source) from None
+    return progress if start_iter in (None, progress.iteration) else Progress(start_iter)
+
+
+def tell_changes(state: models.State, settings: dict[str, Any], source: Path) -> bool:
+    """Say which settings are others than when the state beside `source` was saved, if any are."""
+    saved = state.notes.get("settings")
+    saved = saved if isinstance(saved, dict) else {}
+    changed = [
+        f"{name} ({saved.get(name)}, now {value})" if name.startswith("--") else name
+        for name, value in settings.items()
+        if saved.get(name) != value
+    ]
+    if changed:
+        warn(f"since {source} was saved, these have changed: {', '.join(changed)}")
+    return bool(changed)
 
 
 def check_writable(file: Path) -> None:
@@ -957,6 +1268,7 @@ def load_examples(
     numbers: dict[str, int],
     tokenizer: TokenizerWrapper,
     *,
+    vocabulary: int,
     end: bool,
     mask_prompt: bool,
     max_length: int,
@@ -964,7 +1276,8 @@ def load_examples(
     """Tokenize the file of each split, which has so many texts, and say how many were cut.
 
     Raises:
-        UserError: a text cannot be had from an entry, or a split leaves nothing to predict.
+        UserError: a text cannot be had from an entry, a token is none of the model's vocabulary,
+            or a split leaves nothing to predict.
     """
     if end and files and tokenizer.eos_token_id is None:
         warn("the tokenizer has no end-of-text token, so texts end without one")
@@ -976,6 +1289,11 @@ def load_examples(
         examples[split] = found = tokenize(texts, tokenizer, end, max_length)
         if max(found.lengths) < 2:
             raise UserError(f"{file} has only texts of a single token")
+        if (largest := max(found.tokens)) >= vocabulary:
+            raise UserError(
+                f"the tokenizer makes a token {largest} of {file}, and the model knows only "
+                f"{vocabulary} tokens: they do not belong together"
+            )
         if max(found.targets) < 1:
             raise UserError(f"{file} has no answer within {max_length} tokens (--max-seq-length)")
         if found.cut:
@@ -989,6 +1307,8 @@ def load_examples(
 
 def main() -> int:
     """Run, and turn what the user can put right into one line and exit status 2."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # generated text may not fit the terminal's encoding
     try:
         run(ARGUMENTS)
@@ -998,9 +1318,13 @@ def main() -> int:
     except OSError as error:
         print(f"error: {error.filename or 'the run'}: {error.strerror}", file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        number, saved = interrupted.args
+        print(f"interrupted: {saved}", file=sys.stderr)
+        return 128 + number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -175,7 +175,7 @@ def test_what_mlx_cannot_train_is_told(name: str):
     model = build(name)
     adapt(model)
     mx.enable_compile()
-    step, _ = train_lora.make_step(model, learning_rate=1e-3)
+    step, _ = train_lora.make_step(model, train_lora.make_optimizer(model, 1e-3, {}))
     with pytest.raises(models.UserError, match="cannot be trained"):
         step(TOKENS, LENGTHS, PROMPTS)
 

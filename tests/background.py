@@ -1,0 +1,62 @@
+"""The program in a process that a test can send signals to, and that starts without delay."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Processes are forked from one that has imported the program, which takes two seconds, once.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["background", "models", "train_lora"])
+
+
+def start(
+    folder: Path, *args: object, slow: float = 0.0, largest_file: int | None = None
+) -> multiprocessing.Process:
+    """Start the command line in a folder; `out` and `err` in it take what it prints.
+
+    Args:
+        slow: seconds that each step of a save takes longer.
+        largest_file: bytes beyond which no file may grow.
+    """
+    process = CONTEXT.Process(target=run, args=(folder, [*map(str, args)], slow, largest_file))
+    process.start()
+    return process
+
+
+def run(folder: Path, args: list[str], slow: float, largest_file: int | None) -> None:
+    os.chdir(folder)
+    for number, name in [(1, "out"), (2, "err")]:
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    if largest_file:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # for an error in its place
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if slow:
+        slow_down(slow)
+    sys.argv = [str(ROOT / "train_lora.py"), *args]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def slow_down(seconds: float) -> None:
+    """Make each save linger half-written, and between its two files."""
+    fsync, replace = os.fsync, Path.replace
+
+    def slow_fsync(descriptor: int) -> None:
+        time.sleep(seconds)
+        fsync(descriptor)
+
+    def slow_replace(self: Path, target: Path) -> Path:
+        time.sleep(seconds)
+        replaced = replace(self, target)
+        time.sleep(seconds)
+        return replaced
+
+    os.fsync, Path.replace = slow_fsync, slow_replace

@@ -1,0 +1,493 @@
+"""Runs that are killed, interrupted or starved, and what is left of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import background
+import numpy as np
+import pytest
+import tiny
+from conftest import ROOT, Run, make_texts
+
+import models  # before mlx, as its docstring asks
+
+# isort: split
+import mlx.core as mx
+
+import train_lora
+
+# A run in which reports, validations, saves and epochs (of 10) end at different iterations.
+RHYTHM = ["--steps-per-report", 3, "--steps-per-eval", 4, "--save-every", 2, "--val-batches", 2]
+SETTINGS = ["--train", "--lora-layers", 2, "--batch-size", 4, "--learning-rate", "1e-2", *RHYTHM]
+ITERS = 23
+
+
+@pytest.fixture(scope="module")
+def args(model: Path, data: Path) -> list[object]:
+    return ["--model", model, "--data", data, "--adapter-file", "a.npz", *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(args: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = background.start(folder, *args, "--iters", ITERS)
+    process.join()
+    assert process.exitcode == 0
+    return folder
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """The entries of a log without the times, which differ from run to run."""
+    entries = [json.loads(line) for line in (folder / "a.log.jsonl").read_text().splitlines()]
+    timed = {"it_per_sec", "tokens_per_sec", "peak_mem_gb"}
+    return [{name: e[name] for name in e.keys() - timed} for e in entries]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    for name in ("a.npz", "a.best.npz"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+    assert losses(folder) == losses(other)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in other.iterdir()}
+    last = [(path / "out").read_text().splitlines()[-1] for path in (folder, other)]
+    assert last[0] == last[1]
+
+
+def wait_for(file: Path, words: str, process: multiprocessing.Process) -> None:
+    """Wait until a process has written some words to a file."""
+    while not (file.exists() and words in file.read_text(encoding="utf-8", errors="replace")):
+        assert process.is_alive(), file.with_name("err").read_text()
+        time.sleep(0.005)
+
+
+# --- Killed -------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
+    args: list[object], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """At any moment, also within a save, which is slowed down here to be hit often."""
+    rng = random.Random(0)
+    kills = 0
+    for number in range(100):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        resume: list[object] = []
+        while True:
+            process = background.start(folder, *args, *resume, "--iters", ITERS, slow=0.01)
+            process.join(rng.uniform(0.2, 2.0))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                kills += 1
+            else:
+                assert process.exitcode == 0, (folder / "err").read_text()
+                break
+            if (folder / "a.state.npz").exists():
+                state = models.read_state(folder / "a.npz")
+                assert state is not None, "what is saved does not belong together"
+                if (folder / "a.npz").exists():
+                    models.read_adapter(folder / "a.npz")
+                resume = ["--resume-adapter-file", "a.npz"]
+        assert_same_run(folder, uninterrupted)
+        if kills >= 30:
+            break
+    assert kills >= 30
+
+
+def test_a_state_that_is_a_save_ahead_of_its_adapter_is_taken_up(
+    args: list[object], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The process died between the two files of a save; the state holds the adapter too."""
+    process = background.start(tmp_path, *args, "--iters", ITERS, slow=0.2)
+    wait_for(tmp_path / "out", "Iter 2: Saved", process)
+    first = (tmp_path / "a.npz").read_bytes()
+    state = (tmp_path / "a.state.npz").stat().st_ino
+    while (tmp_path / "a.state.npz").stat().st_ino == state:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert (tmp_path / "a.npz").read_bytes() == first
+    assert models.read_state(tmp_path / "a.npz").notes["progress"]["iteration"] == 4
+    resume = ["--resume-adapter-file", "a.npz"]
+    process = background.start(tmp_path, *args, "--iters", ITERS, *resume)
+    process.join()
+    assert "Iter 5" not in (tmp_path / "out").read_text().partition("Iter 6")[0]
+    assert_same_run(tmp_path, uninterrupted)
+
+
+# --- Interrupted --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("moment", ["Iter 3: Train", "Iter 8: Val", "Iter 10: Saved"])
+def test_a_signal_ends_the_run_after_its_iteration_and_resuming_goes_on(
+    args: list[object], uninterrupted: Path, tmp_path: Path, number: int, moment: str
+) -> None:
+    process = background.start(tmp_path, *args, "--iters", ITERS)
+    wait_for(tmp_path / "out", moment, process)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number
+    *_, told = (tmp_path / "err").read_text().splitlines()
+    *_, saved = (tmp_path / "out").read_text().splitlines()
+    iteration = int(saved.split(":")[0].removeprefix("Iter "))
+    assert saved == f"Iter {iteration}: Saved adapter weights to a.npz."
+    assert told == (
+        f"interrupted: iteration {iteration} is saved; the same command with "
+        "--resume-adapter-file a.npz goes on"
+    )
+    resume = ["--resume-adapter-file", "a.npz"]
+    process = background.start(tmp_path, *args, "--iters", ITERS, *resume)
+    process.join()
+    assert (process.exitcode, (tmp_path / "err").read_text()) == (0, "")
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_signal_within_a_validation_does_not_wait_for_its_end(
+    args: list[object], uninterrupted: Path, tmp_path: Path
+) -> None:
+    often = ["--steps-per-eval", 1, "--val-batches", -1, "--batch-size", 1]
+    process = background.start(tmp_path, *args, *often, "--iters", ITERS)
+    wait_for(tmp_path / "out", "Iter 3: Val", process)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    resume = ["--resume-adapter-file", "a.npz"]
+    background.start(tmp_path, *args, *often, "--iters", ITERS, *resume).join()
+    other = tmp_path / "other"
+    other.mkdir()
+    background.start(other, *args, *often, "--iters", ITERS).join()
+    other = other.rename(tmp_path.with_name("other"))
+    assert_same_run(tmp_path, other)
+
+
+def test_a_second_ctrl_c_stops_at_once(args: list[object], tmp_path: Path) -> None:
+    """In the middle of a save, which lasts here; it leaves the save before."""
+    process = background.start(tmp_path, *args, "--iters", ITERS, slow=1)
+    wait_for(tmp_path / "out", "Iter 2: Saved", process)
+    before = (tmp_path / "a.npz").read_bytes()
+    os.kill(process.pid, signal.SIGINT)
+    wait_for(tmp_path / "err", "Ctrl-C", process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(0.9)
+    assert process.exitcode == 130
+    assert (tmp_path / "a.npz").read_bytes() == before
+
+
+def test_a_signal_before_the_first_iteration_saves_nothing(
+    args: list[object], tmp_path: Path
+) -> None:
+    long = ["--val-batches", -1, "--batch-size", 1]
+    process = background.start(tmp_path, *args, *long, "--data", make_data(tmp_path, valid=500))
+    wait_for(tmp_path / "out", "Training: ", process)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 143
+    assert (tmp_path / "err").read_text().endswith("\ninterrupted: nothing new was saved\n")
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_signal_that_was_ignored_stays_so() -> None:
+    """As nohup has it."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train_lora.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def test_ctrl_c_while_the_program_starts_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train_lora.py"), "--train"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "numpy" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in rest
+
+
+# --- Starved ------------------------------------------------------------------------------------
+
+
+def make_data(folder: Path, **numbers: int) -> Path:
+    """A data folder of texts, as many in each split as asked for, or four."""
+    for split in ("train", "valid", "test"):
+        tiny.write_jsonl(folder / "data", split, make_texts(numbers.get(split, 4), 0))
+    return folder / "data"
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_save(
+    args: list[object], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Files may not grow beyond what the adapter takes, so the state cannot be written."""
+    background.start(tmp_path, *args, "--iters", 4).join()
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("a*.npz")}
+    process = background.start(
+        tmp_path, *args, "--iters", ITERS, "--resume-adapter-file", "a.npz", largest_file=20_000
+    )
+    process.join()
+    assert process.exitcode == 2
+    assert (
+        tmp_path / "err"
+    ).read_text() == "error: a.state.npz cannot be written: File too large\n"
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("a*.npz*")} == before
+    background.start(tmp_path, *args, "--iters", ITERS, "--resume-adapter-file", "a.npz").join()
+    assert (tmp_path / "a.npz").read_bytes() == (uninterrupted / "a.npz").read_bytes()
+
+
+def test_a_folder_that_goes_away_is_told(args: list[object], tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    more = ["--adapter-file", "below/a.npz", "--iters", 1000, "--steps-per-eval", 1000]
+    process = background.start(tmp_path, *args, *more)
+    wait_for(tmp_path / "out", "Iter 2: Saved", process)
+    (tmp_path / "below").rename(tmp_path / "elsewhere")
+    process.join()
+    assert process.exitcode == 2
+    *_, last = (tmp_path / "err").read_text().splitlines()
+    assert last.startswith("error: below/a.") and "No such file or directory" in last
+    assert models.read_state(tmp_path / "elsewhere" / "a.npz")
+
+
+def test_too_little_memory_for_the_largest_batch_is_told_before_training(
+    call: Run, model: Path, tmp_path: Path
+) -> None:
+    tiny.write_jsonl(tmp_path, "train", ["a" * 2047] * 20_000)
+    tiny.write_jsonl(tmp_path, "valid", ["a"] * 4)
+    args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
+    ended = call(*args, "--train", "--lora-layers", 4, "--batch-size", 20_000)
+    assert ended.returncode == 2
+    assert "Iter" not in ended.stdout
+    assert re.fullmatch(
+        r"error: a batch of 20000 texts, the longest of 2048 tokens, takes \d+\.\d GB of memory, "
+        r"and there are \d+\.\d GB; lower --batch-size, --max-seq-length or --lora-layers\n",
+        ended.stderr,
+    )
+    assert not (tmp_path / "a.npz").exists()
+
+
+# --- Diverged -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", ["1e38", "1e300"])  # with 1e30 all logits are 0, which is finite
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(
+    call: Run, args: list[object], tmp_path: Path, rate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call(*args, "--iters", 4)
+    ended = call(*args, "--learning-rate", rate, "--save-every", 1, "--iters", 9)
+    assert ended.returncode == 2
+    assert re.search(
+        r"error: .* is not finite \((nan|inf)\) at iteration \d+; .*--learning-rate", ended.stderr
+    )
+    for file in tmp_path.glob("*.npz"):
+        for name, array in np.load(file).items():
+            assert np.isfinite(array).all(), (file, name)
+
+
+def test_a_tokenizer_of_another_model_is_told_before_training(
+    call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that makes tokens which the model does not know."""
+    folder = tiny.make_model(tmp_path / "model", vocab_size=200)
+    monkeypatch.chdir(tmp_path)
+    for phase in ("--train", "--prompt", "--test"):
+        tiny.make_adapter(Path("a.npz"))
+        more = ["가"] if phase == "--prompt" else []
+        ended = call("--model", folder, "--data", args[3], "--adapter-file", "a.npz", phase, *more)
+        assert ended.returncode == 2
+        assert ended.stderr.splitlines()[-1].startswith("error: the ")
+        assert "know" in ended.stderr
+
+
+def test_a_model_whose_loss_is_not_finite_is_told_before_the_first_iteration(
+    call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.make_model(tmp_path / "model")
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.norm.weight"] *= math.nan
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    monkeypatch.chdir(tmp_path)
+    ended = call(*args, "--model", folder)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"error: the validation loss is not finite .*\n", ended.stderr)
+    assert not list(tmp_path.glob("a*.npz"))
+
+
+# --- Two runs -----------------------------------------------------------------------------------
+
+
+def test_a_second_run_on_the_same_adapter_is_refused(
+    call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    process = background.start(tmp_path, *args, "--iters", 100_000)
+    wait_for(tmp_path / "out", "Iter 2: Saved", process)
+    ended = call(*args)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: another run is training")
+    assert ended.stderr.count("\n") == 1
+    assert process.is_alive()
+    process.kill()
+    process.join()
+    ended = call(*args, "--iters", 1)  # the lock of a dead process does not count
+    assert ended.returncode == 0
+
+
+# --- Resumed ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [[1], [10], [11, 20], list(range(1, ITERS))])
+def test_a_run_cut_anywhere_ends_in_the_same_adapter(
+    call: Run,
+    args: list[object],
+    uninterrupted: Path,
+    tmp_path: Path,
+    cuts: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In an epoch, at its end, more than once, after every iteration."""
+    monkeypatch.chdir(tmp_path)
+    resume: list[object] = []
+    for iters in [*cuts, ITERS]:
+        ended = call(*args, *resume, "--iters", iters)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        resume = ["--resume-adapter-file", "a.npz"]
+    assert (tmp_path / "a.npz").read_bytes() == (uninterrupted / "a.npz").read_bytes()
+
+
+def test_resuming_what_is_done_goes_on_to_the_next_phase(
+    call: Run, args: list[object], uninterrupted: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    ended = call(*args, "--iters", ITERS, "--resume-adapter-file", "a.npz", "--test")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "\nTest loss" in ended.stdout
+    assert "Train loss" not in ended.stdout
+    ended = call(*args, "--iters", ITERS - 1, "--resume-adapter-file", "a.npz")
+    assert ended.returncode == 2
+
+
+def test_an_adapter_from_elsewhere_starts_with_fresh_moments_and_says_so(
+    call: Run, args: list[object], uninterrupted: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Also where it took the place of the one that the state belongs to."""
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    tiny.make_adapter(Path("other.npz"), range(2, 4))
+    shutil.copy("other.npz", "a.npz")
+    for name in ("other.npz", "a.npz"):
+        ended = call(*args, "--iters", 2, "--resume-adapter-file", name, "--adapter-file", "b.npz")
+        assert ended.stderr == (
+            f"warning: {name} has no state of its run beside it, "
+            "so Adam starts with fresh moments\n"
+        )
+        assert ended.stdout.count("Iter 1: ") == 1
+
+
+def test_an_explicit_start_wins_over_the_state(
+    call: Run, args: list[object], uninterrupted: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    resume = ["--resume-adapter-file", "a.npz", "--adapter-file", "b.npz"]
+    ended = call(*args, *resume, "--start-iter", 5, "--iters", 7)
+    assert re.findall(r"Iter (\d+): (\w+)", ended.stdout) == [
+        ("6", "Val"),
+        ("6", "Train"),
+        ("6", "Saved"),
+        ("7", "Train"),
+        ("7", "Val"),
+        ("7", "Saved"),
+    ]
+    # Adam's moments are those of the state all the same.
+    step = models.read_state(Path("b.npz")).optimizer["step"]
+    assert step == ITERS + 2
+
+
+def test_what_has_changed_since_is_told_in_one_line(
+    call: Run, args: list[object], uninterrupted: Path, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    shutil.copytree(data, tmp_path / "data")
+    tiny.write_jsonl(tmp_path / "data", "train", make_texts(40, 7))
+    monkeypatch.chdir(tmp_path / "copy")
+    changes = [
+        "--data",
+        tmp_path / "data",
+        "--batch-size",
+        8,
+        "--model",
+        tiny.make_model(tmp_path / "m", hidden_act="a", rope_theta=5.0),
+    ]
+    ended = call(*args, *changes, "--iters", 30, "--resume-adapter-file", "a.npz")
+    assert ended.returncode == 0
+    assert ended.stderr == (
+        "warning: since a.npz was saved, these have changed: --batch-size (4, now 8), train.jsonl\n"
+    )
+    assert "Iter 24: Val loss" in ended.stdout
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "an adapter"])
+def test_a_damaged_state_is_told_with_the_way_out(
+    call: Run, args: list[object], uninterrupted: Path, tmp_path: Path, monkeypatch, damage: str
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    state = Path("a.state.npz")
+    whole = state.read_bytes()
+    contents = {
+        "cut": whole[:-100],
+        "empty": b"",
+        "text": b"a",
+        "an adapter": Path("a.npz").read_bytes(),
+    }
+    state.write_bytes(contents[damage])
+    ended = call(*args, "--iters", 30, "--resume-adapter-file", "a.npz")
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "error: a.state.npz is damaged; "
+        "without it (delete it) training resumes with fresh moments\n"
+    )
+
+
+# --- The best -----------------------------------------------------------------------------------
+
+
+def test_the_adapter_with_the_lowest_validation_loss_is_kept(
+    call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the one that a run up to that iteration ends in."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_jsonl(tmp_path / "data", "train", ["a" * 40] * 4)
+    tiny.write_jsonl(tmp_path / "data", "valid", ["a" * 40, "b" * 40])
+    args = [*args, "--data", "data", "--lora-layers", 4, "--steps-per-eval", 1, "--seed", 3]
+    ended = call(*args, "--iters", 45)
+    validations = [entry for entry in losses(tmp_path) if "val_loss" in entry]
+    best = min(validations, key=lambda entry: entry["val_loss"])
+    assert ended.stdout.splitlines()[-1].endswith(
+        f"Lowest Val loss {best['val_loss']:.3f} at iteration {best['iter']}, in a.best.npz."
+    )
+    assert 1 < best["iter"] < 45, "this run shows nothing"
+    kept = Path("a.best.npz").read_bytes()
+    call(*args, "--iters", best["iter"], "--adapter-file", "b.npz")
+    assert Path("b.npz").read_bytes() == kept
