@@ -970,8 +970,8 @@ def train(
         models.write_checkpoint(adapter_file, model, optimizer.state, notes)
         end = ""
         if finished and progress.iteration == iters:
-            end = f" Lowest Val loss {progress.best_loss:.3f} at iteration "
-            end += f"{progress.best_iteration}, in {best_file}."
+            end = f" The best is of iteration {progress.best_iteration} "
+            end += f"(validation {progress.best_loss:.3f}), in {best_file}."
         say(f"Iter {progress.iteration}: Saved adapter weights to {adapter_file}.{end}")
 
     def finish_iteration() -> None:

@@ -349,7 +349,7 @@ def test_a_full_disk_leaves_the_old_adapter_as_it_was(model: Path, tmp_path: Pat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(models.UserError, match=r"a\.npz cannot be written: File too large"):
             models.write_adapter(file, loaded)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -485,7 +485,7 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(
     validations = [entry for entry in losses(tmp_path) if "val_loss" in entry]
     best = min(validations, key=lambda entry: entry["val_loss"])
     assert ended.stdout.splitlines()[-1].endswith(
-        f"Lowest Val loss {best['val_loss']:.3f} at iteration {best['iter']}, in a.best.npz."
+        f"The best is of iteration {best['iter']} (validation {best['val_loss']:.3f}), in a.best.npz."
     )
     assert 1 < best["iter"] < 45, "this run shows nothing"
     kept = Path("a.best.npz").read_bytes()
