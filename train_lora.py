@@ -729,10 +729,10 @@ class Log:
     def size(self) -> int:
         return self.file.stat().st_size if self.file.exists() else 0
 
-    def shorten(self, size: int) -> None:
-        """Take away what was written after the log had this size, in bytes."""
-        if self.size() > size:
-            os.truncate(self.file, size)
+    def shorten(self, progress: Progress) -> None:
+        """Take away what was written after a run had come so far; all, if it is at its start."""
+        if (progress.log_size or not progress.iteration) and self.size() > progress.log_size:
+            os.truncate(self.file, progress.log_size)
 
     def report(self, line: str, **numbers: float) -> None:
         say(line)
@@ -885,7 +885,7 @@ def warm_up(model: nn.Module, examples: Examples, batch_size: int, learning_rate
             foreseen = one + (peak_memory(longest[-2:]) - one) * (rows - 1)
             if foreseen > total:
                 raise UserError(
-                    f"{what} takes {foreseen / 1e9:.1f} GB of memory, and there are "
+                    f"{what} would take {foreseen / 1e9:.1f} GB of memory, and there are "
                     f"{total / 1e9:.1f} GB; {way_out}"
                 )
         if rows > 1:
@@ -897,123 +897,159 @@ def warm_up(model: nn.Module, examples: Examples, batch_size: int, learning_rate
     model.update(before)
 
 
-def train(
-    model: nn.Module,
-    optimizer: optim.Optimizer,
-    training: Examples,
-    validation: Examples,
-    log: Log,
-    adapter_file: Path,
-    progress: Progress,
-    settings: dict[str, Any],
-    *,
-    iters: int,
-    batch_size: int,
-    seed: int,
-    val_batches: int,
-    steps_per_report: int,
-    steps_per_eval: int,
-    save_every: int,
-) -> None:
-    """Do the iterations after `progress` up to `iters`; validate, report and save on the way.
+@dataclass(frozen=True)
+class Schedule:
+    """When a run does what, counted in iterations, and on how many examples and batches."""
 
-    The adapter is in `adapter_file` at the end, and every `save_every` iterations before; the
-    one with the lowest validation loss is beside it. `settings` are saved with the state.
+    iters: int
+    batch_size: int
+    seed: int
+    val_batches: int
+    steps_per_report: int
+    steps_per_eval: int
+    save_every: int
 
-    Raises:
-        UserError: a loss, a gradient or a parameter is not finite; nothing of it is saved.
-        Interrupted: a signal asked for a stop; the last whole iteration is saved.
+
+class Trainer:
+    """The iterations of a run that are left after `progress`, and what is due between them.
+
+    The adapter is in `adapter_file` at the end and as often before as scheduled; beside it are the
+    state of the run and the adapter with the lowest validation loss. `settings` go into the state,
+    for a later run to see what has changed.
     """
-    step, state = make_step(model, optimizer)
-    best_file = adapter_file.with_suffix(f".best{adapter_file.suffix}")
-    first = progress.iteration
 
-    def check_finite(number: float, what: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        training: Examples,
+        validation: Examples,
+        schedule: Schedule,
+        progress: Progress,
+        log: Log,
+        adapter_file: Path,
+        settings: dict[str, Any],
+    ):
+        self.model, self.optimizer = model, optimizer
+        self.training, self.validation = training, validation
+        self.schedule, self.progress = schedule, progress
+        self.log, self.adapter_file, self.settings = log, adapter_file, settings
+        self.best_file = adapter_file.with_suffix(f".best{adapter_file.suffix}")
+        self.stop = Stop()
+
+    def train(self) -> None:
+        """Do all that is left.
+
+        Raises:
+            UserError: a loss, a gradient or a parameter is not finite; nothing of it is saved.
+            Interrupted: a signal asked for a stop; the last whole iteration is saved.
+        """
+        first = self.progress.iteration
+        with self.stop:
+            try:
+                if self.progress.validated < 0:
+                    self.validate(first + 1)
+                if not self.progress.finished or first == self.schedule.iters:
+                    self.finish_iteration()
+                self.iterate()
+            except Interrupted as interrupted:
+                if self.progress.iteration == first:
+                    raise
+                self.save(finished=False)
+                saved = (
+                    f"iteration {self.progress.iteration} is saved; the same command with "
+                    f"--resume-adapter-file {self.adapter_file} goes on"
+                )
+                raise Interrupted(interrupted.args[0], saved) from None
+
+    def iterate(self) -> None:
+        progress, schedule, first = self.progress, self.schedule, self.progress.iteration
+        step, state = make_step(self.model, self.optimizer)
+        batches = training_batches(self.training, schedule.batch_size, schedule.seed, first)
+        numbers = range(first + 1, schedule.iters + 1)
+        bar = tqdm(numbers, "Training", initial=first, total=schedule.iters, disable=None)
+        for iteration in bar:
+            start = time.perf_counter()
+            mean, number, size = step(*next(batches))
+            mx.eval(state, mean, number, size)
+            progress.seconds += time.perf_counter() - start
+            progress.iteration = iteration
+            self.check_finite(mean.item(), "the loss")
+            self.check_finite(size.item(), "a gradient or a parameter")
+            progress.total += mean.item() * number.item()
+            progress.tokens += number.item()
+            progress.steps += 1
+            self.finish_iteration()
+
+    def check_finite(self, number: float, what: str) -> None:
         if not math.isfinite(number):
             raise UserError(
-                f"{what} is not finite ({number}) at iteration {progress.iteration}; a lower "
-                f"--learning-rate may help, and what {adapter_file} held before is still there"
+                f"{what} is not finite ({number}) at iteration {self.progress.iteration}; a lower "
+                f"--learning-rate may help, and what {self.adapter_file} held before is still there"
             )
 
-    def report() -> None:
-        report = {
+    def finish_iteration(self) -> None:
+        """Do what is due after the step of an iteration, as far as it is not done yet."""
+        iteration, schedule = self.progress.iteration, self.schedule
+        last = iteration == schedule.iters
+        self.stop.check()
+        if (iteration % schedule.steps_per_report == 0 or last) and self.progress.steps:
+            self.report()
+        due = iteration % schedule.steps_per_eval == 0 or last
+        if due and self.progress.validated != iteration:
+            self.validate(iteration)
+        if iteration % schedule.save_every == 0 or last:
+            self.save(finished=True)
+
+    def report(self) -> None:
+        progress = self.progress
+        numbers = {
             "train_loss": progress.total / max(progress.tokens, 1),
             "it_per_sec": progress.steps / progress.seconds,
             "tokens_per_sec": progress.tokens / progress.seconds,
             "peak_mem_gb": mx.get_peak_memory() / 1e9,
         }
-        log.report(
-            f"Iter {progress.iteration}: Train loss {report['train_loss']:.3f}, "
-            f"It/sec {report['it_per_sec']:.3f}, Tokens/sec {report['tokens_per_sec']:.3f}, "
-            f"Peak mem {report['peak_mem_gb']:.3f} GB",
+        self.log.report(
+            f"Iter {progress.iteration}: Train loss {numbers['train_loss']:.3f}, "
+            f"It/sec {numbers['it_per_sec']:.3f}, Tokens/sec {numbers['tokens_per_sec']:.3f}, "
+            f"Peak mem {numbers['peak_mem_gb']:.3f} GB",
             iter=progress.iteration,
-            **report,
+            **numbers,
         )
         progress.total, progress.tokens, progress.steps, progress.seconds = 0.0, 0, 0, 0.0
 
-    def validate(name: int) -> None:
+    def validate(self, named: int) -> None:
+        """Validate, report it as of iteration `named`, and keep the adapter if it is the best."""
+        progress, schedule = self.progress, self.schedule
         start = time.perf_counter()
-        mean = evaluate(model, validation, batch_size, val_batches, stop.check)
+        mean = evaluate(
+            self.model,
+            self.validation,
+            schedule.batch_size,
+            schedule.val_batches,
+            self.stop.check,
+        )
+        self.model.train()
         took = time.perf_counter() - start
-        check_finite(mean, "the validation loss")
-        line = f"Iter {name}: Val loss {mean:.3f}, Val took {took:.3f}s"
-        log.report(line, iter=name, val_loss=mean)
+        self.check_finite(mean, "the validation loss")
+        line = f"Iter {named}: Val loss {mean:.3f}, Val took {took:.3f}s"
+        self.log.report(line, iter=named, val_loss=mean)
         progress.validated = progress.iteration
         if mean < progress.best_loss:
             progress.best_loss, progress.best_iteration = mean, progress.iteration
-            models.write_adapter(best_file, model)
-        model.train()
+            models.write_adapter(self.best_file, self.model)
 
-    def save(finished: bool) -> None:
-        progress.finished, progress.log_size = finished, log.size()
-        notes = {"progress": asdict(progress), "settings": settings}
-        models.write_checkpoint(adapter_file, model, optimizer.state, notes)
-        end = ""
-        if finished and progress.iteration == iters:
-            end = f" The best is of iteration {progress.best_iteration} "
-            end += f"(validation {progress.best_loss:.3f}), in {best_file}."
-        say(f"Iter {progress.iteration}: Saved adapter weights to {adapter_file}.{end}")
-
-    def finish_iteration() -> None:
-        """Do what is due after the step of an iteration, as far as it is not done."""
-        iteration, last = progress.iteration, progress.iteration == iters
-        stop.check()
-        if (iteration % steps_per_report == 0 or last) and progress.steps:
-            report()
-        if (iteration % steps_per_eval == 0 or last) and progress.validated != iteration:
-            validate(iteration)
-        if iteration % save_every == 0 or last:
-            save(finished=True)
-
-    with Stop() as stop:
-        try:
-            if progress.validated < 0:
-                validate(first + 1)
-            if not progress.finished or first == iters:
-                finish_iteration()
-            batches = training_batches(training, batch_size, seed, first)
-            numbers = range(first + 1, iters + 1)
-            for iteration in tqdm(numbers, "Training", initial=first, total=iters, disable=None):
-                start = time.perf_counter()
-                mean, number, size = step(*next(batches))
-                mx.eval(state, mean, number, size)
-                progress.seconds += time.perf_counter() - start
-                progress.iteration = iteration
-                check_finite(mean.item(), "the loss")
-                check_finite(size.item(), "a gradient or a parameter")
-                progress.total += mean.item() * number.item()
-                progress.tokens += number.item()
-                progress.steps += 1
-                finish_iteration()
-        except Interrupted as interrupted:
-            if progress.iteration == first:
-                raise
-            save(finished=False)
-            raise Interrupted(
-                interrupted.args[0],
-                f"iteration {progress.iteration} is saved; the same command with "
-                f"--resume-adapter-file {adapter_file} goes on",
-            ) from None
+    def save(self, finished: bool) -> None:
+        """Save the adapter and the state; `finished` tells if all that was due is done."""
+        progress = self.progress
+        progress.finished, progress.log_size = finished, self.log.size()
+        notes = {"progress": asdict(progress), "settings": self.settings}
+        models.write_checkpoint(self.adapter_file, self.model, self.optimizer.state, notes)
+        line = f"Iter {progress.iteration}: Saved adapter weights to {self.adapter_file}."
+        if finished and progress.iteration == self.schedule.iters:
+            line += f" The best is of iteration {progress.best_iteration} "
+            line += f"(validation {progress.best_loss:.3f}), in {self.best_file}."
+        say(line)
 
 
 # --- Generation ---------------------------------------------------------------------------------
@@ -1122,17 +1158,14 @@ def run(args: argparse.Namespace) -> None:
 
     if args.train:
         settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in DECISIVE}
-        settings |= {
-            files[split].name: models.file_checksum(files[split]) for split in ("train", "valid")
-        }
+        for split in ("train", "valid"):
+            settings[files[split].name] = models.file_checksum(files[split])
         settings["the model"] = identity
         log.lock()
-        if resumes and not state:
-            warn(f"{source} has no state of its run beside it, so Adam starts with fresh moments")
-        if state and tell_changes(state, settings, source):
-            progress = Progress(progress.iteration, log_size=progress.log_size)
-        if source == adapter_file and (progress.log_size or not progress.iteration):
-            log.shorten(progress.log_size)
+        if resumes:
+            progress = take_up(progress, state, settings, source)
+        if not resumes or source.resolve() == adapter_file.resolve():
+            log.shorten(progress)
         training = examples["train"]
         padding = padding_share(training.lengths, args.batch_size, args.seed)
         print(
@@ -1141,28 +1174,24 @@ def run(args: argparse.Namespace) -> None:
             flush=True,
         )
         warm_up(model, training, args.batch_size, args.learning_rate)
+        saved = state.optimizer if state else {}
         try:
-            saved = state.optimizer if state else {}
             optimizer = make_optimizer(model, args.learning_rate, saved)
         except ValueError:
             raise models.damaged_state(source) from None
-        train(
+        numbers = {field.name: getattr(args, field.name) for field in fields(Schedule)}
+        schedule = Schedule(**numbers | {"iters": iters})
+        Trainer(
             model,
             optimizer,
             training,
             examples["valid"],
+            schedule,
+            progress,
             log,
             adapter_file,
-            progress,
             settings,
-            iters=iters,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            val_batches=args.val_batches,
-            steps_per_report=args.steps_per_report,
-            steps_per_eval=args.steps_per_eval,
-            save_every=args.save_every,
-        )
+        ).train()
     if args.test:
         print("Testing", flush=True)
         mean = evaluate(model, examples["test"], args.batch_size, args.test_batches)
@@ -1202,8 +1231,18 @@ def find_start(state: models.State | None, source: Path, start_iter: int | None)
     return progress if start_iter in (None, progress.iteration) else Progress(start_iter)
 
 
-def tell_changes(state: models.State, settings: dict[str, Any], source: Path) -> bool:
-    """Say which settings are others than when the state beside `source` was saved, if any are."""
+def take_up(
+    progress: Progress, state: models.State | None, settings: dict[str, Any], source: Path
+) -> Progress:
+    """Say what of the run that is resumed is missing, or has changed since its state was saved.
+
+    Returns:
+        The progress; with a change, no more of it than its place, since sums and losses of before
+        are not to be compared with those to come.
+    """
+    if not state:
+        warn(f"{source} has no state of its run beside it, so Adam starts with fresh moments")
+        return progress
     saved = state.notes.get("settings")
     saved = saved if isinstance(saved, dict) else {}
     changed = [
@@ -1211,9 +1250,10 @@ def tell_changes(state: models.State, settings: dict[str, Any], source: Path) ->
         for name, value in settings.items()
         if saved.get(name) != value
     ]
-    if changed:
-        warn(f"since {source} was saved, these have changed: {', '.join(changed)}")
-    return bool(changed)
+    if not changed:
+        return progress
+    warn(f"since {source} was saved, these have changed: {', '.join(changed)}")
+    return Progress(progress.iteration, log_size=progress.log_size)
 
 
 def check_writable(file: Path) -> None:

@@ -277,7 +277,7 @@ def test_too_little_memory_for_the_largest_batch_is_told_before_training(
     assert ended.returncode == 2
     assert "Iter" not in ended.stdout
     assert re.fullmatch(
-        r"error: a batch of 20000 texts, the longest of 2048 tokens, takes \d+\.\d GB of memory, "
+        r"error: a batch of 20000 texts, the longest of 2048 tokens, would take \d+\.\d GB of memory, "
         r"and there are \d+\.\d GB; lower --batch-size, --max-seq-length or --lora-layers\n",
         ended.stderr,
     )
@@ -485,7 +485,8 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(
     validations = [entry for entry in losses(tmp_path) if "val_loss" in entry]
     best = min(validations, key=lambda entry: entry["val_loss"])
     assert ended.stdout.splitlines()[-1].endswith(
-        f"The best is of iteration {best['iter']} (validation {best['val_loss']:.3f}), in a.best.npz."
+        f"The best is of iteration {best['iter']} (validation {best['val_loss']:.3f}), "
+        "in a.best.npz."
     )
     assert 1 < best["iter"] < 45, "this run shows nothing"
     kept = Path("a.best.npz").read_bytes()
