@@ -277,7 +277,8 @@ def test_too_little_memory_for_the_largest_batch_is_told_before_training(
     assert ended.returncode == 2
     assert "Iter" not in ended.stdout
     assert re.fullmatch(
-        r"error: a batch of 20000 texts, the longest of 2048 tokens, would take \d+\.\d GB of memory, "
+        r"error: a batch of 20000 texts, the longest of 2048 tokens, "
+        r"would take \d+\.\d GB of memory, "
         r"and there are \d+\.\d GB; lower --batch-size, --max-seq-length or --lora-layers\n",
         ended.stderr,
     )
