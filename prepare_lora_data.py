@@ -14,18 +14,21 @@ import glob
 import hashlib
 import json
 import os
+import signal
 import sqlite3
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 ROOT = Path(__file__).resolve().parent
 QUESTION, ANSWER = "question", "answer"  # the usual columns
+BATCH_ROWS = 1000
 SPLITS = ("train", "valid", "test")
 
 
@@ -108,6 +111,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("source", "output", "question_column", "answer_column"):
         if not getattr(args, name):
             parser.error(f"argument --{name.replace('_', '-')}: is empty")
+    if args.question_column == args.answer_column:
+        parser.error("--question-column and --answer-column name the same column")
     if args.valid_fraction + args.test_fraction >= 1:
         parser.error("--valid-fraction and --test-fraction leave nothing for training")
     for name in ("source", "output"):
@@ -118,9 +123,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take a second
     ARGUMENTS = parse_arguments()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a word
 
 import datasets
-import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -130,13 +136,7 @@ datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)  # an error here i
 
 # --- The source ---------------------------------------------------------------------------------
 
-FORMATS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-}
+FORMATS = (".parquet", ".arrow", ".jsonl", ".json", ".csv")
 # Lies beside the data in many folders and is JSON, but describes it only.
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # The names that the splits of a DatasetDict have, and what they become.
@@ -176,7 +176,10 @@ def find_files(source: Path) -> dict[Path, str | None]:
     files = sorted(
         file
         for file in source.rglob("*")
-        if file.suffix.lower() in FORMATS and file.name not in NOT_DATA and file.is_file()
+        if file.suffix.lower() in FORMATS
+        and file.name not in NOT_DATA
+        and not any(part.startswith(".") for part in file.relative_to(source).parts)
+        and file.is_file()
     )
     if not files:
         raise UserError(f"{source} holds no {', '.join(FORMATS)} file")
@@ -184,49 +187,104 @@ def find_files(source: Path) -> dict[Path, str | None]:
 
 
 def read_names(file: Path, pick: Callable[[dict], list[str]]) -> list[str]:
-    """Names of files or folders from a JSON file that datasets' save_to_disk wrote."""
+    """Names of files or folders beside a JSON file that datasets' save_to_disk wrote."""
     try:
         names = pick(json.loads(file.read_text(encoding="utf-8")))
-        if not all(Path(name).name == name not in ("", "..") for name in names):
+        if not isinstance(names, list) or not all(
+            Path(name).name == name != ".." and (file.parent / name).exists() for name in names
+        ):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{file} is not what datasets' save_to_disk writes") from None
     return names
 
 
-def read_tables(file: Path, columns: tuple[str, ...]) -> Iterator[pa.Table]:
-    """The rows of a file, a thousand at a time; what is not needed any more is not kept.
+Batch = dict[str, list]  # columns by their names; those that are not wanted are empty
 
-    Args:
-        file: its suffix, one of FORMATS, tells what it is.
-        columns: the names of those columns that are text, whatever a CSV file's look like.
+
+def read_batches(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
+    """The rows of a file, a thousand at a time; what is not needed any more is not kept.
 
     Raises:
         UserError: the file cannot be read; says why.
     """
+    readers = {
+        ".parquet": read_parquet,
+        ".arrow": read_dataset,
+        ".jsonl": read_json,
+        ".json": read_json,
+        ".csv": read_dataset,
+    }
     try:
-        if FORMATS[file.suffix.lower()] == "parquet":
-            # Not through `datasets`, which takes a row group at a time: often the whole file.
-            parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16)
-            for batch in parquet.iter_batches(1000, use_threads=False):
-                yield pa.Table.from_batches([batch])
-        else:
-            yield from stream_rows(file, columns).with_format("arrow").iter(1000)
+        yield from readers[file.suffix.lower()](file, wanted)
+    except UserError:
+        raise
     except UnicodeDecodeError:
         raise UserError(f"{file} cannot be read: it is not UTF-8; save it as UTF-8") from None
     except Exception as error:  # the readers raise of every kind
         raise UserError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def stream_rows(file: Path, columns: tuple[str, ...]) -> datasets.IterableDataset:
-    """A file as a dataset that is read as it is gone through, and leaves nothing in a cache."""
-    format, options = FORMATS[file.suffix.lower()], {}
-    if format == "csv":  # all stays as it is written: 007 is no number, and NA is not nothing
-        options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
+def read_parquet(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
+    """Not by `datasets`, which takes a whole row group at a time: often all of the file."""
+    parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16)
+    names = parquet.schema_arrow.names
+    columns = [name for name in names if name in wanted]
+    for batch in parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+        values = {name: batch.column(name).to_pylist() for name in columns}
+        yield dict.fromkeys(names, []) | values
+
+
+def read_dataset(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
+    """An Arrow or CSV file, by `datasets`; all of a CSV file's values stay as they are written."""
+    format, options = file.suffix.lower().removeprefix("."), {}
+    if format == "csv":  # where 007 would become a number, and NA nothing
+        options = {"converters": dict.fromkeys(wanted, str), "keep_default_na": False}
     pattern = glob.escape(str(file))
-    return datasets.load_dataset(
+    rows = datasets.load_dataset(
         format, data_files=pattern, split="train", streaming=True, **options
     )
+    for table in rows.with_format("arrow").iter(BATCH_ROWS):
+        if "__index_level_0__" in table.column_names:  # which pandas makes of a column too many
+            raise UserError(f"{file} has more values in its lines than names in its first line")
+        yield {
+            name: table.column(name).to_pylist() if name in wanted else []
+            for name in table.column_names
+        }
+
+
+def read_json(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
+    """JSON Lines, or a list of objects, which is read whole.
+
+    Not by `datasets`, which takes the types of all columns, needed or not, from the first 10 MB,
+    and makes times of texts that look like them.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()
+        stream.seek(0)
+        if start.startswith(b"["):
+            rows = iter(json.loads(stream.read().decode("utf-8-sig")))
+        else:
+            rows = (
+                parse_line(file, number, line)
+                for number, line in enumerate(stream, 1)
+                if line.strip()
+            )
+        while some := list(islice(rows, BATCH_ROWS)):
+            if not all(isinstance(row, dict) for row in some):
+                raise UserError(f"{file} holds something else than objects with named values")
+            names = dict.fromkeys(name for row in some for name in row)
+            yield {name: [row.get(name) for row in some if name in wanted] for name in names}
+
+
+def parse_line(file: Path, number: int, line: bytes) -> object:
+    """What one line of a JSON Lines file holds; raises UserError that names it where it is none."""
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{file}, line {number}: is not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}, line {number}: is not JSON") from None
 
 
 def first_line(error: Exception) -> str:
@@ -240,27 +298,45 @@ def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str,
     The question is for comparing, so it is composed (NFC): macOS takes letters apart in places.
 
     Args:
-        file: as `read_tables` takes it.
+        file: one of FORMATS by its suffix.
         question, answer: names of the columns. Where the usual two are missing, the column "text"
             holds the texts as they are to be.
 
     Raises:
         UserError: the file cannot be read, or has no such columns with text in them.
     """
-    for table in read_tables(file, (question, answer, "text")):
-        names = table.column_names
-        if question in names and answer in names:
-            asked, answered = (texts(file, table, name) for name in (question, answer))
+    for batch in read_batches(file, (question, answer, "text")):
+        if question in batch and answer in batch:
+            asked, answered = (texts(file, name, batch[name]) for name in (question, answer))
             whole = map(join, asked, answered)
-        elif "text" in names and (question, answer) == (QUESTION, ANSWER):
-            whole = texts(file, table, "text")
+        elif "text" in batch and (question, answer) == (QUESTION, ANSWER):
+            whole = texts(file, "text", batch["text"])
         else:
             raise UserError(
-                f"{file} has no columns {question} and {answer}; it has {', '.join(names)}, of "
+                f"{file} has no columns {question} and {answer}; it has {', '.join(batch)}, of "
                 "which --question-column and --answer-column can name two"
             )
         for text in whole:
-            yield question_of(unicodedata.normalize("NFC", text)), text
+            yield question_of(text), text
+
+
+def texts(file: Path, name: str, values: list) -> Iterator[str]:
+    """The trimmed texts of a column, "" where there is none."""
+    for value in values:
+        if not isinstance(value, str | None):
+            raise UserError(f"{file}: the column {name} holds {str(value)[:50]}, not text")
+        if value and not value.isascii() and not is_unicode(value):
+            raise UserError(f"{file}: the column {name} holds half of a surrogate pair")
+        yield (value or "").strip()
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string can be written as UTF-8: a half of a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def join(question: str, answer: str) -> str:
@@ -270,17 +346,8 @@ def join(question: str, answer: str) -> str:
 
 def question_of(text: str) -> str:
     """The question of a text; all of it where it is not made of a question and an answer."""
-    return text.removeprefix("### 질문:\n").partition("\n\n### 답변:\n")[0]
-
-
-def texts(file: Path, table: pa.Table, name: str) -> Iterator[str]:
-    """The trimmed texts of a column, "" where there is none."""
-    type = table.schema.field(name).type
-    if pa.types.is_dictionary(type):
-        type = type.value_type
-    if type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-        raise UserError(f"{file}: the column {name} holds {type}, not text")
-    return ((text or "").strip() for text in table.column(name).to_pylist())
+    composed = unicodedata.normalize("NFC", text)
+    return composed.removeprefix("### 질문:").partition("\n### 답변:")[0].strip()
 
 
 # --- Splitting ----------------------------------------------------------------------------------
@@ -347,8 +414,12 @@ class Seen:
 @contextmanager
 def replacing(folder: Path) -> Iterator[dict[str, TextIO]]:
     """A stream for each split; together they replace the old files when all is written."""
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     files = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    for file in files.values():
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; --output can name another place")
     parts = {split: file.with_name(file.name + ".part") for split, file in files.items()}
     try:
         with ExitStack() as stack:
@@ -362,9 +433,14 @@ def replacing(folder: Path) -> Iterator[dict[str, TextIO]]:
                 os.fsync(stream.fileno())
         for split in SPLITS:
             parts[split].replace(files[split])
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+        with suppress(OSError):  # which is raised where they hold something, as they should
+            for path in new_folders:
+                path.rmdir()
 
 
 def prepare(
@@ -395,6 +471,8 @@ def prepare(
     counts, taken = Counter(), Counter()
     with tqdm(desc="Preparing", unit=" rows", leave=False, disable=None) as progress:
         for file, source in sources:
+            if taken[source] == limit:
+                continue
             for asked, text in read_examples(file, question, answer):
                 if taken[source] == limit:
                     break
@@ -481,6 +559,11 @@ def warn(message: str) -> None:
 
 def main() -> int:
     """Run, and turn what the user can put right into one line and exit status 2."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # leave nothing half-written then
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.stdout.reconfigure(errors="replace")  # a sample may not fit the terminal's encoding
     try:
         run(ARGUMENTS)
@@ -488,11 +571,14 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or ARGUMENTS.output}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        return 2
+    except sqlite3.Error as error:
+        print(f"error: the temporary folder cannot be written: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     return 0
 
 

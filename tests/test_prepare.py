@@ -1,0 +1,1138 @@
+"""prepare_lora_data.py: questions and answers of any kind become the three sets, or one error."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, Ended, Run, listing
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+Fails = Callable[..., str]
+Sets = dict[str, list[str]]
+Pairs = list[tuple[str | None, str | None]]
+
+SCRIPT = ROOT / "prepare_lora_data.py"
+SPLITS = ("train", "valid", "test")
+WIDE = ["--valid-fraction", "0.3", "--test-fraction", "0.3"]  # so that a few rows fill every set
+FILLERS = [(f"질문 {i}?", f"답 {i}.") for i in range(40)]
+
+
+datasets.disable_progress_bars()
+
+
+def properties(examples: int) -> settings:
+    """As many examples as given; each makes the same files anew, so one folder does for all."""
+    shared = [HealthCheck.function_scoped_fixture]
+    return settings(deadline=None, max_examples=examples, suppress_health_check=shared)
+
+
+@pytest.fixture
+def prepare(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line in this process, which has `datasets` already."""
+
+    def prepare(source: Path, output: Path, *args: object) -> Ended:
+        argv = [SCRIPT, "--source", source, "--output", output, *WIDE, *args]
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return Ended(argv, ended.value.code, *(out.decode() for out in capfdbinary.readouterr()))
+
+    return prepare
+
+
+@pytest.fixture
+def makes(prepare: Run, tmp_path: Path) -> Callable[..., Sets]:
+    """What the command line makes of a source, without any error or warning."""
+
+    def makes(source: Path, *args: object) -> Sets:
+        ended = prepare(source, tmp_path / "made", *args)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        return read_sets(tmp_path / "made")
+
+    return makes
+
+
+def one_error(ended: Ended, *mentions: str) -> str:
+    """Check that a run ended with one error line, which mentions certain things; returns it."""
+    assert ended.returncode == 2, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in ended.stdout
+    for mention in mentions:
+        assert mention in lines[0]
+    return lines[0]
+
+
+@pytest.fixture
+def fails(prepare: Run, tmp_path: Path) -> Fails:
+    """Run the command line, and check that it fails as it should and leaves the old sets alone."""
+    output = tmp_path / "old"
+    write_old_sets(output)
+
+    def fails(source: Path, *args: object, mentions: tuple[str, ...] = ()) -> str:
+        before = listing(tmp_path)
+        error = one_error(prepare(source, output, *args), *mentions)
+        assert listing(tmp_path) == before
+        return error
+
+    return fails
+
+
+def write_old_sets(folder: Path) -> None:
+    folder.mkdir()
+    for split in SPLITS:
+        (folder / f"{split}.jsonl").write_text('{"text": "old"}\n')
+
+
+def read_sets(folder: Path) -> Sets:
+    """The texts of the three sets, each in order."""
+    made = read_bytes(folder)
+    assert made.keys() == {f"{split}.jsonl" for split in SPLITS}
+    return {split: read_texts(made[f"{split}.jsonl"]) for split in SPLITS}
+
+
+def read_texts(content: bytes) -> list[str]:
+    """The texts of a JSON Lines file, which has nothing else in it."""
+    assert content.endswith(b"\n")
+    entries = [json.loads(line.decode()) for line in content.split(b"\n")[:-1]]
+    assert all(entry.keys() == {"text"} for entry in entries)
+    return [entry["text"] for entry in entries]
+
+
+def read_bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def unordered(sets: Sets) -> Sets:
+    return {split: sorted(texts) for split, texts in sets.items()}
+
+
+def all_of(sets: Sets) -> list[str]:
+    return [text for texts in sets.values() for text in texts]
+
+
+def text_of(question: str, answer: str) -> str:
+    return f"### 질문:\n{question}\n\n### 답변:\n{answer}"
+
+
+def counts_of(ended: Ended) -> dict[str, int]:
+    """The counts that a run printed."""
+    pattern = (
+        r"Read (?P<rows>\d+) rows of .+: dropped (?P<empty>\d+) with an empty side, "
+        r"(?P<duplicate>\d+) exact duplicates, (?P<elsewhere>\d+) whose question is in another "
+        r"set\.\n(Wrote|Would write) to .+: (?P<train>\d+) train, (?P<valid>\d+) valid, "
+        r"(?P<test>\d+) test\."
+    )
+    found = re.match(pattern, ended.stdout)
+    assert found, ended.stdout
+    return {name: int(number) for name, number in found.groupdict().items()}
+
+
+# --- Writing sources ----------------------------------------------------------------------------
+
+
+def table_of(pairs: Pairs) -> pa.Table:
+    """Questions and answers, between columns that do not matter."""
+    questions, answers = zip(*pairs, strict=True)
+    columns = {
+        "id": range(len(pairs)),
+        "question": pa.array(questions, pa.string()),
+        "answer": pa.array(answers, pa.string()),
+        "note": pa.nulls(len(pairs), pa.string()),
+    }
+    return pa.table(columns)
+
+
+def write_parquet(file: Path, table: pa.Table) -> None:
+    pq.write_table(table, file)
+
+
+def write_arrow(file: Path, table: pa.Table) -> None:
+    with pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+
+
+def write_arrow_file(file: Path, table: pa.Table) -> None:
+    with pa.ipc.new_file(file, table.schema) as stream:
+        stream.write_table(table)
+
+
+def write_jsonl(file: Path, table: pa.Table) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()]
+    file.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def write_json(file: Path, table: pa.Table) -> None:
+    file.write_text(json.dumps(table.to_pylist()), encoding="utf-8")
+
+
+def write_csv(file: Path, table: pa.Table, encoding: str = "utf-8") -> None:
+    with file.open("w", encoding=encoding, newline="") as stream:
+        writer = csv.writer(stream)  # with the line ends of Windows
+        writer.writerow(table.column_names)
+        writer.writerows(row.values() for row in table.to_pylist())
+
+
+WRITERS = {
+    "parquet": write_parquet,
+    "arrow": write_arrow,
+    "jsonl": write_jsonl,
+    "json": write_json,
+    "csv": write_csv,
+}
+
+
+def write(folder: Path, name: str, pairs: Pairs) -> Path:
+    """A file of questions and answers in the format that its suffix says."""
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    WRITERS[file.suffix[1:].lower()](file, table_of(pairs))
+    return file
+
+
+def save(folder: Path, **splits: Pairs) -> Path:
+    """A DatasetDict, as the `datasets` library saves it."""
+    saved = {name: datasets.Dataset(table_of(pairs)) for name, pairs in splits.items()}
+    datasets.DatasetDict(saved).save_to_disk(folder)
+    return folder
+
+
+# --- Any rows that there might be ---------------------------------------------------------------
+
+TEXTS = st.text(min_size=1).map(str.strip).filter(bool)
+SIDES = st.none() | st.sampled_from(["", " \n", "\u3000", "가", " 가", "가\t", "나"]) | st.text()
+
+
+@properties(50)
+@given(st.lists(st.tuples(SIDES, SIDES), max_size=20))
+def test_every_row_is_in_one_set_or_counted_as_dropped(
+    prepare: Run, tmp_path: Path, pairs: Pairs
+) -> None:
+    pairs = [*pairs, *FILLERS]
+    ended = prepare(write(tmp_path, "a.parquet", pairs), tmp_path / "out")
+    trimmed = [((question or "").strip(), (answer or "").strip()) for question, answer in pairs]
+    kept = [pair for pair in trimmed if all(pair)]
+    sets = read_sets(tmp_path / "out")
+    assert Counter(all_of(sets)) == Counter({text_of(*pair) for pair in kept})
+    assert counts_of(ended) == {
+        "rows": len(pairs),
+        "empty": len(pairs) - len(kept),
+        "duplicate": len(kept) - len(set(kept)),
+        "elsewhere": 0,
+        **{split: len(texts) for split, texts in sets.items()},
+    }
+
+
+@pytest.mark.parametrize("ready", [False, True])
+@properties(50)
+@given(st.lists(TEXTS | st.text("가각한글éñÅ", min_size=1), max_size=20))
+def test_a_question_is_in_one_set_whatever_its_answers_and_its_unicode_form(
+    makes: Callable[..., Sets], tmp_path: Path, ready: bool, questions: list[str]
+) -> None:
+    """With columns of questions and answers, and with a column of the whole texts."""
+    pairs = [
+        (unicodedata.normalize(form, question), f"{form} {number}")
+        for question in [*questions, *(question for question, _ in FILLERS)]
+        for form in ("NFC", "NFD")
+        for number in range(2)
+    ]
+    if ready:
+        write_parquet(tmp_path / "a.parquet", pa.table({"text": [normal(*pair) for pair in pairs]}))
+    else:
+        write(tmp_path, "a.parquet", pairs)
+    owners = {}
+    for split, texts in makes(tmp_path / "a.parquet").items():
+        for text in texts:
+            question = unicodedata.normalize("NFC", text).split("\n\n### 답변:\n")[0]
+            assert owners.setdefault(question, split) == split
+    assert len(owners) >= len(FILLERS)
+
+
+def normal(question: str, answer: str) -> str:
+    """A text in the Unicode form that the answer names, its headings too."""
+    return unicodedata.normalize(answer[:3], text_of(question, answer))
+
+
+@properties(10)
+@given(st.integers(0, 2**70), st.integers(0, 2**70))
+def test_a_seed_makes_the_same_bytes_again_and_another_seed_other_sets(
+    prepare: Run, tmp_path: Path, seed: int, other: int
+) -> None:
+    assume(seed != other)
+    source = write(tmp_path, "a.parquet", FILLERS)
+    made = []
+    for number in (seed, seed, other):
+        prepare(source, tmp_path / "out", "--seed", number)
+        made.append(read_bytes(tmp_path / "out"))
+    assert made[0] == made[1]
+    assert made[0] != made[2]
+
+
+@properties(50)
+@given(st.lists(st.tuples(TEXTS, TEXTS)), st.lists(st.tuples(TEXTS, TEXTS)), st.randoms())
+def test_rows_that_come_later_move_no_question_to_another_set(
+    makes: Callable[..., Sets], tmp_path: Path, pairs: Pairs, more: Pairs, random: st.randoms
+) -> None:
+    before = makes(write(tmp_path, "a.parquet", [*pairs, *FILLERS]))
+    shuffled = [*pairs, *more, *FILLERS]
+    random.shuffle(shuffled)
+    after = makes(write(tmp_path, "a.parquet", shuffled))
+    for split in SPLITS:
+        assert set(before[split]) <= set(after[split])
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@properties(25)
+@given(st.lists(TEXTS, max_size=20, unique=True))
+def test_a_ready_text_comes_back_as_it_was_written(
+    makes: Callable[..., Sets], tmp_path: Path, suffix: str, texts: list[str]
+) -> None:
+    texts = [*texts, *(text_of(*pair) for pair in FILLERS)]
+    WRITERS[suffix](tmp_path / f"a.{suffix}", pa.table({"text": texts}))
+    made = makes(tmp_path / f"a.{suffix}")
+    assert Counter(all_of(made)) == Counter(texts)
+    for found in made.values():
+        assert found == [text for text in texts if text in found]
+
+
+# --- The format ---------------------------------------------------------------------------------
+
+
+def test_a_text_is_the_question_and_the_answer_below_their_headings(
+    makes: Callable[..., Sets], tmp_path: Path
+) -> None:
+    made = makes(
+        write(tmp_path, "a.jsonl", [(" 왜 그럴까? \n", "\u3000첫째 줄.\n둘째 줄.\t"), *FILLERS])
+    )
+    assert "### 질문:\n왜 그럴까?\n\n### 답변:\n첫째 줄.\n둘째 줄." in all_of(made)
+
+
+def test_the_files_are_utf_8_without_escapes(prepare: Run, tmp_path: Path) -> None:
+    pair = ('"한글" \\ é', "🥬🌶️ \u2028 \ufeff\u3000끝")
+    prepare(write(tmp_path, "a.json", [pair, *FILLERS]), tmp_path / "out")
+    written = b"".join(read_bytes(tmp_path / "out").values())
+    line = '{"text": "### 질문:\\n\\"한글\\" \\\\ é\\n\\n### 답변:\\n🥬🌶️ \u2028 \ufeff\u3000끝"}\n'
+    assert line.encode() in written
+    assert b"\\u" not in written
+    assert b"\r" not in written
+
+
+@pytest.mark.parametrize("empty", [None, "", "  ", "\n\t", "\u3000\u00a0"])
+def test_rows_without_a_question_or_an_answer_are_dropped(
+    prepare: Run, tmp_path: Path, empty: str | None
+) -> None:
+    pairs = [("a", empty), (empty, "b"), (empty, empty), *FILLERS]
+    ended = prepare(write(tmp_path, "a.parquet", pairs), tmp_path / "out")
+    assert counts_of(ended)["empty"] == 3
+    expected = {text_of(*pair) for pair in FILLERS}
+    assert set(all_of(read_sets(tmp_path / "out"))) == expected
+
+
+def test_what_is_the_same_after_trimming_is_taken_once(prepare: Run, tmp_path: Path) -> None:
+    pairs = [*FILLERS, *((f" {question}\n", f"{answer} ") for question, answer in FILLERS)]
+    ended = prepare(write(tmp_path, "a.csv", pairs), tmp_path / "out")
+    assert counts_of(ended)["duplicate"] == len(FILLERS)
+    assert sorted(all_of(read_sets(tmp_path / "out"))) == sorted(text_of(*p) for p in FILLERS)
+
+
+def test_a_limit_counts_what_is_taken(prepare: Run, tmp_path: Path) -> None:
+    pairs = [FILLERS[0], FILLERS[0], ("", "b"), *FILLERS]
+    source = write(tmp_path, "a.jsonl", pairs)
+    ended = prepare(source, tmp_path / "out", "--limit", 30)
+    expected = {text_of(*pair) for pair in FILLERS[:30]}
+    assert set(all_of(read_sets(tmp_path / "out"))) == expected
+    assert counts_of(ended)["rows"] == 33
+    ended = prepare(source, tmp_path / "out", "--limit", 1000)
+    assert len(all_of(read_sets(tmp_path / "out"))) == len(FILLERS)
+
+
+def test_other_columns_can_be_named(makes: Callable[..., Sets], tmp_path: Path) -> None:
+    table = table_of(FILLERS).rename_columns(["answer", "물음", "대답", "text"])
+    write_jsonl(tmp_path / "a.jsonl", table)
+    made = makes(tmp_path / "a.jsonl", "--question-column", "물음", "--answer-column", "대답")
+    assert made == makes(write(tmp_path, "b.jsonl", FILLERS))
+
+
+def test_ready_texts_are_split_by_their_question(
+    makes: Callable[..., Sets], tmp_path: Path
+) -> None:
+    """And so as the same questions are where they have a column."""
+    texts = [f" {text_of(*pair)}\n" for pair in FILLERS]
+    write_parquet(tmp_path / "text.parquet", pa.table({"text": texts}))
+    assert makes(tmp_path / "text.parquet") == makes(write(tmp_path, "a.parquet", FILLERS))
+
+
+# --- The sources --------------------------------------------------------------------------------
+
+ROWS = [
+    *[("007", "NA"), ("None", "null"), ("nan", "1.50"), ("true", "2024-01-01"), ("N/A", "-")],
+    ('"인용", 쉼표; 그리고 \\n', "첫째 줄\n\n셋째 줄, '끝'"),
+    ("  앞뒤  ", "\t빈칸\u3000"),
+    ("김치 🥬", "고추 🌶️"),
+    ("", "질문이 없다"),
+    ("답이 없다", " "),
+    *[("같은 질문?", "첫째 답."), ("같은 질문?", "둘째 답."), ("같은 질문?", "첫째 답.")],
+    *FILLERS,
+]
+PARTS = {  # of a folder: file, first row, last row
+    "0.parquet": (0, 10),
+    "b/1.ARROW": (10, 20),
+    "b/c d/2.JsonL": (20, 30),
+    "b/c d/[3]*?.json": (30, 40),
+    "한글/4.CSV": (40, None),
+}
+
+
+def saved(folder: Path, **options: object) -> Path:
+    datasets.Dataset(table_of(ROWS)).save_to_disk(folder, **options)
+    return folder
+
+
+def saved_among_other_files(folder: Path) -> Path:
+    saved(folder, num_shards=3)
+    assert len(list(folder.glob("*.arrow"))) == 3
+    write(folder, "cache-4f3a.arrow", [("캐시?", "아니요.")])
+    write(folder, "data-00003-of-00004.arrow", [("예전 조각?", "아니요.")])
+    write(folder, "other.jsonl", [("다른 파일?", "아니요.")])
+    return folder
+
+
+def parquet(folder: Path, convert: Callable[[pa.ChunkedArray], object]) -> Path:
+    table = table_of(ROWS)
+    columns = {name: convert(table[name]) for name in ("question", "answer")}
+    write_parquet(folder / "a.parquet", pa.table(columns))
+    return folder / "a.parquet"
+
+
+def pandas_parquet(folder: Path) -> Path:
+    table_of(ROWS).to_pandas().to_parquet(folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def pandas_csv(folder: Path) -> Path:
+    table_of(ROWS).to_pandas().to_csv(folder / "a.csv")
+    return folder / "a.csv"
+
+
+def arrow_file(folder: Path) -> Path:
+    write_arrow_file(folder / "a.arrow", table_of(ROWS))
+    return folder / "a.arrow"
+
+
+def marked_csv(folder: Path) -> Path:
+    write_csv(folder / "a.csv", table_of(ROWS), "utf-8-sig")
+    return folder / "a.csv"
+
+
+def windows_jsonl(folder: Path) -> Path:
+    lines = write(folder, "a.jsonl", ROWS).read_bytes().splitlines()
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n  \r\n".join(lines))
+    return folder / "a.jsonl"
+
+
+def indented_json(folder: Path) -> Path:
+    (folder / "a.json").write_text(json.dumps(table_of(ROWS).to_pylist(), indent=2))
+    return folder / "a.json"
+
+
+def parts(folder: Path) -> Path:
+    for name, (start, stop) in PARTS.items():
+        write(folder, name, ROWS[start:stop])
+    (folder / "README.md").write_text("# questions, answers\n")
+    (folder / "b/dataset_info.json").write_text('{"features": {}}')
+    (folder / "b/x.jsonl").mkdir()
+    return folder
+
+
+SOURCES: dict[str, Callable[[Path], Path]] = {
+    "a saved Dataset": lambda folder: saved(folder / "saved"),
+    "shards among other files": saved_among_other_files,
+    "Parquet": lambda folder: write(folder, "a.parquet", ROWS),
+    "Parquet of dictionaries": lambda folder: parquet(folder, pa.ChunkedArray.dictionary_encode),
+    "Parquet of large strings": lambda folder: parquet(
+        folder, lambda column: column.cast(pa.large_string())
+    ),
+    "Parquet by pandas": pandas_parquet,
+    "Arrow stream": lambda folder: write(folder, "a.arrow", ROWS),
+    "Arrow file": arrow_file,
+    "JSON Lines": lambda folder: write(folder, "a.jsonl", ROWS),
+    "JSON Lines by Windows": windows_jsonl,
+    "JSON": lambda folder: write(folder, "a.json", ROWS),
+    "indented JSON": indented_json,
+    "CSV": lambda folder: write(folder, "a.csv", ROWS),
+    "CSV with a byte-order mark": marked_csv,
+    "CSV by pandas": pandas_csv,
+    "CSV with a suffix in capitals": lambda folder: write(folder, "A.CSV", ROWS),
+    "a folder of all": parts,
+}
+
+
+@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES.keys())
+def test_every_kind_of_source_gives_the_same_examples(
+    makes: Callable[..., Sets], tmp_path: Path, make: Callable[[Path], Path]
+) -> None:
+    (tmp_path / "source").mkdir()
+    made = unordered(makes(make(tmp_path / "source")))
+    assert made == unordered(makes(write(tmp_path, "same.jsonl", ROWS)))
+    trimmed = {(question.strip(), answer.strip()) for question, answer in ROWS}
+    assert sorted(all_of(made)) == sorted(text_of(*pair) for pair in trimmed if all(pair))
+
+
+@pytest.mark.parametrize(
+    "name", ["with a space", "한글", "[brackets]", "a*b?", "{a,b}", ".x", "#%20"]
+)
+@pytest.mark.parametrize("make", [saved, parts])
+def test_a_folder_may_have_any_name(
+    makes: Callable[..., Sets], tmp_path: Path, name: str, make: Callable[[Path], Path]
+) -> None:
+    write(tmp_path, "a bc/x.jsonl", [("이웃?", "아니요.")])  # matches a*b? as a pattern does
+    expected = unordered(makes(write(tmp_path, "same.jsonl", ROWS)))
+    assert unordered(makes(make(tmp_path / name))) == expected
+
+
+def test_a_relative_source_is_one_below_the_working_folder(
+    makes: Callable[..., Sets], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = makes(write(tmp_path, "a b/a.csv", ROWS))
+    (tmp_path / "c").mkdir()
+    monkeypatch.chdir(tmp_path / "c")
+    assert makes(Path("../a b")) == expected
+    assert makes(Path("../a b/a.csv")) == expected
+
+
+def test_a_csv_column_of_numbers_is_text_as_it_is_written(
+    makes: Callable[..., Sets], tmp_path: Path
+) -> None:
+    pairs = [(f"{number:03}", f"{number}.50") for number in range(40)]
+    made = makes(write(tmp_path, "a.csv", pairs))
+    assert sorted(all_of(made)) == sorted(text_of(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_json_column_of_dates_is_text(
+    makes: Callable[..., Sets], tmp_path: Path, suffix: str
+) -> None:
+    pairs = [
+        (f"{question} 언제?", f"2024-05-{10 + i % 20}") for i, (question, _) in enumerate(FILLERS)
+    ]
+    made = makes(write(tmp_path, f"a.{suffix}", pairs))
+    assert sorted(all_of(made)) == sorted(text_of(*pair) for pair in pairs)
+
+
+LATER = {  # what the entries of a long file hold at first, and what further on
+    "words after numbers": ({"id": 1}, {"id": "하나"}),
+    "words after nothing": ({"note": None}, {"note": "하나"}),
+    "a new column": ({}, {"note": "하나"}),
+}
+
+
+@pytest.mark.parametrize("how", LATER)
+def test_a_long_json_lines_file_may_hold_other_things_in_other_columns_further_on(
+    makes: Callable[..., Sets], tmp_path: Path, how: str
+) -> None:
+    rows = [{"question": f"질문 {i}?", "answer": "답." * 4000} for i in range(600)]
+    lines = [json.dumps({**row, **LATER[how][i > 550]}) for i, row in enumerate(rows)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert len(all_of(makes(tmp_path / "a.jsonl"))) == len(rows)
+
+
+def test_a_long_csv_file_may_hold_other_things_in_other_columns_further_on(
+    makes: Callable[..., Sets], tmp_path: Path
+) -> None:
+    """Numbers and then words, say, in a column that does not matter; past what is read at once."""
+    lines = [f"{i if i < 10_500 else 'x'},질문 {i}?,답 {i}.\n" for i in range(11_000)]
+    (tmp_path / "a.csv").write_text("id,question,answer\n" + "".join(lines))
+    assert len(all_of(makes(tmp_path / "a.csv"))) == 11_000
+
+
+# --- The splits of a DatasetDict ----------------------------------------------------------------
+
+
+def test_splits_are_pooled_with_a_warning(
+    prepare: Run, makes: Callable[..., Sets], tmp_path: Path
+) -> None:
+    source = save(tmp_path / "saved", train=ROWS[:30], test=ROWS[30:])
+    ended = prepare(source, tmp_path / "out")
+    assert ended.returncode == 0
+    warning = ended.stderr.removesuffix("\n")
+    assert "\n" not in warning
+    assert warning.startswith("warning: ")
+    for mention in ("train", "test", "--keep-splits"):
+        assert mention in warning
+    expected = makes(write(tmp_path, "same.jsonl", ROWS))
+    assert unordered(read_sets(tmp_path / "out")) == unordered(expected)
+
+
+def test_a_single_split_is_read_without_a_warning(
+    makes: Callable[..., Sets], tmp_path: Path
+) -> None:
+    source = save(tmp_path / "saved", train=ROWS)
+    assert makes(source) == makes(write(tmp_path, "same.jsonl", ROWS))
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+def test_splits_can_be_kept(makes: Callable[..., Sets], tmp_path: Path, name: str) -> None:
+    own = {"train": FILLERS[:20], name: FILLERS[20:28], "test": FILLERS[28:]}
+    made = makes(save(tmp_path / "saved", **own), "--keep-splits")
+    expected = {split: [text_of(*pair) for pair in pairs] for split, pairs in own.items()}
+    assert list(made.values()) == list(expected.values())
+
+
+@pytest.mark.parametrize(("lacking", "kept"), [("valid", "test"), ("test", "validation")])
+def test_a_split_that_is_lacking_is_drawn_from_train(
+    makes: Callable[..., Sets], tmp_path: Path, lacking: str, kept: str
+) -> None:
+    source = save(tmp_path / "saved", **{"train": FILLERS[:30], kept: FILLERS[30:]})
+    made = makes(source, "--keep-splits")
+    assert made[SPLITS[1] if lacking == "test" else "test"] == [text_of(*p) for p in FILLERS[30:]]
+    drawn = [text_of(*pair) for pair in FILLERS[:30]]
+    assert sorted(made["train"] + made[lacking]) == sorted(drawn)
+
+
+def test_of_a_question_in_two_splits_training_loses_its_own(prepare: Run, tmp_path: Path) -> None:
+    """Whatever the answer and the Unicode form; counted apart from what is the same in both."""
+    both = FILLERS[:5]
+    other = [(unicodedata.normalize("NFD", question), "다른 답.") for question, _ in both]
+    own = {"train": [*both, *other, *FILLERS[10:]], "validation": FILLERS[5:10], "test": both}
+    ended = prepare(save(tmp_path / "saved", **own), tmp_path / "out", "--keep-splits")
+    assert read_sets(tmp_path / "out") == {
+        "train": [text_of(*pair) for pair in FILLERS[10:]],
+        "valid": [text_of(*pair) for pair in FILLERS[5:10]],
+        "test": [text_of(*pair) for pair in both],
+    }
+    counts = counts_of(ended)
+    assert (counts["duplicate"], counts["elsewhere"], counts["rows"]) == (5, 5, 50)
+
+
+def test_a_limit_is_one_for_each_split_that_is_kept(
+    makes: Callable[..., Sets], tmp_path: Path
+) -> None:
+    own = {"train": FILLERS[:20], "validation": FILLERS[20:28], "test": FILLERS[28:]}
+    made = makes(save(tmp_path / "saved", **own), "--keep-splits", "--limit", 5)
+    expected = {"train": FILLERS[:5], "valid": FILLERS[20:25], "test": FILLERS[28:33]}
+    assert made == {split: [text_of(*p) for p in pairs] for split, pairs in expected.items()}
+
+
+def test_a_source_whose_splits_cannot_be_kept_is_told(fails: Fails, tmp_path: Path) -> None:
+    pairs = write(tmp_path, "a/a.jsonl", FILLERS)
+    fails(pairs, "--keep-splits", mentions=("--keep-splits", "DatasetDict"))
+    fails(pairs.parent, "--keep-splits", mentions=("--keep-splits", "DatasetDict"))
+    fails(saved(tmp_path / "saved"), "--keep-splits", mentions=("--keep-splits", "DatasetDict"))
+    source = save(tmp_path / "dict", train=FILLERS, extra=FILLERS)
+    fails(source, "--keep-splits", mentions=("extra", "--keep-splits", "validation"))
+
+
+# --- The output ---------------------------------------------------------------------------------
+
+
+def test_a_dry_run_tells_the_counts_and_three_examples_and_writes_nothing(
+    prepare: Run, tmp_path: Path
+) -> None:
+    source = write(tmp_path, "a.jsonl", ROWS)
+    write_old_sets(tmp_path / "old")
+    before = listing(tmp_path)
+    dry = prepare(source, tmp_path / "new/deep", "--dry-run")
+    assert prepare(source, tmp_path / "old", "--dry-run").returncode == dry.returncode == 0
+    assert listing(tmp_path) == before
+    for pair in ROWS[:3]:
+        assert f"\n---\n{text_of(*pair)}\n" in dry.stdout
+    assert dry.stdout.count("### 질문:") == 3
+    assert counts_of(dry) == counts_of(prepare(source, tmp_path / "new/deep"))
+    assert read_sets(tmp_path / "new/deep")
+
+
+def test_the_old_sets_are_replaced_as_a_whole(prepare: Run, tmp_path: Path) -> None:
+    write_old_sets(tmp_path / "old")
+    source = write(tmp_path, "a.jsonl", FILLERS)
+    for output in (tmp_path / "old", tmp_path / "new"):
+        assert prepare(source, output).returncode == 0
+    assert read_bytes(tmp_path / "old") == read_bytes(tmp_path / "new")
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_an_error_in_the_last_file_leaves_the_old_sets_as_they_were(
+    fails: Fails, tmp_path: Path, suffix: str
+) -> None:
+    write(tmp_path, "a/a.jsonl", [(f"질문 {i}?", "답." * 100) for i in range(2000)])
+    (tmp_path / f"a/z.{suffix}").write_bytes(b'question,answer\n"a')
+    fails(tmp_path / "a", mentions=(f"z.{suffix}",))
+
+
+def test_a_full_disk_leaves_the_old_sets_as_they_were(fails: Fails, tmp_path: Path) -> None:
+    source = write(tmp_path, "a.jsonl", [(f"질문 {i}?", "답." * 100) for i in range(200)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        fails(source, mentions=("old",))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def long_source(tmp_path: Path) -> Path:
+    """A small file of so many rows that reading it takes a minute."""
+    rows = 4_000_000
+    same = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), rows), ["가"])
+    write_parquet(tmp_path / "long.parquet", pa.table({"question": same, "answer": same}))
+    return tmp_path / "long.parquet"
+
+
+def stop(source: Path, output: Path, number: signal.Signals) -> Ended:
+    """Send a signal to a run when it has begun to write."""
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, "--source", source, "--output", output],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while process.poll() is None and not (output / "test.jsonl.part").exists():
+            time.sleep(0.01)
+        process.send_signal(number)
+        outputs = process.communicate(timeout=60)
+    return Ended(process.args, process.returncode, *outputs)
+
+
+def test_an_interrupted_run_leaves_the_old_sets_as_they_were(
+    tmp_path: Path, long_source: Path
+) -> None:
+    write_old_sets(tmp_path / "old")
+    before = listing(tmp_path)
+    ended = stop(long_source, tmp_path / "old", signal.SIGINT)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_told_to_end_leaves_the_old_sets_alone(
+    tmp_path: Path, long_source: Path, number: signal.Signals
+) -> None:
+    write_old_sets(tmp_path / "old")
+    before = listing(tmp_path / "old")
+    ended = stop(long_source, tmp_path / "old", number)
+    assert (ended.returncode, ended.stderr) == (128 + number, "")
+    assert listing(tmp_path / "old") == before
+
+
+def test_a_killed_run_leaves_the_old_sets_and_the_next_one_cleans_up(
+    prepare: Run, tmp_path: Path, long_source: Path
+) -> None:
+    write_old_sets(tmp_path / "old")
+    before = read_bytes(tmp_path / "old")
+    ended = stop(long_source, tmp_path / "old", signal.SIGKILL)
+    assert ended.returncode == -signal.SIGKILL
+    assert before.items() <= read_bytes(tmp_path / "old").items()
+    assert prepare(write(tmp_path, "a.jsonl", FILLERS), tmp_path / "old").returncode == 0
+    assert len(all_of(read_sets(tmp_path / "old"))) == len(FILLERS)
+
+
+# --- Errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["missing", "missing/a.parquet", "a.jsonl/below"])
+def test_a_missing_source_is_told_and_where_to_get_the_real_one(
+    fails: Fails, tmp_path: Path, name: str
+) -> None:
+    write(tmp_path, "a.jsonl", FILLERS)
+    mentions = (name, "downloaded by you", "maywell/korean_textbooks", "--source")
+    fails(tmp_path / name, mentions=mentions)
+
+
+def test_a_source_without_data_is_told_and_what_can_be_read(fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    fails(tmp_path / "a", mentions=(str(tmp_path / "a"), *(f".{suffix}" for suffix in WRITERS)))
+    for name in ("a.txt", "dataset_info.json", "a.jsonl.gz"):
+        (tmp_path / "a" / name).write_text("{}")
+    fails(tmp_path / "a", mentions=(str(tmp_path / "a"),))
+    for name in ("a.txt", "a.jsonl.gz"):
+        fails(tmp_path / "a" / name, mentions=(name, *(f".{suffix}" for suffix in WRITERS)))
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_columns_that_are_missing_are_told_with_those_there_are(
+    fails: Fails, tmp_path: Path, suffix: str
+) -> None:
+    table = table_of(FILLERS).rename_columns(["id", "prompt", "completion", "note"])
+    WRITERS[suffix](tmp_path / f"a.{suffix}", table)
+    there = ("id, prompt, completion, note", "--question-column", "--answer-column")
+    fails(tmp_path / f"a.{suffix}", mentions=("question", "answer", *there))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("missing", "answer"), ("question", "missing"), ("missing", "text"), ("Question", "answer")],
+)
+def test_a_column_that_is_named_must_be_there_even_beside_a_text(
+    fails: Fails, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    write_jsonl(
+        tmp_path / "a.jsonl", table_of(FILLERS).rename_columns(["id", "question", "answer", "text"])
+    )
+    args = ["--question-column", names[0], "--answer-column", names[1]]
+    fails(tmp_path / "a.jsonl", *args, mentions=names)
+
+
+NO_TEXT = {
+    "numbers": pa.array(range(40)),
+    "decimals": pa.array([0.5] * 40),
+    "yes and no": pa.array([True] * 40),
+    "lists": pa.array([["가"]] * 40),
+    "objects": pa.array([{"가": "나"}] * 40),
+}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "jsonl", "json"])
+@pytest.mark.parametrize("column", NO_TEXT.values(), ids=NO_TEXT.keys())
+def test_a_column_that_holds_no_text_is_told(
+    fails: Fails, tmp_path: Path, suffix: str, column: pa.Array
+) -> None:
+    table = table_of(FILLERS)
+    for name in ("question", "answer"):
+        file = tmp_path / f"{name}.{suffix}"
+        WRITERS[suffix](file, table.set_column(table.column_names.index(name), name, column))
+        fails(file, mentions=(f"{name}.{suffix}", f"the column {name} holds", "not text"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize("value", [3, 0.5, True, ["가"], {"가": "나"}])
+def test_a_json_column_of_text_and_other_things_is_told(
+    fails: Fails, tmp_path: Path, suffix: str, value: object
+) -> None:
+    rows = [*table_of(FILLERS).to_pylist(), {"question": "가", "answer": value}]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / f"a.{suffix}").write_text(lines if suffix == "jsonl" else json.dumps(rows))
+    fails(tmp_path / f"a.{suffix}", mentions=(f"a.{suffix}",))
+
+
+SPOILT: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "without its end": lambda content: content[:-20],
+    "of bytes that mean nothing": lambda content: bytes(range(256)) * 40,
+    "of zeros": lambda content: bytes(len(content)),
+    "of a line": lambda content: b"no data",
+    "of another kind": lambda content: b"<html>\n<p>404, 404</p>\n</html>\n",
+    "changed in the middle": lambda content: content[:600] + b'\xff"' * 100 + content[800:],
+}
+
+
+DAMAGED = [
+    (suffix, how)
+    for suffix in WRITERS
+    for how in SPOILT
+    if (suffix, how) not in {("csv", "half"), ("csv", "without its end")}  # a shorter CSV file
+]
+
+
+@pytest.mark.parametrize(("suffix", "how"), DAMAGED)
+def test_a_file_that_is_damaged_is_told(
+    fails: Fails, tmp_path: Path, suffix: str, how: str
+) -> None:
+    content = write(tmp_path, f"good.{suffix}", FILLERS).read_bytes()
+    (tmp_path / f"a.{suffix}").write_bytes(SPOILT[how](content))
+    fails(tmp_path / f"a.{suffix}", mentions=(f"a.{suffix}",))
+
+
+BAD_CSV = {
+    "an open quote": 'question,answer\na,b\n"c,d\n',
+    "a value too many in a line": "question,answer\na,b\nc,d,e\n",
+    "a value too many in all lines": "question,answer\na,b,c\nd,e,f\n",
+    "semicolons": "question;answer\na;b\n",
+    "no line of names": "a,b\nc,d\n",
+}
+
+
+@pytest.mark.parametrize("how", BAD_CSV)
+def test_a_csv_file_that_is_not_in_order_is_told(fails: Fails, tmp_path: Path, how: str) -> None:
+    (tmp_path / "a.csv").write_text(BAD_CSV[how])
+    fails(tmp_path / "a.csv", mentions=("a.csv",))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "encoding"),
+    [
+        *[("csv", "cp949"), ("csv", "utf-16"), ("json", "cp949"), ("json", "utf-16")],
+        *[("jsonl", "cp949"), ("jsonl", "utf-16")],
+    ],
+)
+def test_a_file_in_another_encoding_is_told(
+    fails: Fails, tmp_path: Path, suffix: str, encoding: str
+) -> None:
+    rows = [json.dumps(row, ensure_ascii=False) for row in table_of(FILLERS).to_pylist()]
+    text = {
+        "csv": "question,answer\n"
+        + "".join(f"{question},{answer}\n" for question, answer in FILLERS),
+        "jsonl": "\n".join(rows),
+        "json": f"[{', '.join(rows)}]",
+    }
+    (tmp_path / f"a.{suffix}").write_text(text[suffix], encoding=encoding)
+    error = fails(tmp_path / f"a.{suffix}", mentions=(f"a.{suffix}",))
+    assert encoding == "utf-16" or "UTF-8" in error
+
+
+def test_a_parquet_file_whose_text_is_not_utf_8_is_told(fails: Fails, tmp_path: Path) -> None:
+    table = table_of(FILLERS)
+    binary = table["answer"].cast(pa.binary()).to_pylist()
+    spoilt = pa.array([*binary[:-1], "답".encode("cp949")], pa.binary()).view(pa.string())
+    write_parquet(tmp_path / "a.parquet", table.set_column(2, "answer", spoilt))
+    fails(tmp_path / "a.parquet", mentions=("a.parquet",))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_two_columns_of_the_same_name_are_told(fails: Fails, tmp_path: Path, suffix: str) -> None:
+    table = table_of(FILLERS).rename_columns(["question", "question", "answer", "note"])
+    WRITERS[suffix](tmp_path / f"a.{suffix}", table)
+    fails(tmp_path / f"a.{suffix}", mentions=(f"a.{suffix}", "question"))
+
+
+DEEP = '{"question": ' + "[" * 100_000 + "]" * 100_000 + ', "answer": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("deep.jsonl", DEEP, id="deep JSON Lines"),
+        pytest.param("deep.json", f"[{DEEP}]", id="deep JSON"),
+        pytest.param("a.jsonl", "no data", id="no JSON"),
+    ],
+)
+def test_bad_json_is_told_and_nothing_else(
+    run: Run, tmp_path: Path, name: str, content: str
+) -> None:
+    """In a process of its own, which it may end, and to whose terminal the readers may write."""
+    (tmp_path / name).write_text(content)
+    one_error(run("--source", tmp_path / name, "--dry-run", script=SCRIPT.name), name)
+
+
+NOT_SAVED = {
+    "nothing": "",
+    "half": "{",
+    "no JSON": "saved",
+    "not UTF-8": "한글",
+    "deep": "[" * 100_000,
+    "an array": "[]",
+    "a number": "3",
+    "an empty object": "{}",
+    "no names": '{"splits": null, "_data_files": null}',
+    "a number of names": '{"splits": 3, "_data_files": 3}',
+    "numbers": '{"splits": [3], "_data_files": [{"filename": 3}]}',
+    "a file that is missing": '{"splits": ["b"], "_data_files": [{"filename": "b.arrow"}]}',
+    "a file outside": '{"splits": ["../c"], "_data_files": [{"filename": "../c/c.arrow"}]}',
+    "an absolute path": '{"splits": ["/"], "_data_files": [{"filename": "/c.arrow"}]}',
+    "the folder itself": '{"splits": ["."], "_data_files": [{"filename": "."}]}',
+    "the folder again": '{"splits": [""], "_data_files": [{"filename": ""}]}',
+    "the folder above": '{"splits": [".."], "_data_files": [{"filename": ".."}]}',
+    "another kind of file": '{"splits": ["d.txt"], "_data_files": [{"filename": "d.txt"}]}',
+}
+
+
+@pytest.mark.parametrize("file", ["dataset_dict.json", "state.json"])
+@pytest.mark.parametrize("content", NOT_SAVED.values(), ids=NOT_SAVED.keys())
+def test_a_saved_dataset_that_is_not_in_order_is_told(
+    fails: Fails, tmp_path: Path, file: str, content: str
+) -> None:
+    """Even with good data in it, and beside it."""
+    saved(tmp_path / "c")
+    source = saved(tmp_path / "a")
+    write(source, "a.jsonl", FILLERS)
+    (source / "d.txt").write_text("")
+    (source / file).write_bytes(content.encode("cp949"))
+    fails(source, mentions=(str(source),))
+
+
+def test_a_source_of_which_nothing_is_left_is_told(fails: Fails, tmp_path: Path) -> None:
+    for suffix in WRITERS:
+        source = write(tmp_path, f"a.{suffix}", [(" ", "a"), ("a", ""), ("\n", "\u3000")])
+        fails(source, mentions=(str(source), "nothing"))
+    for suffix in ("parquet", "arrow", "csv"):
+        WRITERS[suffix](tmp_path / f"b.{suffix}", table_of(FILLERS).slice(0, 0))
+        fails(tmp_path / f"b.{suffix}", mentions=(f"b.{suffix}", "nothing"))
+    for name, content in (("b.json", "[]"), ("b.jsonl", "\n \r\n")):
+        (tmp_path / name).write_text(content)
+        fails(tmp_path / name, mentions=(name, "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("fractions", "split"),
+    [((1e-9, 0.3), "valid"), ((0.3, 1e-9), "test"), ((0.5, 0.499999999), "train")],
+)
+def test_a_set_that_would_be_empty_is_told(
+    fails: Fails, tmp_path: Path, fractions: tuple[float, float], split: str
+) -> None:
+    source = write(tmp_path, "a.jsonl", FILLERS)
+    args = ["--valid-fraction", fractions[0], "--test-fraction", fractions[1]]
+    error = fails(source, *args, mentions=(f"{split}.jsonl", "fraction"))
+    assert "--train-fraction" not in error
+    fails(source, *args, "--dry-run", mentions=(f"{split}.jsonl",))
+
+
+BAD_VALUES = {
+    "--valid-fraction": ["0", "1", "-0.1", "1.5", "nan", "inf", "x", "", "0.7"],
+    "--test-fraction": ["0", "1", "-0.1", "1.5", "nan", "inf", "x", "", "0.7"],
+    "--limit": ["0", "-1", "1.5", "x", ""],
+    "--seed": ["-1", "1.5", "x", ""],
+    "--question-column": [""],
+    "--answer-column": [""],
+    "--source": [""],
+    "--output": [""],
+    "--lim": ["3"],
+    "--frobnicate": [],
+}
+
+
+@pytest.mark.parametrize("flag", BAD_VALUES)
+def test_a_command_line_that_makes_no_sense_is_told_with_the_flag(
+    fails: Fails, tmp_path: Path, flag: str
+) -> None:
+    """0.7 is too much beside the 0.3 of the other set."""
+    source = write(tmp_path, "a.jsonl", FILLERS)
+    for value in BAD_VALUES[flag]:
+        fails(source, flag, value, mentions=(flag,))
+    fails(source, flag, mentions=(flag,))
+
+
+def test_a_wrong_command_line_is_told_before_anything_is_imported(run: Run) -> None:
+    """With the standard library alone."""
+    for flag in ("--limit", "--frobnicate"):
+        one_error(run(flag, "0", script=SCRIPT.name, python=("-S", "-E")), flag)
+
+
+@pytest.mark.parametrize(
+    ("name", "mention"),
+    [("file", "file"), ("file/below", "file"), ("file/below/that", "file"), ("n" * 300, "nnn")],
+)
+def test_an_output_that_cannot_be_written_is_told(
+    prepare: Run, tmp_path: Path, name: str, mention: str
+) -> None:
+    (tmp_path / "file").write_text("text")
+    source = write(tmp_path, "a.jsonl", FILLERS)
+    before = listing(tmp_path)
+    one_error(prepare(source, tmp_path / name), str(tmp_path / mention))
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["train.jsonl.part", "valid.jsonl.part", "test.jsonl.part"],
+        *["train.jsonl", "valid.jsonl", "test.jsonl"],
+    ],
+)
+def test_a_folder_in_the_place_of_a_set_is_told_and_no_other_set_replaced(
+    prepare: Run, tmp_path: Path, name: str
+) -> None:
+    write_old_sets(tmp_path / "old")
+    (tmp_path / "old" / name).unlink(missing_ok=True)
+    (tmp_path / "old" / name).mkdir()
+    source = write(tmp_path, "a.jsonl", FILLERS)
+    before = listing(tmp_path)
+    one_error(prepare(source, tmp_path / "old"), name)
+    assert listing(tmp_path) == before
+
+
+def test_an_error_leaves_no_new_folder(prepare: Run, tmp_path: Path) -> None:
+    source = write(tmp_path, "a.csv", FILLERS)
+    before = listing(tmp_path)
+    one_error(prepare(source, tmp_path / "new/deep", "--question-column", "missing"))
+    assert listing(tmp_path) == before
+
+
+# --- What comes with the program ----------------------------------------------------------------
+
+
+def test_the_sets_in_the_project_are_what_the_defaults_make(run: Run, tmp_path: Path) -> None:
+    """From any folder."""
+    ended = run("--output", "made", script=SCRIPT.name, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    made = read_bytes(tmp_path / "made")
+    assert made == {name: (ROOT / "lora_finetune/data" / name).read_bytes() for name in made}
+    assert counts_of(ended)["rows"] == len(all_of(read_sets(tmp_path / "made")))
+
+
+def test_the_questions_and_answers_in_the_project_are_many_and_in_order() -> None:
+    files = sorted((ROOT / "data/korean_textbooks_qa").glob("*.jsonl"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    pairs = [json.loads(line) for line in lines]
+    assert len(pairs) >= 400
+    assert all(pair.keys() == {"question", "answer"} for pair in pairs)
+    sides = [side for pair in pairs for side in pair.values()]
+    assert all(side and side == unicodedata.normalize("NFC", side).strip() for side in sides)
+    assert len({pair["question"] for pair in pairs}) == len(pairs)
+    asked = [pair["question"].startswith("**Phi:** ") for pair in pairs]
+    answered = [pair["answer"].startswith("**Epsilon:** ") for pair in pairs]
+    assert asked == answered
+    assert 0.2 < sum(asked) / len(pairs) < 0.3
+
+
+HELP = {
+    "--source": "data/korean_textbooks_qa",
+    "--output": "lora_finetune/data",
+    "--question-column": "question",
+    "--answer-column": "answer",
+    "--valid-fraction": "0.05",
+    "--test-fraction": "0.05",
+    "--seed": "0",
+    "--limit": "all",
+    "--keep-splits": None,
+    "--dry-run": None,
+}
+
+
+def test_help_tells_every_flag_and_default_and_imports_nothing(run: Run) -> None:
+    """With the standard library alone."""
+    ended = run("--help", script=SCRIPT.name, python=("-S", "-E"))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    options = " ".join(ended.stdout.partition("options:")[2].split())
+    flags = dict(re.findall(r"(--[a-z-]+)((?:(?! --?[a-z]).)*)", options))
+    assert flags.pop("--help")
+    defaults = {flag: re.search(r"\(default: (.+)\)$", text) for flag, text in flags.items()}
+    assert {flag: default and default[1] for flag, default in defaults.items()} == HELP
+
+
+# --- The world around ---------------------------------------------------------------------------
+
+
+def test_a_terminal_that_knows_no_korean_is_no_error(run: Run) -> None:
+    ended = run("--dry-run", script=SCRIPT.name, env={"PYTHONIOENCODING": "ascii"})
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert counts_of(ended)
+    assert ended.stdout.count("### ??:") == 6
+
+
+LISTENING = """
+import os, runpy, sys
+sys.argv.pop(0)
+sys.addaudithook(
+    lambda event, args: event.startswith("socket.") and os.write(2, f"{event} {args}\\n".encode())
+)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_asks_nothing_of_the_network_and_leaves_nothing_in_a_cache(
+    run: Run, tmp_path: Path
+) -> None:
+    args = ["--source", parts(tmp_path / "source"), "--output", tmp_path / "made", *WIDE]
+    env = {"HF_HUB_OFFLINE": None, "HF_HOME": str(tmp_path / "hub"), "TMPDIR": str(tmp_path)}
+    ended = run(*args, script=SCRIPT.name, python=("-c", LISTENING), env=env)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} <= {"source", "made", "hub"}
+    cached = [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+    assert not sum(path.stat().st_size for path in cached)  # it may hold locks
