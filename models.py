@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,15 @@ logging.set_verbosity_error()  # its warnings are for programmers
 class UserError(Exception):
     """Something the user can put right; the program prints it as one `error:` line."""
 
+    def __str__(self) -> str:
+        """In one line, whatever names of files, arrays and settings it mentions."""
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """A text with line ends, control characters and the like written as in Python: \\n."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 
 def lacks_fast_blas() -> bool:
     """Whether MLX computes on a Linux CPU with the slow BLAS that it brings."""
@@ -144,6 +154,7 @@ def load(path_or_repo: str) -> tuple[nn.Module, TokenizerWrapper]:
     if not any(folder.glob("model*.safetensors")):
         raise UserError(f"the model folder {folder} has no weights (model*.safetensors)")
     try:
+        check_layers(folder)
         model, tokenizer = mlx_lm.load(
             str(folder), tokenizer_config={"trust_remote_code": False}, lazy=True
         )
@@ -151,9 +162,34 @@ def load(path_or_repo: str) -> tuple[nn.Module, TokenizerWrapper]:
             model = dequantize_model(model)
             model.set_dtype(mx.float32)
         mx.eval(model.parameters())
+        tokenizer.encode("a")  # what is wrong with some settings shows only in use
+        vocabulary_size(model)
     except Exception as error:  # mlx-lm and transformers raise of every kind on what they dislike
         raise UserError(f"the model {folder} cannot be loaded: {first_line(error)}") from error
     return model, tokenizer
+
+
+# What the numbers of layers are called in configurations.
+LAYER_NUMBERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+
+
+def check_layers(folder: Path) -> None:
+    """Check a model folder before the layers are built: a wrong number of them may fill the memory.
+
+    Raises:
+        ValueError: the configuration has more layers than there are arrays in the weights.
+        Exception: the configuration or the weights are damaged.
+    """
+    config = json.loads((folder / "config.json").read_bytes())
+    files = list(folder.glob("model*.safetensors"))
+    arrays = sum(len(safetensors.safe_open(file, "numpy").keys()) for file in files)
+    for settings in (config, config.get("text_config")):
+        for name in LAYER_NUMBERS:
+            layers = settings.get(name) if isinstance(settings, dict) else None
+            if isinstance(layers, int) and layers > arrays:
+                raise ValueError(
+                    f"its config.json has {name} {layers}, and its weights are only {arrays} arrays"
+                )
 
 
 def find_model(path_or_repo: str) -> Path:
@@ -441,7 +477,7 @@ def layer_paths(model: nn.Module) -> list[str]:
 
 def natural_order(path: str) -> list[tuple[int, str]]:
     """A sort key under which layer 9 comes before layer 10."""
-    return [(int(part) if part.isdecimal() else -1, part) for part in path.split(".")]
+    return [(len(part) if part.isdecimal() else 0, part) for part in path.split(".")]
 
 
 def add_lora(model: nn.Module, ranks: dict[str, int]) -> None:
@@ -472,7 +508,7 @@ def add_lora(model: nn.Module, ranks: dict[str, int]) -> None:
 
 def vocabulary_size(model: nn.Module) -> int:
     """How many tokens the model knows."""
-    return model(mx.zeros((1, 1), mx.int32)).shape[-1]  # nothing is computed for a shape
+    return model(mx.zeros((1, 2), mx.int32)).shape[-1]  # nothing is computed for a shape
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -486,7 +522,7 @@ def count_trainable(model: nn.Module) -> int:
 
 # --- Adapter files ------------------------------------------------------------------------------
 
-Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a linear layer -> its A and B
+Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a linear layer -> its A and B, float32
 
 
 def adapter_content(model: nn.Module, suffix: str) -> bytes:
@@ -551,8 +587,12 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
     try:
         if file.suffix == ".safetensors":
             return safetensors.numpy.load_file(file)
-        with np.load(file, allow_pickle=False) as archive:
-            return dict(archive)
+        with warnings.catch_warnings(), np.load(file, allow_pickle=False) as archive:
+            warnings.simplefilter("ignore")  # they are of how the file was written
+            arrays = dict(archive)
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise TypeError
+        return arrays
     except Exception:  # zipfile, zlib and NumPy each raise in their own way on a damaged file
         kind = file.suffix if file.suffix == ".safetensors" else ".npz"
         raise UserError(f"{file} is not a whole {kind} file of plain arrays") from None
@@ -564,19 +604,25 @@ def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
     for name in sorted(arrays, key=natural_order):
         path, _, which = name.rpartition(".")
         pairs.setdefault(path, {})[which] = arrays[name]
+    adapter = {}
     for path, pair in pairs.items():
         if set(pair) != {"lora_a", "lora_b"}:
             raise UserError(f"{file} has {path}.{' and '.join(pair)}, not a lora_a and its lora_b")
         a, b = pair["lora_a"], pair["lora_b"]
         if not (is_matrix(a) and is_matrix(b) and a.shape[1] == b.shape[0] > 0):
             raise UserError(f"{file}: {path} is not a pair of matrices (d_in, r) and (r, d_out)")
-    if not pairs:
+        with np.errstate(over="ignore"):
+            a, b = a.astype(np.float32), b.astype(np.float32)
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise UserError(f"{file}: {path} holds numbers that are not finite")
+        adapter[path] = a, b
+    if not adapter:
         raise UserError(f"{file} holds no arrays")
-    return {path: (pair["lora_a"], pair["lora_b"]) for path, pair in pairs.items()}
+    return adapter
 
 
-def is_matrix(array: object) -> bool:
-    return isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind == "f"
+def is_matrix(array: np.ndarray) -> bool:
+    return array.ndim == 2 and array.dtype.kind == "f"
 
 
 def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
@@ -602,9 +648,9 @@ def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
 
 
 def load_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Put an adapter's arrays, as float32, into a model that is adapted at its paths."""
+    """Put an adapter's arrays into a model that is adapted at its paths."""
     weights = [
-        (f"{path}.{which}", mx.array(array.astype(np.float32)))
+        (f"{path}.{which}", mx.array(array))
         for path, pair in adapter.items()
         for which, array in zip(("lora_a", "lora_b"), pair, strict=True)
     ]

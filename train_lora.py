@@ -247,6 +247,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import stream_generate
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
@@ -392,6 +393,8 @@ def render(entry: Entry, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Text
     except Exception as error:  # a template raises what it likes
         why = models.first_line(error)
         raise ValueError(f"the model's chat template does not take it: {why}") from None
+    if not is_unicode(whole):
+        raise ValueError("the model's chat template makes half of a surrogate pair of it")
     return Text(whole, prompt, templated=True)
 
 
@@ -494,7 +497,7 @@ def encode(
         ids = [encoding.ids for encoding in encodings]
     else:
         ids = [tokenizer.encode(text, add_special_tokens=not templated) for text in texts]
-    if not templated and tokenizer.encode("a")[-1] == tokenizer.eos_token_id:
+    if not templated and tokenizer.encode("a")[-1:] == [tokenizer.eos_token_id]:
         ids = [tokens[:-1] for tokens in ids]
     return ids
 
@@ -695,11 +698,14 @@ class Progress:
 
 
 def read_progress(saved: object) -> Progress:
-    """A Progress that was saved as JSON; raises TypeError where it is none."""
+    """A Progress that was saved as JSON; raises TypeError or ValueError where it is none."""
     progress = Progress(**saved)
     for field in fields(Progress):
-        if type(getattr(progress, field.name)) is not type(field.default):
+        number, default = getattr(progress, field.name), field.default
+        if type(number) is not type(default):
             raise TypeError
+        if not min(default, 0) <= number <= max(default, 2**63):
+            raise ValueError
     return progress
 
 
@@ -817,15 +823,18 @@ def make_optimizer(
         saved: as MLX names them; parameters without moments start fresh.
 
     Raises:
-        ValueError: what was saved is not for these parameters.
+        ValueError: what was saved is not for these parameters, or not finite.
     """
     optimizer = optim.Adam(learning_rate, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     fresh = dict(tree_flatten(optimizer.state))
     for name in saved.keys() & fresh.keys() - {"learning_rate"}:
-        if saved[name].shape != fresh[name].shape or saved[name].dtype.kind not in "fu":
+        numbers, expected = saved[name], np.array(fresh[name])
+        if (numbers.shape, numbers.dtype) != (expected.shape, expected.dtype):
             raise ValueError(f"{name} is not for this model")
-        fresh[name] = mx.array(saved[name]).astype(fresh[name].dtype)
+        if not np.isfinite(numbers).all():
+            raise ValueError(f"{name} is not finite")
+        fresh[name] = mx.array(numbers)
     optimizer.state = tree_unflatten(list(fresh.items()))
     return optimizer
 
@@ -837,8 +846,8 @@ def make_step(
 
     Returns:
         The step, and the state to evaluate after it. The step takes what `loss` takes and returns
-        what it returns, and the sum of the updated parameters' absolute numbers: where a gradient
-        or a parameter is not finite, that is not. It raises UserError where MLX has no gradient of
+        what it returns, and the sum of the updated parameters: where a gradient or a parameter is
+        not finite, that is not. It raises UserError where MLX has no gradient of
         something in the model.
     """
     loss_and_gradients = nn.value_and_grad(model, loss)
@@ -853,7 +862,7 @@ def make_step(
             raise UserError(f"this architecture cannot be trained: {why}") from error
         optimizer.update(model, gradients)
         parameters = tree_flatten(model.trainable_parameters())
-        return mean, number, sum(mx.abs(parameter).sum() for _, parameter in parameters)
+        return mean, number, sum(parameter.sum() for _, parameter in parameters)
 
     return step, state
 
@@ -877,7 +886,7 @@ def warm_up(model: nn.Module, examples: Examples, batch_size: int, learning_rate
         return mx.get_peak_memory()
 
     total, base, rows = models.memory_size(), mx.get_active_memory(), len(longest)
-    what = f"a batch of {rows} texts, the longest of {max(examples.lengths)} tokens,"
+    what = f"a batch of {rows} texts, the longest of {examples.lengths.max()} tokens,"
     way_out = "lower --batch-size, --max-seq-length or --lora-layers"
     try:
         one = peak_memory(longest[-1:])
@@ -1066,7 +1075,7 @@ def generate(
     """Print the prompt, its continuation as it is made, and a line with tokens per second.
 
     Raises:
-        UserError: the prompt holds no tokens.
+        UserError: the prompt holds no tokens, or some that do not belong to the model.
     """
     model.eval()
     mx.random.seed(seed)
@@ -1075,10 +1084,9 @@ def generate(
         raise UserError("the prompt holds no tokens")
     if max(ids) >= models.vocabulary_size(model):
         raise UserError("the prompt holds tokens that the model does not know")
-    sampler = make_sampler(temp=temperature)
     print(prompt, end="", flush=True)
     tokens, begun = [], False
-    for part in stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=sampler):
+    for part in stream(model, tokenizer, ids, max_tokens, temperature):
         text = part.text
         tokens.append(part.token)
         if text and not begun and continues_with_space(tokenizer, ids, tokens):
@@ -1088,6 +1096,25 @@ def generate(
             text = text.rstrip("\ufffd")  # a character that --max-tokens cut through
         print(text, end="", flush=True)
     print(f"\n========== {part.generation_tokens} tokens, {part.generation_tps:.3f} tokens/sec")
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    ids: list[int],
+    max_tokens: int,
+    temperature: float,
+) -> Iterator[GenerationResponse]:
+    """The continuation of a prompt, token by token.
+
+    Raises:
+        UserError: the model generated a token that the tokenizer does not have.
+    """
+    sampler = make_sampler(temp=temperature)
+    try:
+        yield from stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=sampler)
+    except TypeError as error:  # mlx-lm's, where there is a gap in the vocabulary
+        raise UserError("the model generated a token that its tokenizer does not have") from error
 
 
 def continues_with_space(tokenizer: TokenizerWrapper, ids: list[int], tokens: list[int]) -> bool:
@@ -1170,7 +1197,7 @@ def run(args: argparse.Namespace) -> None:
         padding = padding_share(training.lengths, args.batch_size, args.seed)
         print(
             f"Training: {len(training)} examples, {len(training.tokens)} tokens,",
-            f"longest {max(training.lengths)}, {training.cut} cut, {padding:.1%} padding an epoch",
+            f"longest {training.lengths.max()}, {training.cut} cut, {padding:.1%} padding an epoch",
             flush=True,
         )
         warm_up(model, training, args.batch_size, args.learning_rate)
@@ -1226,7 +1253,7 @@ def find_start(state: models.State | None, source: Path, start_iter: int | None)
     """
     try:
         progress = read_progress(state.notes["progress"]) if state else Progress()
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise models.damaged_state(source) from None
     return progress if start_iter in (None, progress.iteration) else Progress(start_iter)
 
@@ -1246,7 +1273,7 @@ def take_up(
     saved = state.notes.get("settings")
     saved = saved if isinstance(saved, dict) else {}
     changed = [
-        f"{name} ({saved.get(name)}, now {value})" if name.startswith("--") else name
+        f"{name} ({saved.get(name)!r:.50}, now {value})" if name.startswith("--") else name
         for name, value in settings.items()
         if saved.get(name) != value
     ]
@@ -1326,15 +1353,19 @@ def load_examples(
     for split, file in files.items():
         texts = read_texts(file, tokenizer, mask_prompt)
         texts = tqdm(texts, f"Tokenizing {file.name}", numbers[split], leave=False, disable=None)
-        examples[split] = found = tokenize(texts, tokenizer, end, max_length)
-        if max(found.lengths) < 2:
-            raise UserError(f"{file} has only texts of a single token")
-        if (largest := max(found.tokens)) >= vocabulary:
+        try:
+            examples[split] = found = tokenize(texts, tokenizer, end, max_length)
+            largest = found.tokens.max(initial=0)
+        except OverflowError:  # no 32 bits hold it
+            largest = math.inf
+        if largest >= vocabulary:
             raise UserError(
-                f"the tokenizer makes a token {largest} of {file}, and the model knows only "
-                f"{vocabulary} tokens: they do not belong together"
+                f"the tokenizer makes tokens of {file} up to number {largest}, and the model knows "
+                f"only {vocabulary}: they do not belong together"
             )
-        if max(found.targets) < 1:
+        if found.lengths.max() < 2:
+            raise UserError(f"{file} has only texts of a single token")
+        if found.targets.max() < 1:
             raise UserError(f"{file} has no answer within {max_length} tokens (--max-seq-length)")
         if found.cut:
             lost = sum(found.prompts >= found.lengths)

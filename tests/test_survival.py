@@ -493,3 +493,29 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(
     kept = Path("a.best.npz").read_bytes()
     call(*args, "--iters", best["iter"], "--adapter-file", "b.npz")
     assert Path("b.npz").read_bytes() == kept
+
+
+# --- Long ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_memory_does_not_grow_over_a_long_run_of_varied_lengths(
+    model: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(0)
+    for split in ("train", "valid"):
+        lengths = [min(400, int(rng.lognormvariate(3, 1)) + 2) for _ in range(300)]
+        tiny.write_jsonl(tmp_path / "data", split, ["a" * length for length in lengths])
+    args = ["--model", model, "--data", tmp_path / "data", "--adapter-file", "a.npz", "--train"]
+    args += ["--lora-layers", 1, "--batch-size", 2, "--iters", 3000, "--val-batches", 10]
+    args += ["--steps-per-report", 20, "--steps-per-eval", 500, "--save-every", 100]
+    notes = tmp_path / "notes"
+    process = background.CONTEXT.Process(
+        target=background.soak, args=(tmp_path, [*map(str, args)], notes)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    first, _, last = np.array_split(np.loadtxt(notes), 3)
+    for column, name in [(1, "resident"), (2, "MLX's peak")]:
+        assert last[:, column].max() <= 1.05 * first[:, column].max(), name
