@@ -469,7 +469,7 @@ def prepare(
     """
     texts, questions = Seen(), Seen()
     counts, taken = Counter(), Counter()
-    with tqdm(desc="Preparing", unit=" rows", leave=False, disable=None) as progress:
+    with tqdm(None, "Preparing", limit, False, unit=" rows", disable=None) as progress:
         for file, source in sources:
             if taken[source] == limit:
                 continue

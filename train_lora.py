@@ -799,7 +799,7 @@ class Stop:
                 os._exit(128 + signal.SIGINT)
             if not self.signal:
                 self.signal = received[0]
-                tqdm.write("stopping after this iteration; Ctrl-C stops at once", file=sys.stderr)
+                tqdm.write("stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr)
         os.close(self.reader)
 
     def check(self) -> None:
