@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--start-iter",
         type=whole_number(0),
         default=0,
-        help="iteration to start from, as the run being resumed counted",
+        help="iteration to start from; without it, a resumed run goes on where it was",
     )
     add(
         "--val-batches",
@@ -799,7 +799,9 @@ class Stop:
                 os._exit(128 + signal.SIGINT)
             if not self.signal:
                 self.signal = received[0]
-                tqdm.write("stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr)
+                tqdm.write(
+                    "stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr
+                )
         os.close(self.reader)
 
     def check(self) -> None:
@@ -867,7 +869,7 @@ def make_step(
     return step, state
 
 
-def warm_up(model: nn.Module, examples: Examples, batch_size: int, learning_rate: float) -> None:
+def warm_up(model: nn.Module, examples: Examples, batch_size: int) -> None:
     """Do a step on the largest batch that can come, and undo it: what memory it takes shows now.
 
     Where memory runs out, some systems kill the process without a word. So steps on one and two of
@@ -878,7 +880,7 @@ def warm_up(model: nn.Module, examples: Examples, batch_size: int, learning_rate
     """
     longest = np.argsort(examples.lengths)[-batch_size:]
     before = model.trainable_parameters()
-    step, state = make_step(model, make_optimizer(model, learning_rate, {}))
+    step, state = make_step(model, make_optimizer(model, 0.0, {}))
 
     def peak_memory(rows: np.ndarray) -> int:
         mx.reset_peak_memory()
@@ -956,6 +958,8 @@ class Trainer:
         first = self.progress.iteration
         with self.stop:
             try:
+                warm_up(self.model, self.training, self.schedule.batch_size)
+                self.stop.check()
                 if self.progress.validated < 0:
                     self.validate(first + 1)
                 if not self.progress.finished or first == self.schedule.iters:
@@ -1193,14 +1197,6 @@ def run(args: argparse.Namespace) -> None:
             progress = take_up(progress, state, settings, source)
         if not resumes or source.resolve() == adapter_file.resolve():
             log.shorten(progress)
-        training = examples["train"]
-        padding = padding_share(training.lengths, args.batch_size, args.seed)
-        print(
-            f"Training: {len(training)} examples, {len(training.tokens)} tokens,",
-            f"longest {training.lengths.max()}, {training.cut} cut, {padding:.1%} padding an epoch",
-            flush=True,
-        )
-        warm_up(model, training, args.batch_size, args.learning_rate)
         saved = state.optimizer if state else {}
         try:
             optimizer = make_optimizer(model, args.learning_rate, saved)
@@ -1208,7 +1204,8 @@ def run(args: argparse.Namespace) -> None:
             raise models.damaged_state(source) from None
         numbers = {field.name: getattr(args, field.name) for field in fields(Schedule)}
         schedule = Schedule(**numbers | {"iters": iters})
-        Trainer(
+        training = examples["train"]
+        trainer = Trainer(
             model,
             optimizer,
             training,
@@ -1218,7 +1215,14 @@ def run(args: argparse.Namespace) -> None:
             log,
             adapter_file,
             settings,
-        ).train()
+        )
+        padding = padding_share(training.lengths, args.batch_size, args.seed)
+        print(
+            f"Training: {len(training)} examples, {len(training.tokens)} tokens,",
+            f"longest {training.lengths.max()}, {training.cut} cut, {padding:.1%} padding an epoch",
+            flush=True,
+        )
+        trainer.train()
     if args.test:
         print("Testing", flush=True)
         mean = evaluate(model, examples["test"], args.batch_size, args.test_batches)

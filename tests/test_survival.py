@@ -193,7 +193,7 @@ def test_a_signal_before_the_first_iteration_saves_nothing(
     long = ["--val-batches", -1, "--batch-size", 1]
     process = background.start(tmp_path, *args, *long, "--data", make_data(tmp_path, valid=500))
     wait_for(tmp_path / "out", "Training: ", process)
-    time.sleep(0.5)
+    time.sleep(0.3)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 143
@@ -270,14 +270,14 @@ def test_a_folder_that_goes_away_is_told(args: list[object], tmp_path: Path) -> 
 def test_too_little_memory_for_the_largest_batch_is_told_before_training(
     call: Run, model: Path, tmp_path: Path
 ) -> None:
-    tiny.write_jsonl(tmp_path, "train", ["a" * 2047] * 20_000)
+    tiny.write_jsonl(tmp_path, "train", ["a" * 2047] * 5_000)
     tiny.write_jsonl(tmp_path, "valid", ["a"] * 4)
     args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
-    ended = call(*args, "--train", "--lora-layers", 4, "--batch-size", 20_000)
+    ended = call(*args, "--train", "--lora-layers", 4, "--batch-size", 5_000)
     assert ended.returncode == 2
     assert "Iter" not in ended.stdout
     assert re.fullmatch(
-        r"error: a batch of 20000 texts, the longest of 2048 tokens, "
+        r"error: a batch of 5000 texts, the longest of 2048 tokens, "
         r"would take \d+\.\d GB of memory, "
         r"and there are \d+\.\d GB; lower --batch-size, --max-seq-length or --lora-layers\n",
         ended.stderr,
