@@ -86,6 +86,8 @@ FAST_BLAS = load_fast_blas() if platform.system() == "Linux" else None
 
 # On CUDA, MLX would round the factors of float32 products to TF32's 10 bits: gradients 1 % off.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+# And cuDNN's attention has gradients that differ from run to run: none could be resumed exactly.
+os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
 
 import mlx.core as mx
 import mlx.nn as nn

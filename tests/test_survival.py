@@ -84,13 +84,15 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
         folder = tmp_path / str(number)
         folder.mkdir()
         resume: list[object] = []
+        longest = 2.0  # seconds; longer where the computer is too slow to save anything in them
         while True:
             process = background.start(folder, *args, *resume, "--iters", ITERS, slow=0.01)
-            process.join(rng.uniform(0.2, 2.0))
+            process.join(rng.uniform(0.2, longest))
             if process.exitcode is None:
                 process.kill()
                 process.join()
                 kills += 1
+                longest *= 1.1
             else:
                 assert process.exitcode == 0, (folder / "err").read_text()
                 break
