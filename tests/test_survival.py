@@ -48,6 +48,14 @@ def uninterrupted(args: list[object], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+@pytest.fixture
+def copy(uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the uninterrupted run, to go on from; the working folder."""
+    folder = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
 def losses(folder: Path) -> list[dict[str, float]]:
     """The entries of a log without the times, which differ from run to run."""
     entries = [json.loads(line) for line in (folder / "a.log.jsonl").read_text().splitlines()]
@@ -378,10 +386,8 @@ def test_a_run_cut_anywhere_ends_in_the_same_adapter(
 
 
 def test_resuming_what_is_done_goes_on_to_the_next_phase(
-    call: Run, args: list[object], uninterrupted: Path, tmp_path: Path, monkeypatch
+    call: Run, args: list[object], copy: Path
 ) -> None:
-    shutil.copytree(uninterrupted, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
     ended = call(*args, "--iters", ITERS, "--resume-adapter-file", "a.npz", "--test")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "\nTest loss" in ended.stdout
@@ -391,11 +397,9 @@ def test_resuming_what_is_done_goes_on_to_the_next_phase(
 
 
 def test_an_adapter_from_elsewhere_starts_with_fresh_moments_and_says_so(
-    call: Run, args: list[object], uninterrupted: Path, tmp_path: Path, monkeypatch
+    call: Run, args: list[object], copy: Path
 ) -> None:
     """Also where it took the place of the one that the state belongs to."""
-    shutil.copytree(uninterrupted, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
     tiny.make_adapter(Path("other.npz"), range(2, 4))
     shutil.copy("other.npz", "a.npz")
     for name in ("other.npz", "a.npz"):
@@ -407,11 +411,7 @@ def test_an_adapter_from_elsewhere_starts_with_fresh_moments_and_says_so(
         assert ended.stdout.count("Iter 1: ") == 1
 
 
-def test_an_explicit_start_wins_over_the_state(
-    call: Run, args: list[object], uninterrupted: Path, tmp_path: Path, monkeypatch
-) -> None:
-    shutil.copytree(uninterrupted, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
+def test_an_explicit_start_wins_over_the_state(call: Run, args: list[object], copy: Path) -> None:
     resume = ["--resume-adapter-file", "a.npz", "--adapter-file", "b.npz"]
     ended = call(*args, *resume, "--start-iter", 5, "--iters", 7)
     assert re.findall(r"Iter (\d+): (\w+)", ended.stdout) == [
@@ -428,12 +428,10 @@ def test_an_explicit_start_wins_over_the_state(
 
 
 def test_what_has_changed_since_is_told_in_one_line(
-    call: Run, args: list[object], uninterrupted: Path, data: Path, tmp_path: Path, monkeypatch
+    call: Run, args: list[object], copy: Path, data: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(uninterrupted, tmp_path / "copy")
     shutil.copytree(data, tmp_path / "data")
     tiny.write_jsonl(tmp_path / "data", "train", make_texts(40, 7))
-    monkeypatch.chdir(tmp_path / "copy")
     changes = [
         "--data",
         tmp_path / "data",
@@ -452,10 +450,8 @@ def test_what_has_changed_since_is_told_in_one_line(
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "an adapter"])
 def test_a_damaged_state_is_told_with_the_way_out(
-    call: Run, args: list[object], uninterrupted: Path, tmp_path: Path, monkeypatch, damage: str
+    call: Run, args: list[object], copy: Path, damage: str
 ) -> None:
-    shutil.copytree(uninterrupted, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
     state = Path("a.state.npz")
     whole = state.read_bytes()
     contents = {

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from compare_mlx_lm import ROOT, measured
+
 WORDS = ["물은", "산소와", "수소로", "이루어져", "있으며", "그", "비율은", "언제나", "같습니다"]
 
 
@@ -44,16 +42,11 @@ def make_sources(folder: Path, number: int) -> None:
 
 
 def measure(source: Path, output: Path) -> tuple[float, float]:
-    """Seconds and peak resident memory in MB of one run."""
-    command = [sys.executable, str(ROOT / "prepare_lora_data.py")]
-    command += ["--source", str(source), "--output", str(output)]
+    """Seconds and peak memory in MB of one run."""
     start = time.perf_counter()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"error: the run on {source} failed")
-    kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return time.perf_counter() - start, kilobytes / 1e3
+    script = str(ROOT / "prepare_lora_data.py")
+    _, gigabytes = measured([script, "--source", str(source), "--output", str(output)])
+    return time.perf_counter() - start, 1e3 * gigabytes
 
 
 def main() -> None:
