@@ -102,20 +102,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, get_total_parameters
 from transformers.utils import logging
 
+from lora_finetune.command_line import UserError, first_line
+
 logging.set_verbosity_error()  # its warnings are for programmers
-
-
-class UserError(Exception):
-    """Something the user can put right; the program prints it as one `error:` line."""
-
-    def __str__(self) -> str:
-        """In one line, whatever names of files, arrays and settings it mentions."""
-        return printable(super().__str__())
-
-
-def printable(text: str) -> str:
-    """A text with line ends, control characters and the like written as in Python: \\n."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def lacks_fast_blas() -> bool:
@@ -218,11 +207,6 @@ def find_model(path_or_repo: str) -> Path:
     except Exception as error:  # whatever the network does
         why = f"the Hugging Face hub cannot be reached ({first_line(error)})"
     raise UserError(f"there is no model folder {path_or_repo}, and {why}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- LoRA ---------------------------------------------------------------------------------------
@@ -527,12 +511,11 @@ def count_trainable(model: nn.Module) -> int:
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a linear layer -> its A and B, float32
 
 
-def adapter_content(model: nn.Module, suffix: str) -> bytes:
-    """The trainable parameters as an .npz file of float32 arrays.
+def adapter_content(arrays: dict[str, np.ndarray], suffix: str) -> bytes:
+    """The content of an .npz file of the arrays of an adapter.
 
     With the suffix .safetensors it is such a file, as mlx-lm's `adapters.safetensors` is.
     """
-    arrays = trainable_arrays(model)
     if suffix == ".safetensors":
         return safetensors.numpy.save(arrays)
     stream = io.BytesIO()
@@ -541,13 +524,14 @@ def adapter_content(model: nn.Module, suffix: str) -> bytes:
 
 
 def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The trainable parameters by their names, float32."""
     return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
 
 
 def write_adapter(file: Path, model: nn.Module) -> None:
     """Write the trainable parameters, whole or not at all."""
     with replacing(file) as stream:
-        stream.write(adapter_content(model, file.suffix))
+        stream.write(adapter_content(trainable_arrays(model), file.suffix))
 
 
 @contextmanager
@@ -712,9 +696,9 @@ def write_checkpoint(
     to and the one that this replaces, so a process that dies between the two files leaves no doubt
     which they are.
     """
-    content = adapter_content(model, file.suffix)
-    sums = {"adapter": checksum(content), "replaced": file_checksum(file)}
     arrays = trainable_arrays(model)
+    content = adapter_content(arrays, file.suffix)
+    sums = {"adapter": checksum(content), "replaced": file_checksum(file)}
     arrays |= {f"optimizer.{name}": np.array(a) for name, a in tree_flatten(optimizer_state)}
     arrays["notes"] = np.frombuffer(json.dumps(notes | {"checksums": sums}).encode(), np.uint8)
     with replacing(state_file(file)) as stream:

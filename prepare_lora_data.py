@@ -13,6 +13,7 @@ import argparse
 import glob
 import hashlib
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -24,7 +25,18 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TextIO
+
+from lora_finetune.command_line import (
+    Parser,
+    UserError,
+    first_line,
+    is_unicode,
+    let_ctrl_c_end_imports,
+    run_and_tell,
+    warn,
+    whole_number,
+)
 
 ROOT = Path(__file__).resolve().parent
 QUESTION, ANSWER = "question", "answer"  # the usual columns
@@ -32,31 +44,7 @@ BATCH_ROWS = 1000
 SPLITS = ("train", "valid", "test")
 
 
-class UserError(Exception):
-    """Something the user can put right; the program prints it as one `error:` line."""
-
-
 # --- The command line ---------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all errors of this program."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """An argparse type: an integer from `least` on."""
-
-    def parse(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return number
-
-    parse.__name__ = "whole number"  # for argparse's "invalid … value"
-    return parse
 
 
 def fraction(text: str) -> float:
@@ -88,9 +76,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--answer-column", "column of the answers", default=ANSWER)
     add("--valid-fraction", "share of validation", type=fraction, default=0.05)
     add("--test-fraction", "share of the test", type=fraction, default=0.05)
-    add("--seed", "which questions go into which set", type=whole_number(0), default=0)
+    add(
+        "--seed",
+        "which questions go into which set",
+        type=whole_number(0, below=math.inf),
+        default=0,
+    )
     parser.add_argument(
-        "--limit", type=whole_number(1), help="stop after so many examples (default: all)"
+        "--limit",
+        type=whole_number(1, below=math.inf),
+        help="stop after so many examples (default: all)",
     )
     parser.add_argument(
         "--keep-splits",
@@ -123,8 +118,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take a second
     ARGUMENTS = parse_arguments()
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a word
+    let_ctrl_c_end_imports()
 
 import datasets
 import pyarrow.parquet as pq
@@ -136,7 +130,6 @@ datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)  # an error here i
 
 # --- The source ---------------------------------------------------------------------------------
 
-FORMATS = (".parquet", ".arrow", ".jsonl", ".json", ".csv")
 # Lies beside the data in many folders and is JSON, but describes it only.
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # The names that the splits of a DatasetDict have, and what they become.
@@ -162,8 +155,8 @@ def find_files(source: Path) -> dict[Path, str | None]:
             "maywell/korean_textbooks on the Hugging Face hub) and put there, or named by --source"
         )
     if not source.is_dir():
-        if source.suffix.lower() not in FORMATS:
-            raise UserError(f"{source} is none of {', '.join(FORMATS)}, which can be read")
+        if source.suffix.lower() not in READERS:
+            raise UserError(f"{source} is none of {', '.join(READERS)}, which can be read")
         return {source: None}
     if (source / "dataset_dict.json").is_file():
         splits = read_names(source / "dataset_dict.json", lambda saved: saved["splits"])
@@ -176,13 +169,13 @@ def find_files(source: Path) -> dict[Path, str | None]:
     files = sorted(
         file
         for file in source.rglob("*")
-        if file.suffix.lower() in FORMATS
+        if file.suffix.lower() in READERS
         and file.name not in NOT_DATA
         and not any(part.startswith(".") for part in file.relative_to(source).parts)
         and file.is_file()
     )
     if not files:
-        raise UserError(f"{source} holds no {', '.join(FORMATS)} file")
+        raise UserError(f"{source} holds no {', '.join(READERS)} file")
     return dict.fromkeys(files)
 
 
@@ -208,15 +201,8 @@ def read_batches(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
     Raises:
         UserError: the file cannot be read; says why.
     """
-    readers = {
-        ".parquet": read_parquet,
-        ".arrow": read_dataset,
-        ".jsonl": read_json,
-        ".json": read_json,
-        ".csv": read_dataset,
-    }
     try:
-        yield from readers[file.suffix.lower()](file, wanted)
+        yield from READERS[file.suffix.lower()](file, wanted)
     except UserError:
         raise
     except UnicodeDecodeError:
@@ -287,9 +273,14 @@ def parse_line(file: Path, number: int, line: bytes) -> object:
         raise UserError(f"{file}, line {number}: is not JSON") from None
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+# What can be read, by the suffix.
+READERS = {
+    ".parquet": read_parquet,
+    ".arrow": read_dataset,
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".csv": read_dataset,
+}
 
 
 def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str, str]]:
@@ -298,7 +289,7 @@ def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str,
     The question is for comparing, so it is composed (NFC): macOS takes letters apart in places.
 
     Args:
-        file: one of FORMATS by its suffix.
+        file: one of READERS by its suffix.
         question, answer: names of the columns. Where the usual two are missing, the column "text"
             holds the texts as they are to be.
 
@@ -328,15 +319,6 @@ def texts(file: Path, name: str, values: list) -> Iterator[str]:
         if value and not value.isascii() and not is_unicode(value):
             raise UserError(f"{file}: the column {name} holds half of a surrogate pair")
         yield (value or "").strip()
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a string can be written as UTF-8: a half of a surrogate pair cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def join(question: str, answer: str) -> str:
@@ -553,33 +535,15 @@ def check_filled(counts: Counter, source: Path) -> None:
             )
 
 
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def main() -> int:
-    """Run, and turn what the user can put right into one line and exit status 2."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # leave nothing half-written then
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    sys.stdout.reconfigure(errors="replace")  # a sample may not fit the terminal's encoding
     try:
-        run(ARGUMENTS)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
-        return 2
+        return run_and_tell(partial(run, ARGUMENTS), "the output")
     except sqlite3.Error as error:
         print(f"error: the temporary folder cannot be written: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,32 +27,23 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
+
+from lora_finetune.command_line import (
+    Interrupted,
+    Parser,
+    UserError,
+    first_line,
+    is_unicode,
+    let_ctrl_c_end_imports,
+    run_and_tell,
+    warn,
+    whole_number,
+)
 
 ROOT = Path(__file__).resolve().parent
 
 # --- The command line ---------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all errors of this program."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
-def whole_number(least: int, also: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an integer from `least` on, within 31 bits, or `also`."""
-
-    def parse(text: str) -> int:
-        number = int(text)
-        if not least <= number < 2**31 and number != also:
-            other = "" if also is None else f" or {also}"
-            raise argparse.ArgumentTypeError(f"must be at least {least}{other}, not {text}")
-        return number
-
-    parse.__name__ = "whole number"  # for argparse's "invalid … value"
-    return parse
 
 
 def nonnegative_number(text: str) -> float:
@@ -220,23 +211,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a string can be written as UTF-8: a half of a surrogate pair cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take seconds
     ARGUMENTS = parse_arguments()
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a word
+    let_ctrl_c_end_imports()
 
 import models  # before mlx, since it puts a fast BLAS in place
 
@@ -252,8 +229,6 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-
-from models import UserError
 
 # --- The data -----------------------------------------------------------------------------------
 
@@ -391,7 +366,7 @@ def render(entry: Entry, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Text
             answers = messages[-1].get("role") == "assistant"
             prompt = apply(messages[:-1], add_generation_prompt=answers)
     except Exception as error:  # a template raises what it likes
-        why = models.first_line(error)
+        why = first_line(error)
         raise ValueError(f"the model's chat template does not take it: {why}") from None
     if not is_unicode(whole):
         raise ValueError("the model's chat template makes half of a surrogate pair of it")
@@ -759,10 +734,6 @@ def say(line: str) -> None:
 # --- Stopping -----------------------------------------------------------------------------------
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal stopped the run; its arguments are the signal's number and what is saved."""
-
-
 class Stop:
     """While it is entered, Ctrl-C and its like only ask for a stop; a second Ctrl-C ends all.
 
@@ -860,7 +831,7 @@ def make_step(
         try:
             (mean, number), gradients = loss_and_gradients(model, *batch)
         except ValueError as error:  # of an operation that MLX has no gradient of
-            why = models.first_line(error)
+            why = first_line(error)
             raise UserError(f"this architecture cannot be trained: {why}") from error
         optimizer.update(model, gradients)
         parameters = tree_flatten(model.trainable_parameters())
@@ -903,7 +874,7 @@ def warm_up(model: nn.Module, examples: Examples, batch_size: int) -> None:
             peak_memory(longest)
     except (RuntimeError, MemoryError) as error:
         peak = mx.get_peak_memory() / 1e9
-        why = models.first_line(error)
+        why = first_line(error)
         raise UserError(f"{what} is too much after {peak:.1f} GB ({why}); {way_out}") from None
     model.update(before)
 
@@ -1147,15 +1118,17 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"there is no adapter file {source}; --train makes one")
     resumes = bool(args.resume_adapter_file)
     state = models.read_state(source) if resumes else None
-    adapter = models.read_adapter(source) if not state and (resumes or not args.train) else {}
-    adapter = state.adapter if state else adapter
+    if state:
+        adapter = state.adapter
+    else:
+        adapter = models.read_adapter(source) if resumes or not args.train else {}
     if args.train:
         check_writable(adapter_file)
         if log.size():
             log.lock()
         iters = args.iters or args.epochs * math.ceil(numbers["train"] / args.batch_size)
         progress = find_start(state, source, args.start_iter)
-        if progress.iteration >= iters and not (state and progress.iteration == iters):
+        if progress.iteration > iters or (progress.iteration == iters and not state):
             raise UserError(
                 f"of {iters} iterations {progress.iteration} are done already, as --start-iter or "
                 "the file to resume from says; raise --epochs or --iters"
@@ -1381,26 +1354,7 @@ def load_examples(
 
 
 def main() -> int:
-    """Run, and turn what the user can put right into one line and exit status 2."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # generated text may not fit the terminal's encoding
-    try:
-        run(ARGUMENTS)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'the run'}: {error.strerror}", file=sys.stderr)
-        return 2
-    except Interrupted as interrupted:
-        number, saved = interrupted.args
-        print(f"interrupted: {saved}", file=sys.stderr)
-        return 128 + number
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return run_and_tell(partial(run, ARGUMENTS), "the run")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from models import UserError
+from lora_finetune.command_line import UserError
 
 PATH = Path(__file__).parent / "SmolLM2-135M-Instruct"
 

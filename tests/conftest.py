@@ -105,6 +105,18 @@ def as_argument(arg: object) -> str | bytes:
     return arg if isinstance(arg, bytes) else str(arg)
 
 
+def one_error(ended: Ended, *mentions: str) -> str:
+    """Check that a run ended with one error line, which mentions certain things; returns it."""
+    assert ended.returncode == 2, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in ended.stdout
+    for mention in mentions:
+        assert mention in lines[0]
+    return lines[0]
+
+
 def listing(*folders: Path) -> dict[str, str]:
     """All files below some folders, each with a hash of what it holds, and all folders."""
     return {

@@ -14,7 +14,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import tiny
-from conftest import TEXTS, Ended, Run, listing
+from conftest import TEXTS, Run, listing, one_error
 
 import models  # before mlx, as its docstring asks
 
@@ -22,18 +22,6 @@ import models  # before mlx, as its docstring asks
 import mlx.core as mx
 
 Fails = Callable[..., str]
-
-
-def one_error(ended: Ended, *mentions: str) -> str:
-    """Check that a run ended with one error line, which mentions certain things; returns it."""
-    assert ended.returncode == 2, ended.stderr
-    lines = ended.stderr.splitlines()
-    assert len(lines) == 1, ended.stderr
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in ended.stdout
-    for mention in mentions:
-        assert mention in lines[0]
-    return lines[0]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, Ended, Run, listing
+from conftest import ROOT, Ended, Run, listing, one_error
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -67,18 +67,6 @@ def makes(prepare: Run, tmp_path: Path) -> Callable[..., Sets]:
         return read_sets(tmp_path / "made")
 
     return makes
-
-
-def one_error(ended: Ended, *mentions: str) -> str:
-    """Check that a run ended with one error line, which mentions certain things; returns it."""
-    assert ended.returncode == 2, ended.stderr
-    lines = ended.stderr.splitlines()
-    assert len(lines) == 1, ended.stderr
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in ended.stdout
-    for mention in mentions:
-        assert mention in lines[0]
-    return lines[0]
 
 
 @pytest.fixture

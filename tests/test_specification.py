@@ -53,7 +53,8 @@ python lora_finetune/train_lora.py \
 
 def test_the_example_commands_run_as_they_stand(tmp_path: Path):
     """In a copy of the project, with a small 8-bit Phi-3 where the repository's name points."""
-    for name in ("train_lora.py", "models.py", "lora_finetune/train_lora.py"):
+    package = ("lora_finetune/train_lora.py", "lora_finetune/command_line.py")
+    for name in ("train_lora.py", "models.py", *package):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for split, texts in TEXTS.items():

@@ -1,0 +1,105 @@
+"""What the command lines of train_lora.py and prepare_lora_data.py share: errors in one line.
+
+Nothing here takes long to import, so that `--help` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something the user can put right; the program prints it as one `error:` line."""
+
+    def __str__(self) -> str:
+        """In one line, whatever names of files, arrays and settings it mentions."""
+        return printable(super().__str__())
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run; its arguments are the signal's number and what is saved."""
+
+
+def printable(text: str) -> str:
+    """A text with line ends, control characters and the like written as in Python: \\n."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string can be written as UTF-8: a half of a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all errors of these programs."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def whole_number(least: int, also: int | None = None, below: float = 2**31) -> Callable[[str], int]:
+    """An argparse type: an integer from `least` on and less than `below`, or `also`."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if not least <= number < below and number != also:
+            other = "" if also is None else f" or {also}"
+            raise argparse.ArgumentTypeError(f"must be at least {least}{other}, not {text}")
+        return number
+
+    parse.__name__ = "whole number"  # for argparse's "invalid … value"
+    return parse
+
+
+def let_ctrl_c_end_imports() -> None:
+    """Until `run_and_tell`, Ctrl-C ends the process without a word; a traceback says nothing."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_and_tell(run: Callable[[], None], subject: str) -> int:
+    """Run, and turn what the user can put right into one line and exit status 2.
+
+    Args:
+        run: may raise UserError, OSError, KeyboardInterrupt.
+        subject: what an OSError that names no file is about.
+
+    Returns:
+        The exit status.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")  # some text may not fit the terminal's encoding
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or subject}: {error.strerror}", file=sys.stderr)
+        return 2
+    except Interrupted as interrupted:
+        number, saved = interrupted.args
+        print(f"interrupted: {saved}", file=sys.stderr)
+        return 128 + number
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
