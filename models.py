@@ -1,93 +1,21 @@
-"""The models of train_lora.py: load one, put LoRA into it, read and write adapter files.
-
-Import this module before `mlx.core`: on a Linux CPU it puts a fast BLAS in place first.
-"""
+"""The models of train_lora.py: load one, put LoRA into it, read and write adapter files."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import importlib.util
 import io
 import json
 import math
 import os
 import platform
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-# --- A fast BLAS for MLX on a Linux CPU ---------------------------------------------------------
-
-SYSTEM_BLAS = ("libopenblasp.so.0", "libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
-
-
-def load_fast_blas() -> str | None:
-    """Load a BLAS that serves MLX's `cblas_sgemm` in place of the slow one in the mlx-cpu wheel.
-
-    The dynamic linker gives libmlx the first `cblas_sgemm` in the process, so a library that was
-    loaded globally before it wins. Looked for, in this order: the wheel ngsolve-openblas (an
-    OpenBLAS; requirements.txt names it), the environment's own libraries (conda, the mkl wheel),
-    the system's.
-
-    Returns:
-        The library that was loaded, or None where none was found.
-    """
-    if wheel := _load_openblas_wheel():
-        return wheel
-    environment = Path(sys.prefix) / "lib"
-    for library in [*(str(environment / name) for name in SYSTEM_BLAS), *SYSTEM_BLAS]:
-        if _load_globally(library):
-            return library
-    return None
-
-
-def _load_openblas_wheel() -> str | None:
-    """Load the OpenBLAS of the wheel ngsolve-openblas.
-
-    It looks for libgfortran.so.5 in its own folder but does not bring it. NumPy's wheel does,
-    under a name with a hash; a folder of links puts the two side by side while they are loaded.
-    """
-    libraries = [
-        *_package_files("ngsolve_openblas", "libopenblas*.so"),
-        *_package_files("numpy", "../numpy.libs/lib*fortran*"),
-        *_package_files("numpy", "../numpy.libs/libquadmath*"),
-    ]
-    if not libraries or not libraries[0].name.startswith("libopenblas"):
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        for library in libraries:
-            is_fortran = library.name.startswith("libgfortran")
-            name = "libgfortran.so.5" if is_fortran else library.name
-            (Path(folder) / name).symlink_to(library.resolve())
-        loaded = _load_globally(str(Path(folder) / libraries[0].name))
-    return str(libraries[0]) if loaded else None
-
-
-def _package_files(package: str, pattern: str) -> list[Path]:
-    """The files that match beside a package's `__init__.py`; the package is not imported."""
-    spec = importlib.util.find_spec(package)
-    return sorted(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
-
-
-def _load_globally(library: str) -> bool:
-    try:
-        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        return False
-    return True
-
-
-FAST_BLAS = load_fast_blas() if platform.system() == "Linux" else None
-
-# On CUDA, MLX would round the factors of float32 products to TF32's 10 bits: gradients 1 % off.
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
-# And cuDNN's attention has gradients that differ from run to run: none could be resumed exactly.
-os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
+from lora_finetune import linux_cpu
+from lora_finetune.command_line import UserError, first_line
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -102,14 +30,19 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, get_total_parameters
 from transformers.utils import logging
 
-from lora_finetune.command_line import UserError, first_line
+# On CUDA, MLX would round the factors of float32 products to TF32's 10 bits: gradients 1 % off.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+# And cuDNN's attention has gradients that differ from run to run: none could be resumed exactly.
+os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
 
 logging.set_verbosity_error()  # its warnings are for programmers
 
 
 def lacks_fast_blas() -> bool:
     """Whether MLX computes on a Linux CPU with the slow BLAS that it brings."""
-    return platform.system() == "Linux" and mx.default_device() == mx.cpu and not FAST_BLAS
+    return (
+        platform.system() == "Linux" and mx.default_device() == mx.cpu and not linux_cpu.FAST_BLAS
+    )
 
 
 def memory_size() -> int:

@@ -215,9 +215,8 @@ if __name__ == "__main__":  # --help and a wrong flag answer at once: the import
     ARGUMENTS = parse_arguments()
     let_ctrl_c_end_imports()
 
-import models  # before mlx, since it puts a fast BLAS in place
+import models
 
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim

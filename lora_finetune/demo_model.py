@@ -16,10 +16,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from lora_finetune.command_line import UserError
+
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-from lora_finetune.command_line import UserError
 
 PATH = Path(__file__).parent / "SmolLM2-135M-Instruct"
 

@@ -67,9 +67,9 @@ def soak(folder: Path, args: list[str], file: Path) -> None:
 
     Each line is the iteration, resident bytes, and MLX's peak of bytes since the line before.
     """
-    import mlx.core as mx
-
     import train_lora
+
+    import mlx.core as mx
 
     class Log(train_lora.Log):
         def report(self, line: str, **numbers: float) -> None:

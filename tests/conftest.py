@@ -13,8 +13,9 @@ from pathlib import Path
 # Threads only cost time with matrices as small as here, very much so on a busy computer.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
 import tiny  # noqa: E402
+
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

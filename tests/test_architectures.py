@@ -11,19 +11,16 @@ import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+import models
+import train_lora
 
-import models  # before mlx, since it puts a fast BLAS in place
-
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_lm.models
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten, tree_map
-
-import train_lora
 
 ARCHITECTURES = json.loads((Path(__file__).parent / "architectures.json").read_text("utf-8"))
 BUILT = {name: entry for name, entry in ARCHITECTURES.items() if "config" in entry}

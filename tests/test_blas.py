@@ -4,22 +4,21 @@ import ctypes
 import platform
 from pathlib import Path
 
-import pytest
-
 import models
+from lora_finetune import linux_cpu
 
-# isort: split
 import mlx.core as mx
 import numpy as np
+import pytest
 
 on_linux_cpu = platform.system() == "Linux" and mx.default_device() == mx.cpu
 
 
 @pytest.mark.skipif(not on_linux_cpu, reason="only a Linux CPU needs another BLAS")
 def test_the_product_that_mlx_calls_is_that_of_the_fast_blas():
-    assert models.FAST_BLAS and not models.lacks_fast_blas()
+    assert linux_cpu.FAST_BLAS and not models.lacks_fast_blas()
     called = ctypes.cast(ctypes.CDLL(None).cblas_sgemm, ctypes.c_void_p).value
-    assert Path(library_at(called)).resolve() == Path(models.FAST_BLAS).resolve()
+    assert Path(library_at(called)).resolve() == Path(linux_cpu.FAST_BLAS).resolve()
 
 
 def library_at(address: int) -> str:

@@ -6,17 +6,14 @@ import json
 import math
 from pathlib import Path
 
+import models
+import train_lora
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import models  # before mlx, as its docstring asks
-
-# isort: split
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-import train_lora
 
 settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")

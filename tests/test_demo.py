@@ -4,19 +4,16 @@ import re
 import zipfile
 from pathlib import Path
 
-import pytest
+import models
 import tiny
 from conftest import Run
+from lora_finetune import demo_model
 
-import models
-
-# isort: split
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
-
-from lora_finetune import demo_model
 
 TEXTS = [
     "### 질문:\n물은 몇 도에서 끓습니까?\n\n### 답변:\n섭씨 100도에서 끓습니다.",

@@ -11,15 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import numpy as np
-import pytest
+import models
 import tiny
 from conftest import TEXTS, Run, listing, one_error
 
-import models  # before mlx, as its docstring asks
-
-# isort: split
 import mlx.core as mx
+import numpy as np
+import pytest
 
 Fails = Callable[..., str]
 

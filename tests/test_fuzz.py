@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import background
-import pytest
+import models
 import tiny
+import train_lora
 from conftest import ROOT
 from mutations import REPLACED, mutate
 
-import models  # before mlx, as its docstring asks
-
-# isort: split
-import train_lora
+import pytest
 
 # How often each file is spoilt for the functions that read it, and for the command line.
 NUMBERS = {

@@ -7,21 +7,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import models
+import tiny
+import train_lora
+from conftest import Run
+
 import numpy as np
 import pytest
-import tiny
-from conftest import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-
-import models  # before mlx, as its docstring asks
-
-# isort: split
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset
-
-import train_lora
+from tokenizers import Tokenizer
 
 settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")

@@ -10,21 +10,18 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import numpy as np
-import pytest
+import models
 import tiny
+import train_lora
 from conftest import ROOT, TEXTS, Ended, Run
 
-import models  # before mlx, as its docstring asks
-
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
-
-import train_lora
 
 # A run of some seconds in which all that a run does happens.
 LEARN = ["--learning-rate", "1e-2", "--val-batches", "-1", "--test-batches", "-1"]

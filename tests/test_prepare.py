@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from conftest import ROOT, Ended, Run, listing, one_error
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, Ended, Run, listing, one_error
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 

@@ -5,18 +5,15 @@ reference/make_reference.py says where the values come from; no PyTorch is neede
 
 from pathlib import Path
 
-import numpy as np
-import pytest
+import models
+import train_lora
 
-import models  # before mlx, since it puts a fast BLAS in place
-
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
-
-import train_lora
 
 REFERENCE = Path(__file__).parent / "reference"
 

@@ -7,16 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import models
 import tiny
 from conftest import ROOT, TEXTS
 
-import models
-
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
@@ -53,10 +51,9 @@ python lora_finetune/train_lora.py \
 
 def test_the_example_commands_run_as_they_stand(tmp_path: Path):
     """In a copy of the project, with a small 8-bit Phi-3 where the repository's name points."""
-    package = ("lora_finetune/train_lora.py", "lora_finetune/command_line.py")
-    for name in ("train_lora.py", "models.py", *package):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "lora_finetune").mkdir()
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("lora_finetune/*.py")]:
+        shutil.copy(file, tmp_path / file.relative_to(ROOT))
     for split, texts in TEXTS.items():
         tiny.write_jsonl(tmp_path / "lora_finetune/data", split, texts)
     tiny.make_model(tmp_path / "mlx-community/Phi-3-mini-4k-instruct-8bit", bits=8, **PHI3)

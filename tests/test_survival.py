@@ -16,17 +16,14 @@ import time
 from pathlib import Path
 
 import background
-import numpy as np
-import pytest
+import models
 import tiny
+import train_lora
 from conftest import ROOT, Run, make_texts
 
-import models  # before mlx, as its docstring asks
-
-# isort: split
 import mlx.core as mx
-
-import train_lora
+import numpy as np
+import pytest
 
 # A run in which reports, validations, saves and epochs (of 10) end at different iterations.
 RHYTHM = ["--steps-per-report", 3, "--steps-per-eval", 4, "--save-every", 2, "--val-batches", 2]

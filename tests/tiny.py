@@ -4,9 +4,8 @@ import importlib
 import json
 from pathlib import Path
 
-import models  # noqa: F401  (before mlx, as its docstring asks)
+import models  # noqa: F401
 
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np

@@ -10,9 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import models
+from lora_finetune import linux_cpu
 
-# isort: split
 import mlx.core as mx
 import numpy as np
 
@@ -37,7 +36,7 @@ def measure(m: int, k: int, n: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    print(f"BLAS: {models.FAST_BLAS}")
+    print(f"BLAS: {linux_cpu.FAST_BLAS}")
     print(f"{'rows, inner, columns':24} {'MLX':>8} {'NumPy':>8} {'ratio':>6}")
     for shape in SHAPES:
         mlx, numpy = measure(*shape)

@@ -19,13 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models  # noqa: E402, F401  (before mlx, as its docstring asks)
-
-# isort: split
-from mlx_lm import tokenizer_utils  # noqa: E402
-
+import models  # noqa: E402, F401
 import train_lora  # noqa: E402
 from lora_finetune import demo_model  # noqa: E402
+
+from mlx_lm import tokenizer_utils  # noqa: E402
 
 
 def write_texts(file: Path, number: int) -> None:
