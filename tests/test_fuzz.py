@@ -25,6 +25,8 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT
+from lora_finetune import adapters, checkpoint
+from lora_finetune.command_line import UserError
 from mutations import REPLACED, mutate
 
 import pytest
@@ -192,23 +194,23 @@ def call_function(case: Case) -> int:
         elif file.parent.name == "model":
             models.load("model")
         else:
-            models.read_adapter(file)
-    except models.UserError as error:
+            adapters.read_adapter(file)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
 
 def read_state(file: Path) -> None:
-    if state := models.read_state(file):
-        progress = train_lora.find_start(state, file, None)
-        train_lora.take_up(progress, state, {"--batch-size": 3, "train.jsonl": "a"}, file)
+    if state := checkpoint.read_state(file):
+        progress = checkpoint.find_start(state, file, None)
+        checkpoint.take_up(progress, state, {"--batch-size": 3, "train.jsonl": "a"}, file)
         model, _ = models.load("model")
-        train_lora.adapt(model, None, state.adapter, file)
+        adapters.adapt(model, None, state.adapter, file)
         try:
             train_lora.make_optimizer(model, 1e-5, state.optimizer)
         except ValueError:
-            raise models.damaged_state(file) from None
+            raise checkpoint.damaged_state(file) from None
 
 
 def read_data(file: Path) -> None:
@@ -238,11 +240,11 @@ def what_is_left(before: dict[Path, bytes]) -> str:
         if path.suffix == ".part" or path.parent != Path():
             return f"{path} was written"
         if path.suffix in (".npz", ".safetensors"):
-            models.read_arrays(path)
+            adapters.read_arrays(path)
     for path in changed:
         if path.suffix in (".npz", ".safetensors") and len(path.suffixes) == 1:
-            models.read_adapter(path)
-            if not models.read_state(path):
+            adapters.read_adapter(path)
+            if not checkpoint.read_state(path):
                 return f"{path} and its state do not belong together"
     return ""
 

@@ -14,6 +14,7 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT, TEXTS, Ended, Run
+from lora_finetune import adapters
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -52,9 +53,9 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 def load_adapted(folder: Path, adapter_file: Path) -> nn.Module:
     """A model with an adapter, through the functions of models.py."""
     model, _ = models.load(str(folder))
-    adapter = models.read_adapter(adapter_file)
+    adapter = adapters.read_adapter(adapter_file)
     models.add_lora(model, {path: a.shape[1] for path, (a, _) in adapter.items()})
-    models.load_adapter(model, adapter)
+    adapters.load_adapter(model, adapter)
     return model
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import ROOT, TEXTS
+from lora_finetune import adapters
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -107,9 +108,9 @@ def test_an_adapter_of_mlx_lm_loads_here(tmp_path: Path):
 
     ours, _ = models.load(str(folder))
     fresh = np.array(ours(TOKENS))
-    adapter = models.read_adapter(tmp_path / "adapters.safetensors")
+    adapter = adapters.read_adapter(tmp_path / "adapters.safetensors")
     models.add_lora(ours, {path: a.shape[1] for path, (a, _) in adapter.items()})
-    models.load_adapter(ours, adapter)
+    adapters.load_adapter(ours, adapter)
     theirs = load_adapters(models.load(str(folder))[0], str(tmp_path))
     theirs.eval()
     np.testing.assert_allclose(np.array(ours(TOKENS)), np.array(theirs(TOKENS)), atol=1e-5)
@@ -122,7 +123,7 @@ def test_an_adapter_from_here_loads_in_mlx_lm(tmp_path: Path):
     models.add_lora(ours, dict.fromkeys(models.find_targets(ours, 2), 8))
     for name, array in tree_flatten(ours.trainable_parameters()):
         ours.load_weights([(name, mx.random.normal(array.shape, scale=0.1))], strict=False)
-    models.write_adapter(tmp_path / "adapters.safetensors", ours)
+    adapters.write_adapter(tmp_path / "adapters.safetensors", ours)
     config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": MLX_LM}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
 

@@ -16,10 +16,9 @@ import time
 from pathlib import Path
 
 import background
-import models
 import tiny
-import train_lora
 from conftest import ROOT, Run, make_texts
+from lora_finetune import adapters, checkpoint, command_line
 
 import mlx.core as mx
 import numpy as np
@@ -102,10 +101,10 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
                 assert process.exitcode == 0, (folder / "err").read_text()
                 break
             if (folder / "a.state.npz").exists():
-                state = models.read_state(folder / "a.npz")
+                state = checkpoint.read_state(folder / "a.npz")
                 assert state is not None, "what is saved does not belong together"
                 if (folder / "a.npz").exists():
-                    models.read_adapter(folder / "a.npz")
+                    adapters.read_adapter(folder / "a.npz")
                 resume = ["--resume-adapter-file", "a.npz"]
         assert_same_run(folder, uninterrupted)
         if kills >= 30:
@@ -126,7 +125,7 @@ def test_a_state_that_is_a_save_ahead_of_its_adapter_is_taken_up(
     process.kill()
     process.join()
     assert (tmp_path / "a.npz").read_bytes() == first
-    assert models.read_state(tmp_path / "a.npz").notes["progress"]["iteration"] == 4
+    assert checkpoint.read_state(tmp_path / "a.npz").notes["progress"]["iteration"] == 4
     resume = ["--resume-adapter-file", "a.npz"]
     process = background.start(tmp_path, *args, "--iters", ITERS, *resume)
     process.join()
@@ -212,7 +211,7 @@ def test_a_signal_that_was_ignored_stays_so() -> None:
     """As nohup has it."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with train_lora.Stop() as stop:
+        with command_line.Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.1)
             stop.check()
@@ -271,7 +270,7 @@ def test_a_folder_that_goes_away_is_told(args: list[object], tmp_path: Path) -> 
     assert process.exitcode == 2
     *_, last = (tmp_path / "err").read_text().splitlines()
     assert last.startswith("error: below/a.") and "No such file or directory" in last
-    assert models.read_state(tmp_path / "elsewhere" / "a.npz")
+    assert checkpoint.read_state(tmp_path / "elsewhere" / "a.npz")
 
 
 def test_too_little_memory_for_the_largest_batch_is_told_before_training(
@@ -420,7 +419,7 @@ def test_an_explicit_start_wins_over_the_state(call: Run, args: list[object], co
         ("7", "Saved"),
     ]
     # Adam's moments are those of the state all the same.
-    step = models.read_state(Path("b.npz")).optimizer["step"]
+    step = checkpoint.read_state(Path("b.npz")).optimizer["step"]
     assert step == ITERS + 2
 
 

@@ -1,0 +1,161 @@
+"""Adapter files in and out, and whether one fits a model."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import models
+from lora_finetune.command_line import UserError, replacing, warn
+from models import attention_places, is_linear, linear_shape, natural_order, router_places
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import safetensors.numpy
+from mlx.utils import tree_flatten
+
+Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a linear layer -> its A and B, float32
+
+
+def adapter_content(arrays: dict[str, np.ndarray], suffix: str) -> bytes:
+    """The content of an .npz file of the arrays of an adapter.
+
+    With the suffix .safetensors it is such a file, as mlx-lm's `safetensors` is.
+    """
+    if suffix == ".safetensors":
+        return safetensors.numpy.save(arrays)
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The trainable parameters by their names, float32."""
+    return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
+
+
+def write_adapter(file: Path, model: nn.Module) -> None:
+    """Write the trainable parameters, whole or not at all."""
+    with replacing(file) as stream:
+        stream.write(adapter_content(trainable_arrays(model), file.suffix))
+
+
+def read_adapter(file: Path) -> Adapter:
+    """Read an .npz or .safetensors file and check it by itself; nothing pickled is ever loaded.
+
+    Returns:
+        For each adapted path, first layer first, A (d_in, r) and B (r, d_out).
+
+    Raises:
+        UserError: no such file, not a whole .npz file, or not pairs of matrices.
+    """
+    if not file.is_file():
+        raise UserError(f"there is no adapter file {file}")
+    return pair_arrays(file, read_arrays(file))
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz or .safetensors file; raises UserError where it is not whole."""
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.numpy.load_file(file)
+        with warnings.catch_warnings(), np.load(file, allow_pickle=False) as archive:
+            warnings.simplefilter("ignore")  # they are of how the file was written
+            arrays = dict(archive)
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise TypeError
+        return arrays
+    except Exception:  # zipfile, zlib and NumPy each raise in their own way on a damaged file
+        kind = file.suffix if file.suffix == ".safetensors" else ".npz"
+        raise UserError(f"{file} is not a whole {kind} file of plain arrays") from None
+
+
+def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
+    """Put each A and its B together; raises UserError as `read_adapter` does."""
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    for name in sorted(arrays, key=natural_order):
+        path, _, which = name.rpartition(".")
+        pairs.setdefault(path, {})[which] = arrays[name]
+    adapter = {}
+    for path, pair in pairs.items():
+        if set(pair) != {"lora_a", "lora_b"}:
+            raise UserError(f"{file} has {path}.{' and '.join(pair)}, not a lora_a and its lora_b")
+        a, b = pair["lora_a"], pair["lora_b"]
+        if not (is_matrix(a) and is_matrix(b) and a.shape[1] == b.shape[0] > 0):
+            raise UserError(f"{file}: {path} is not a pair of matrices (d_in, r) and (r, d_out)")
+        with np.errstate(over="ignore"):
+            a, b = a.astype(np.float32), b.astype(np.float32)
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise UserError(f"{file}: {path} holds numbers that are not finite")
+        adapter[path] = a, b
+    if not adapter:
+        raise UserError(f"{file} holds no arrays")
+    return adapter
+
+
+def is_matrix(array: np.ndarray) -> bool:
+    return array.ndim == 2 and array.dtype.kind == "f"
+
+
+def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
+    """Check that an adapter has its place in a model that is not adapted yet.
+
+    Raises:
+        UserError: some of it has not; names the first few.
+    """
+    shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
+    shapes |= dict([*attention_places(model), *router_places(model)])
+    wrong = []
+    for path, (a, b) in adapter.items():
+        if path not in shapes:
+            wrong.append(f"there is no linear layer {path}")
+        elif (b.shape[1], a.shape[0]) != shapes[path]:
+            wrong.append(
+                f"{path} maps {shapes[path][1]} to {shapes[path][0]} numbers, "
+                f"its A and B {a.shape[0]} to {b.shape[1]}"
+            )
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{file} is not for this model: {'; '.join(wrong[:3])}{more}")
+
+
+def adapt(model: nn.Module, lora_layers: int | None, adapter: Adapter, source: Path) -> None:
+    """Put LoRA into a model: where the adapter read from `source` has it, or in the last layers.
+
+    With both an adapter and `lora_layers`, what the adapter lacks of those layers starts fresh.
+
+    Raises:
+        UserError: the adapter is not for this model, or reaches outside those layers.
+    """
+    check_adapter(source, adapter, model)
+    ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
+    if lora_layers is not None:
+        layers = models.layer_paths(model)
+        if lora_layers > len(layers):
+            warn(f"the model has only {len(layers)} layers; all of them are adapted")
+        last = tuple(f"{layer}." for layer in layers[-lora_layers:])
+        outside = [path for path in ranks if not path.startswith(last)]
+        if outside:
+            raise UserError(
+                f"{source} adapts {outside[0]}, which is not in the last {lora_layers} layers; "
+                "raise --lora-layers, or leave it out to adapt what the file does"
+            )
+        rank = next(iter(ranks.values()), models.RANK)
+        wanted = dict.fromkeys(models.find_targets(model, lora_layers), rank)
+        if ranks and (fresh := wanted.keys() - ranks.keys()):
+            warn(f"{source} lacks {len(fresh)} of {len(wanted)} adapted layers; they start fresh")
+        ranks = wanted | ranks
+    models.add_lora(model, ranks)
+    load_adapter(model, adapter)
+
+
+def load_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Put an adapter's arrays into a model that is adapted at its paths."""
+    weights = [
+        (f"{path}.{which}", mx.array(array))
+        for path, pair in adapter.items()
+        for which, array in zip(("lora_a", "lora_b"), pair, strict=True)
+    ]
+    model.load_weights(weights, strict=False)
