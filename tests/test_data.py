@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import models
-import train_lora
+from lora_finetune import dataset
 
 import numpy as np
 import pytest
@@ -34,21 +34,21 @@ def tokenizer(model: Path) -> TokenizerWrapper:
     return models.load(str(model))[1]
 
 
-def make_examples(lengths: np.ndarray) -> train_lora.Examples:
+def make_examples(lengths: np.ndarray) -> dataset.Examples:
     """Examples of the given lengths that hold 1, 2, 3 and so on, so that each token is known."""
     tokens = np.arange(1, 1 + lengths.sum(), dtype=np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    return train_lora.Examples(tokens, starts, np.zeros(len(lengths), np.int32))
+    return dataset.Examples(tokens, starts, np.zeros(len(lengths), np.int32))
 
 
 def read_texts(file: Path) -> list[str]:
-    return [entry["text"] for _, entry in train_lora.read_entries(file, mask_prompt=False)]
+    return [entry["text"] for _, entry in dataset.read_entries(file, mask_prompt=False)]
 
 
 def tokenize(
     tokenizer: TokenizerWrapper, texts: list[str], end: bool, max_length: int = 9999
-) -> train_lora.Examples:
-    return train_lora.tokenize(map(train_lora.Text, texts), tokenizer, end, max_length)
+) -> dataset.Examples:
+    return dataset.tokenize(map(dataset.Text, texts), tokenizer, end, max_length)
 
 
 # --- Reading ------------------------------------------------------------------------------------
@@ -104,13 +104,13 @@ def test_long_texts_are_cut_and_counted_and_short_ones_left_alone(
 def test_an_epoch_is_every_example_exactly_once(
     lengths: np.ndarray, batch_size: int, seed: int
 ) -> None:
-    batches = train_lora.epoch_batches(lengths, batch_size, np.random.default_rng(seed))
+    batches = dataset.epoch_batches(lengths, batch_size, np.random.default_rng(seed))
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
 
 
 @given(LENGTHS, BATCH_SIZES, SEEDS)
 def test_all_batches_are_full_but_one(lengths: np.ndarray, batch_size: int, seed: int) -> None:
-    batches = train_lora.epoch_batches(lengths, batch_size, np.random.default_rng(seed))
+    batches = dataset.epoch_batches(lengths, batch_size, np.random.default_rng(seed))
     short = [len(batch) for batch in batches if len(batch) != batch_size]
     assert len(batches) == math.ceil(len(lengths) / batch_size)
     assert short == ([len(lengths) % batch_size] if len(lengths) % batch_size else [])
@@ -122,10 +122,10 @@ def test_training_can_start_at_any_iteration_of_a_run(
 ) -> None:
     """Its batches are those that the run would have come to, through the ends of epochs too."""
     examples = make_examples(lengths)
-    whole = train_lora.training_batches(examples, batch_size, seed, 0)
+    whole = dataset.training_batches(examples, batch_size, seed, 0)
     for _ in range(start):
         next(whole)
-    part = train_lora.training_batches(examples, batch_size, seed, start)
+    part = dataset.training_batches(examples, batch_size, seed, start)
     for _ in range(3):
         for expected, found in zip(next(whole), next(part), strict=True):
             assert np.array_equal(expected, found)
@@ -133,9 +133,9 @@ def test_training_can_start_at_any_iteration_of_a_run(
 
 def test_another_seed_and_another_epoch_deal_other_batches() -> None:
     lengths = np.arange(1, 101)
-    first = train_lora.training_batches(make_examples(lengths), 10, 1, 0)
-    again = train_lora.training_batches(make_examples(lengths), 10, 1, 10)
-    other = train_lora.training_batches(make_examples(lengths), 10, 2, 0)
+    first = dataset.training_batches(make_examples(lengths), 10, 1, 0)
+    again = dataset.training_batches(make_examples(lengths), 10, 1, 10)
+    other = dataset.training_batches(make_examples(lengths), 10, 2, 0)
     deals = [[next(batches)[1].tolist() for _ in range(10)] for batches in (first, again, other)]
     assert deals[0] != deals[1] != deals[2] != deals[0]
 
@@ -144,7 +144,7 @@ def test_another_seed_and_another_epoch_deal_other_batches() -> None:
 def test_evaluation_sees_the_first_examples_once_each(
     lengths: np.ndarray, batch_size: int, number: int
 ) -> None:
-    batches = train_lora.evaluation_batches(make_examples(lengths), batch_size, number)
+    batches = dataset.evaluation_batches(make_examples(lengths), batch_size, number)
     expected = len(lengths) if number == -1 else min(len(lengths), number * batch_size)
     assert sorted(np.concatenate(batches)) == list(range(expected))
     assert max(map(len, batches)) <= batch_size
@@ -173,21 +173,21 @@ def test_the_share_of_padding_is_that_of_the_first_epoch(
     lengths: np.ndarray, batch_size: int, seed: int
 ) -> None:
     examples = make_examples(lengths)
-    batches = train_lora.training_batches(examples, batch_size, seed, 0)
+    batches = dataset.training_batches(examples, batch_size, seed, 0)
     widths = [next(batches)[0][:, :-1] for _ in range(math.ceil(len(lengths) / batch_size))]
-    share = train_lora.padding_share(lengths, batch_size, seed)
+    share = dataset.padding_share(lengths, batch_size, seed)
     assert share == pytest.approx(1 - sum(lengths - 1) / sum(inputs.size for inputs in widths))
 
 
 @given(st.integers(1, 10**6))
 def test_padding_adds_less_than_a_step_and_at_most_a_quarter(length: int) -> None:
-    padded = train_lora.padded_length(length)
+    padded = dataset.padded_length(length)
     assert padded >= length
     assert padded % 32 == 0
     assert padded - length < max(32, length / 4)
-    assert padded <= train_lora.padded_length(length + 1)
+    assert padded <= dataset.padded_length(length + 1)
 
 
 def test_few_widths_occur() -> None:
     """Since the compiled step is made anew for each of them."""
-    assert len({train_lora.padded_length(length) for length in range(1, 2049)}) <= 24
+    assert len({dataset.padded_length(length) for length in range(1, 2049)}) <= 24

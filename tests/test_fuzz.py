@@ -25,7 +25,7 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT
-from lora_finetune import adapters, checkpoint
+from lora_finetune import adapters, checkpoint, dataset
 from lora_finetune.command_line import UserError
 from mutations import REPLACED, mutate
 
@@ -216,8 +216,8 @@ def read_state(file: Path) -> None:
 def read_data(file: Path) -> None:
     _, tokenizer = models.load("model")
     for mask_prompt in (False, True):
-        number = sum(1 for _ in train_lora.read_entries(file, mask_prompt))
-        train_lora.load_examples(
+        number = sum(1 for _ in dataset.read_entries(file, mask_prompt))
+        dataset.load_examples(
             {"train": file},
             {"train": number},
             tokenizer,

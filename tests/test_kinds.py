@@ -9,8 +9,8 @@ from pathlib import Path
 
 import models
 import tiny
-import train_lora
 from conftest import Run
+from lora_finetune import dataset
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ CHAT = {
 }
 TEXT = {"text": "### 질문:\n물은?\n\n### 답변:\nH2O입니다."}
 
-Tokenized = Callable[..., train_lora.Examples]
+Tokenized = Callable[..., dataset.Examples]
 
 
 def make_folder(model: Path, folder: Path, template: str | None = TEMPLATE) -> Path:
@@ -89,15 +89,15 @@ def tokenized(tmp_path: Path) -> Tokenized:
         mask: bool = False,
         end: bool = False,
         longest=999,
-    ) -> train_lora.Examples:
+    ) -> dataset.Examples:
         file = write_entries(tmp_path / "a.jsonl", *entries)
-        texts = train_lora.read_texts(file, tokenizer, mask)
-        return train_lora.tokenize(texts, tokenizer, end, longest)
+        texts = dataset.read_texts(file, tokenizer, mask)
+        return dataset.tokenize(texts, tokenizer, end, longest)
 
     return tokenized
 
 
-def parts(examples: train_lora.Examples, row: int = 0) -> tuple[str, str]:
+def parts(examples: dataset.Examples, row: int = 0) -> tuple[str, str]:
     """What of an example is passed over, and what is learnt, as text; tokens are bytes here."""
     tokens = examples.tokens[examples.starts[row] : examples.starts[row + 1]].tolist()
     words = [END.encode() if token == tiny.EOS else bytes([token]) for token in tokens]
@@ -248,8 +248,8 @@ def test_prompt_and_answer_together_are_the_text(
     without_template: TokenizerWrapper, prompt: str, answer: str
 ) -> None:
     entry = {"prompt": prompt, "completion": answer}
-    text = train_lora.render(entry, without_template, mask_prompt=True)
-    masked = train_lora.tokenize([text], without_template, end=False, max_length=9999)
+    text = dataset.render(entry, without_template, mask_prompt=True)
+    masked = dataset.tokenize([text], without_template, end=False, max_length=9999)
     assert masked.tokens.tolist() == [*(prompt + answer).encode()]
     assert masked.prompts.tolist() == [len(prompt.encode())]
     assert masked.targets.tolist() == [len(answer.encode())]
@@ -345,8 +345,8 @@ def test_a_text_without_an_answer_is_told_before_the_model_is_loaded(
 def test_texts_beyond_a_batch_of_the_tokenizer_stay_in_order(
     without_template: TokenizerWrapper,
 ) -> None:
-    words = [f"{i} {'가' * (i % 7)}" for i in range(2 * train_lora.TOKENIZED_TEXTS + 3)]
-    found = train_lora.tokenize(map(train_lora.Text, words), without_template, False, 9999)
+    words = [f"{i} {'가' * (i % 7)}" for i in range(2 * dataset.TOKENIZED_TEXTS + 3)]
+    found = dataset.tokenize(map(dataset.Text, words), without_template, False, 9999)
     assert found.tokens.tolist() == [*"".join(words).encode()]
     assert found.lengths.tolist() == [len(word.encode()) for word in words]
     assert (found.tokens.dtype, found.prompts.dtype) == (np.int32, np.int32)
@@ -358,8 +358,8 @@ def test_a_tokenizer_saved_with_a_cut_or_padding_does_neither(model: Path, tmp_p
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
     backend.save(str(folder / "tokenizer.json"))
-    texts = [train_lora.Text("abcdefg"), train_lora.Text("h")]
-    found = train_lora.tokenize(texts, models.load(str(folder))[1], False, 9999)
+    texts = [dataset.Text("abcdefg"), dataset.Text("h")]
+    found = dataset.tokenize(texts, models.load(str(folder))[1], False, 9999)
     assert found.tokens.tolist() == [*b"abcdefgh"]
 
 
@@ -370,5 +370,5 @@ def test_a_tokenizer_with_an_encoding_of_its_own_keeps_it(model: Path, tmp_path:
     settings = json.loads(file.read_text()) | {"tokenizer_class": "NewlineTokenizer"}
     file.write_text(json.dumps(settings))
     tokenizer = models.load(str(folder))[1]
-    found = train_lora.tokenize([train_lora.Text("a\nb")], tokenizer, False, 9999)
+    found = dataset.tokenize([dataset.Text("a\nb")], tokenizer, False, 9999)
     assert found.tokens.tolist() == tokenizer.encode("a\nb") == [*b"a<n>b"]

@@ -14,7 +14,7 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT, TEXTS, Ended, Run
-from lora_finetune import adapters
+from lora_finetune import adapters, dataset
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -627,14 +627,14 @@ def test_a_text_ends_in_exactly_one_end_or_none_as_asked(tmp_path: Path, appends
     """Also where the tokenizer adds an end of its own accord, or the text has one already."""
     folder = tiny.make_model(tmp_path / "model", appends_eos=appends_eos)
     _, tokenizer = models.load(str(folder))
-    texts = [train_lora.Text(text) for text in ["가", "ab ", "c<|endoftext|>", "<|endoftext|>d"]]
-    ended = train_lora.tokenize(texts, tokenizer, end=True, max_length=100)
+    texts = [dataset.Text(text) for text in ["가", "ab ", "c<|endoftext|>", "<|endoftext|>d"]]
+    ended = dataset.tokenize(texts, tokenizer, end=True, max_length=100)
     rows = np.split(ended.tokens, ended.starts[1:-1])
     eos = tiny.EOS
     expected = [[*"가".encode(), eos], [*b"ab ", eos], [*b"c", eos], [eos, *b"d", eos]]
     assert [row.tolist() for row in rows] == expected
 
-    without = train_lora.tokenize(texts[:2], tokenizer, end=False, max_length=100)
+    without = dataset.tokenize(texts[:2], tokenizer, end=False, max_length=100)
     rows = np.split(without.tokens, without.starts[1:-1])
     assert [row.tolist() for row in rows] == [[*"가".encode()], [*b"ab "]]
 

@@ -20,8 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402, F401
-import train_lora  # noqa: E402
-from lora_finetune import demo_model  # noqa: E402
+from lora_finetune import dataset, demo_model  # noqa: E402
 
 from mlx_lm import tokenizer_utils  # noqa: E402
 
@@ -54,9 +53,9 @@ def main() -> None:
         file = Path(folder) / "texts.jsonl"
         write_texts(file, args.texts)
         start = time.perf_counter()
-        number = sum(1 for _ in train_lora.read_entries(file, args.mask_prompt))
-        texts = train_lora.read_texts(file, tokenizer, args.mask_prompt)
-        examples = train_lora.tokenize(texts, tokenizer, end=True, max_length=2048)
+        number = sum(1 for _ in dataset.read_entries(file, args.mask_prompt))
+        texts = dataset.read_texts(file, tokenizer, args.mask_prompt)
+        examples = dataset.tokenize(texts, tokenizer, end=True, max_length=2048)
         seconds = time.perf_counter() - start
     print(
         f"{number} texts of {examples.lengths.mean():.0f} tokens: {seconds:.1f} s, "
