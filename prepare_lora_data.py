@@ -14,31 +14,31 @@ import glob
 import hashlib
 import json
 import math
-import os
 import signal
 import sqlite3
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from lora_finetune.command_line import (
     Parser,
     UserError,
     first_line,
+    in_project,
     is_unicode,
     let_ctrl_c_end_imports,
+    replace_files,
     run_and_tell,
     warn,
     whole_number,
 )
 
-ROOT = Path(__file__).resolve().parent
 QUESTION, ANSWER = "question", "answer"  # the usual columns
 BATCH_ROWS = 1000
 SPLITS = ("train", "valid", "test")
@@ -112,13 +112,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--valid-fraction and --test-fraction leave nothing for training")
     for name in ("source", "output"):
         if getattr(args, name) == parser.get_default(name):
-            setattr(args, name, os.path.relpath(ROOT / getattr(args, name)))
+            setattr(args, name, in_project(getattr(args, name)))
     return args
 
 
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take a second
     ARGUMENTS = parse_arguments()
     let_ctrl_c_end_imports()
+
+from lora_finetune.dataset import join_question, parse_json, question_of
 
 import datasets
 import pyarrow.parquet as pq
@@ -251,11 +253,7 @@ def read_json(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
         if start.startswith(b"["):
             rows = iter(json.loads(stream.read().decode("utf-8-sig")))
         else:
-            rows = (
-                parse_line(file, number, line)
-                for number, line in enumerate(stream, 1)
-                if line.strip()
-            )
+            rows = (parse_line(file, *line) for line in enumerate(stream, 1) if line[1].strip())
         while some := list(islice(rows, BATCH_ROWS)):
             if not all(isinstance(row, dict) for row in some):
                 raise UserError(f"{file} holds something else than objects with named values")
@@ -266,11 +264,9 @@ def read_json(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
 def parse_line(file: Path, number: int, line: bytes) -> object:
     """What one line of a JSON Lines file holds; raises UserError that names it where it is none."""
     try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"{file}, line {number}: is not UTF-8; save the file as UTF-8") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{file}, line {number}: is not JSON") from None
+        return parse_json(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+    except ValueError as error:
+        raise UserError(f"{file}, line {number}: {error}") from None
 
 
 # What can be read, by the suffix.
@@ -308,7 +304,7 @@ def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str,
                 "which --question-column and --answer-column can name two"
             )
         for text in whole:
-            yield question_of(text), text
+            yield question_of(unicodedata.normalize("NFC", text)), text
 
 
 def texts(file: Path, name: str, values: list) -> Iterator[str]:
@@ -323,13 +319,7 @@ def texts(file: Path, name: str, values: list) -> Iterator[str]:
 
 def join(question: str, answer: str) -> str:
     """The text of a question and its answer, "" where one of them is empty."""
-    return f"### 질문:\n{question}\n\n### 답변:\n{answer}" if question and answer else ""
-
-
-def question_of(text: str) -> str:
-    """The question of a text; all of it where it is not made of a question and an answer."""
-    composed = unicodedata.normalize("NFC", text)
-    return composed.removeprefix("### 질문:").partition("\n### 답변:")[0].strip()
+    return join_question(question, answer) if question and answer else ""
 
 
 # --- Splitting ----------------------------------------------------------------------------------
@@ -394,32 +384,18 @@ class Seen:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[dict[str, TextIO]]:
+def replace_sets(folder: Path) -> Iterator[dict[str, BinaryIO]]:
     """A stream for each split; together they replace the old files when all is written."""
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    files = {split: folder / f"{split}.jsonl" for split in SPLITS}
-    for file in files.values():
+    files = [folder / f"{split}.jsonl" for split in SPLITS]
+    for file in files:
         if file.is_dir():
             raise UserError(f"{file} is a folder; --output can name another place")
-    parts = {split: file.with_name(file.name + ".part") for split, file in files.items()}
     try:
-        with ExitStack() as stack:
-            streams = {
-                split: stack.enter_context(part.open("w", encoding="utf-8", newline="\n"))
-                for split, part in parts.items()
-            }
-            yield streams
-            for stream in streams.values():
-                stream.flush()
-                os.fsync(stream.fileno())
-        for split in SPLITS:
-            parts[split].replace(files[split])
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+        with replace_files(*files) as streams:
+            yield dict(zip(SPLITS, streams, strict=True))
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
         with suppress(OSError):  # which is raised where they hold something, as they should
             for path in new_folders:
                 path.rmdir()
@@ -493,11 +469,11 @@ def run(args: argparse.Namespace) -> None:
     samples = []
     encode = json.JSONEncoder(ensure_ascii=False).encode
 
-    with nullcontext() if args.dry_run else replacing(output) as streams:
+    with nullcontext() if args.dry_run else replace_sets(output) as streams:
 
         def write(split: str, text: str) -> None:
             if streams:
-                streams[split].write(encode({"text": text}) + "\n")
+                streams[split].write((encode({"text": text}) + "\n").encode())
             if len(samples) < 3:
                 samples.append(text)
 

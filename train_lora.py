@@ -28,14 +28,13 @@ from lora_finetune.command_line import (
     Stop,
     UserError,
     first_line,
+    in_project,
     is_unicode,
     let_ctrl_c_end_imports,
     run_and_tell,
     warn,
     whole_number,
 )
-
-ROOT = Path(__file__).resolve().parent
 
 # --- The command line ---------------------------------------------------------------------------
 
@@ -194,7 +193,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume_adapter_file and not args.train:
         parser.error("argument --resume-adapter-file: resumes training, so it needs --train")
     for name in {"data", "adapter_file"} - typed:
-        setattr(args, name, os.path.relpath(ROOT / getattr(args, name)))
+        setattr(args, name, in_project(getattr(args, name)))
     if args.iters and "epochs" in typed:
         warn(f"--iters {args.iters} is ignored, since --epochs {args.epochs} is given too")
         args.iters = None
@@ -304,7 +303,7 @@ def evaluate(
     batches = dataset.evaluation_batches(examples, batch_size, num_batches)
     for rows in tqdm(batches, "Evaluating", leave=False, disable=None):
         check()
-        mean, tokens = loss(model, *examples.batch(rows))
+        mean, tokens = loss(model, *map(mx.array, examples.batch(rows)))
         total += mean.item() * tokens.item()
         number += tokens.item()
     return total / max(number, 1)
@@ -384,7 +383,7 @@ def warm_up(model: nn.Module, examples: dataset.Examples, batch_size: int) -> No
 
     def peak_memory(rows: np.ndarray) -> int:
         mx.reset_peak_memory()
-        mx.eval(state, step(*examples.batch(rows)))
+        mx.eval(state, step(*map(mx.array, examples.batch(rows))))
         return mx.get_peak_memory()
 
     total, base, rows = models.memory_size(), mx.get_active_memory(), len(longest)
@@ -483,7 +482,7 @@ class Trainer:
         bar = tqdm(numbers, "Training", initial=first, total=schedule.iters, disable=None)
         for iteration in bar:
             start = time.perf_counter()
-            mean, number, size = step(*next(batches))
+            mean, number, size = step(*map(mx.array, next(batches)))
             mx.eval(state, mean, number, size)
             progress.seconds += time.perf_counter() - start
             progress.iteration = iteration

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import models
-from lora_finetune.command_line import UserError, replacing, warn
+from lora_finetune.command_line import UserError, replace_files, warn
 from models import attention_places, is_linear, linear_shape, natural_order, router_places
 
 import mlx.core as mx
@@ -38,7 +38,7 @@ def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
 
 def write_adapter(file: Path, model: nn.Module) -> None:
     """Write the trainable parameters, whole or not at all."""
-    with replacing(file) as stream:
+    with replace_files(file) as [stream]:
         stream.write(adapter_content(trainable_arrays(model), file.suffix))
 
 

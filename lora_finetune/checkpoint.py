@@ -19,7 +19,7 @@ from lora_finetune.adapters import (
     read_arrays,
     trainable_arrays,
 )
-from lora_finetune.command_line import UserError, replacing, warn
+from lora_finetune.command_line import UserError, replace_files, warn
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -167,9 +167,9 @@ def write_checkpoint(
     sums = {"adapter": checksum(content), "replaced": file_checksum(file)}
     arrays |= {f"optimizer.{name}": np.array(a) for name, a in tree_flatten(optimizer_state)}
     arrays["notes"] = np.frombuffer(json.dumps(notes | {"checksums": sums}).encode(), np.uint8)
-    with replacing(state_file(file)) as stream:
+    with replace_files(state_file(file)) as [stream]:
         np.savez(stream, **arrays)
-    with replacing(file) as stream:
+    with replace_files(file) as [stream]:
         stream.write(content)
 
 

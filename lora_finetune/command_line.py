@@ -11,9 +11,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
@@ -72,6 +74,11 @@ def whole_number(least: int, also: int | None = None, below: float = 2**31) -> C
     return parse
 
 
+def in_project(path: str) -> str:
+    """A default path: one in this project, wherever the program is called from."""
+    return os.path.relpath(ROOT / path)
+
+
 def let_ctrl_c_end_imports() -> None:
     """Until `run_and_tell`, Ctrl-C ends the process without a word; a traceback says nothing."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -110,23 +117,28 @@ def run_and_tell(run: Callable[[], None], subject: str) -> int:
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
-    """A stream to a file beside `file` that takes its place when all is written, or vanishes.
+def replace_files(*files: Path) -> Iterator[list[BinaryIO]]:
+    """A stream for each file; together they take the files' places when all is written, or vanish.
 
     Raises:
-        UserError: it cannot be written: a full disk, a folder that has gone.
+        UserError: they cannot be written: a full disk, a folder that has gone.
     """
-    part = file.with_name(file.name + ".part")
+    parts = [file.with_name(file.name + ".part") for file in files]
     try:
-        with part.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
+        with ExitStack() as stack:
+            streams = [stack.enter_context(part.open("wb")) for part in parts]
+            yield streams
+            for stream in streams:
+                stream.flush()
+                os.fsync(stream.fileno())
+        for part, file in zip(parts, files, strict=True):
+            part.replace(file)
     except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+        what = files[0] if len(files) == 1 else files[0].parent
+        raise UserError(f"{what} cannot be written: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 
 class Stop:

@@ -12,22 +12,24 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_finetune.command_line import UserError, first_line, is_unicode, warn
 
-import mlx.core as mx
 import numpy as np
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # The kinds of examples by their keys; the first that an object has counts, as in mlx-lm.
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
 
 
+# A text of a question and its answer, each below its heading.
+QUESTION_HEADING, ANSWER_HEADING = "### 질문:", "### 답변:"
 # All of a text of questions and answers but the last answer.
-UP_TO_ANSWER = re.compile(r"\s*### 질문:.*\n### 답변:\s*(?=\S)", re.DOTALL)
+UP_TO_ANSWER = re.compile(rf"\s*{QUESTION_HEADING}.*\n{ANSWER_HEADING}\s*(?=\S)", re.DOTALL)
 
 
 Entry = dict[str, Any]
@@ -64,18 +66,23 @@ def read_entries(file: Path, mask_prompt: bool) -> Iterator[tuple[int, Entry]]:
         raise UserError(f"{file} holds no texts")
 
 
+def parse_json(line: bytes) -> object:
+    """What a line of a JSON Lines file holds; raises ValueError that says what is wrong."""
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+
+
 def parse_line(line: bytes, mask_prompt: bool) -> Entry:
     """The object of one line of a JSON Lines file, with the keys of its kind alone, and "tools".
 
     Raises:
         ValueError: says what is wrong; with `mask_prompt`, also of a text without an answer.
     """
-    try:
-        entry = json.loads(line.decode())
-    except UnicodeDecodeError:
-        raise ValueError("is not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError("is not JSON") from None
+    entry = parse_json(line)
     if not isinstance(entry, dict):
         raise ValueError('is not a JSON object such as {"text": "…"}')
     for keys in KINDS:
@@ -86,7 +93,9 @@ def parse_line(line: bytes, mask_prompt: bool) -> Entry:
     for key in keys:
         check_value(key, entry[key])
     if mask_prompt and keys == ("text",) and not UP_TO_ANSWER.match(entry["text"]):
-        raise ValueError('for --mask-prompt its "text" needs a "### 질문:" and a "### 답변:"')
+        raise ValueError(
+            f'for --mask-prompt its "text" needs a "{QUESTION_HEADING}" and a "{ANSWER_HEADING}"'
+        )
     return {key: entry[key] for key in (*keys, "tools") if key in entry}
 
 
@@ -101,6 +110,16 @@ def check_value(key: str, value: object) -> None:
         raise ValueError(f'its "{key}" is empty')
     if not is_unicode(json.dumps(value, ensure_ascii=False)):
         raise ValueError(f'its "{key}" holds half of a surrogate pair')
+
+
+def join_question(question: str, answer: str) -> str:
+    """The text of a question and its answer."""
+    return f"{QUESTION_HEADING}\n{question}\n\n{ANSWER_HEADING}\n{answer}"
+
+
+def question_of(text: str) -> str:
+    """The question of a text; all of it where it is not made of a question and an answer."""
+    return text.removeprefix(QUESTION_HEADING).partition(f"\n{ANSWER_HEADING}")[0].strip()
 
 
 class Text(NamedTuple):
@@ -243,7 +262,7 @@ class Examples:
         """Tokens of each text that the loss counts; the first never does."""
         return self.lengths - np.maximum(self.prompts, 1)
 
-    def batch(self, rows: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The given texts, padded on the right, as `loss` takes them.
 
         Returns:
@@ -253,7 +272,7 @@ class Examples:
         tokens = np.zeros((len(rows), padded_width(lengths)), np.int32)
         for row, start, length in zip(tokens, self.starts[rows], lengths, strict=True):
             row[:length] = self.tokens[start : start + length]
-        return mx.array(tokens), mx.array(lengths.astype(np.int32)), mx.array(self.prompts[rows])
+        return tokens, lengths.astype(np.int32), self.prompts[rows]
 
 
 # Texts are tokenized so many at a time: enough for a fast tokenizer to share out among the cores.
@@ -300,6 +319,8 @@ def encode(
 
     A fast tokenizer does them in parallel. Those of a chat template have their special tokens.
     """
+    from transformers import PreTrainedTokenizerBase  # not above: it takes a second
+
     # mlx-lm and transformers have classes that change the text first, in an `encode` of their own.
     plain = tokenizer.is_fast and tokenizer.encode.__func__ is PreTrainedTokenizerBase.encode
     if plain:
@@ -370,7 +391,7 @@ def epoch_batches(
 
 def training_batches(
     examples: Examples, batch_size: int, seed: int, start: int
-) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The batches of iteration start + 1 and on, without end; each a pure function of the seed."""
     per_epoch = math.ceil(len(examples) / batch_size)
     for epoch in count(start // per_epoch):
