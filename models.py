@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_finetune import linux_cpu
 from lora_finetune.command_line import UserError, first_line
 
 import mlx.core as mx
@@ -33,19 +31,6 @@ os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
 logging.set_verbosity_error()  # its warnings are for programmers
 
 
-def lacks_fast_blas() -> bool:
-    """Whether MLX computes on a Linux CPU with the slow BLAS that it brings."""
-    return (
-        platform.system() == "Linux" and mx.default_device() == mx.cpu and not linux_cpu.FAST_BLAS
-    )
-
-
-def memory_size() -> int:
-    """Bytes of memory that MLX's default device has: its own, or the machine's."""
-    own = mx.device_info().get("memory_size") or mx.device_info().get("total_memory")
-    return own or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 # --- Loading ------------------------------------------------------------------------------------
 
 # What is fetched from the hub: weights as safetensors, settings and tokenizer; never code.
@@ -55,9 +40,9 @@ HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*
 def load(path_or_repo: str) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model and its tokenizer from a folder or a Hugging Face repository.
 
-    Nothing that comes with a model is run: no remote code, no pickle. On the CPU the weights are
-    computed with in float32, quantized ones dequantized: MLX's CPU products of other types are 40
-    and more times slower. Elsewhere they stay as they are.
+    No code that comes with a model is run: no remote code, no pickle. On the CPU the weights become
+    float32, quantized ones too: MLX's CPU products of other types are 40 and more times slower.
+    Elsewhere they stay as they are.
 
     Args:
         path_or_repo: a folder with `config.json`, `model*.safetensors` and a tokenizer, or a
@@ -217,7 +202,7 @@ class LoRAFused(nn.Module):
         self.layout = layout
         d_in = linear_shape(linear)[1]
         for part, r in ranks.items():
-            self[part] = LowRank(d_in, layout.size(part), r)
+            self[part] = LowRank(d_in, layout.num_rows(part), r)
 
     def __call__(self, x: mx.array) -> mx.array | list[mx.array]:
         y = self.linear(x)
@@ -232,15 +217,15 @@ class LoRAFused(nn.Module):
 
 
 class Layout(NamedTuple):
-    """How the rows of a fused projection lie: in groups, each of so many q, k, v and other rows."""
+    """How a fused projection's rows are ordered: in groups, each of so many q, k, v, other rows."""
 
     groups: int
     q: int
     k: int
     v: int
 
-    def size(self, part: str) -> int:
-        """All rows of the part "q" or "v"."""
+    def num_rows(self, part: str) -> int:
+        """The rows of the part "q" or "v" in all groups."""
         return self.groups * getattr(self, part)
 
 
@@ -328,7 +313,7 @@ def attention_places(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
             layout = fused_layout(model, attention, name)
             for part in "qv":
                 d_in = linear_shape(attention[name])[1]
-                yield f"{path}.{name}.{part}", (layout.size(part), d_in)
+                yield f"{path}.{name}.{part}", (layout.num_rows(part), d_in)
         for name in [*query[:1], *(value[:1] if query else [])]:
             yield f"{path}.{name}", linear_shape(attention[name])
 

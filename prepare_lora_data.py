@@ -34,7 +34,7 @@ from lora_finetune.command_line import (
     is_unicode,
     let_ctrl_c_end_imports,
     replace_files,
-    run_and_tell,
+    run_and_report_errors,
     warn,
     whole_number,
 )
@@ -516,7 +516,7 @@ def main() -> int:
         if signal.getsignal(number) == signal.SIG_DFL:  # leave nothing half-written then
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        return run_and_tell(partial(run, ARGUMENTS), "the output")
+        return run_and_report_errors(partial(run, ARGUMENTS), "the output")
     except sqlite3.Error as error:
         print(f"error: the temporary folder cannot be written: {error}", file=sys.stderr)
         return 2

@@ -121,7 +121,7 @@ def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
         raise UserError(f"{file} is not for this model: {'; '.join(wrong[:3])}{more}")
 
 
-def adapt(model: nn.Module, lora_layers: int | None, adapter: Adapter, source: Path) -> None:
+def adapt(model: nn.Module, adapter: Adapter, source: Path | None, lora_layers: int | None) -> None:
     """Put LoRA into a model: where the adapter read from `source` has it, or in the last layers.
 
     With both an adapter and `lora_layers`, what the adapter lacks of those layers starts fresh.

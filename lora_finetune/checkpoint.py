@@ -1,4 +1,4 @@
-"""What a run leaves behind and takes up again: its progress, its log, its state."""
+"""What a run leaves behind and resumes from: its progress, its log, its state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,18 +27,21 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+# --- Progress -----------------------------------------------------------------------------------
+
 
 @dataclass
 class Progress:
-    """How far a run has come; it is saved with each adapter, for a resumed run to go on the same.
+    """How far a run has come, saved with each adapter for a resumed run to go on from.
 
     Attributes:
         iteration: the last one done.
         finished: whether all that was due at it is done: report, validation, save.
-        total, tokens, steps, seconds: the sums since the last training report.
-        validated: the iteration of the last validation.
+        total, tokens, steps, seconds: sums since the last training report; `total` is of the loss
+            in nats over all target tokens.
+        validated: the iteration of the last validation, -1 before the first.
         best_loss, best_iteration: of the validation with the lowest loss.
-        log_size: bytes of the log; what is behind them belongs to no saved iteration.
+        log_size: bytes of the log; what is after them belongs to no saved iteration.
     """
 
     iteration: int = 0
@@ -51,6 +54,23 @@ class Progress:
     best_loss: float = math.inf
     best_iteration: int = 0
     log_size: int = 0
+
+    def add_step(self, mean: float, tokens: int, seconds: float) -> None:
+        """Count one more iteration, its mean loss over so many target tokens."""
+        self.iteration, self.finished = self.iteration + 1, False
+        self.total += mean * tokens
+        self.tokens += tokens
+        self.steps += 1
+        self.seconds += seconds
+
+    def reset_sums(self) -> None:
+        self.total, self.tokens, self.steps, self.seconds = 0.0, 0, 0, 0.0
+
+    def reset_losses(self) -> None:
+        """Keep the place alone: the losses of before are not comparable with those to come."""
+        self.reset_sums()
+        self.finished, self.validated = True, -1
+        self.best_loss, self.best_iteration = math.inf, 0
 
 
 def read_progress(saved: object) -> Progress:
@@ -65,21 +85,24 @@ def read_progress(saved: object) -> Progress:
     return progress
 
 
+# --- The log ------------------------------------------------------------------------------------
+
+
 class Log:
-    """Reports on standard output, and each with its numbers in full in a JSON Lines file.
+    """Reports on standard output, and each with its full numbers in a JSON Lines file.
 
     While a run trains it holds a lock on that file, which ends with the process.
     """
 
-    def __init__(self, file: Path):
-        self.file = file
-        self.held = None
+    def __init__(self, adapter_file: Path):
+        self.file = adapter_file.with_suffix(".log.jsonl")
+        self.locked = None
 
     def lock(self) -> None:
         """Keep others from training the same adapter; raises UserError where one does already."""
-        self.held = self.held or self.file.open("ab")
+        self.locked = self.locked or self.file.open("ab")
         try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"another run is training this adapter (it writes {self.file}); wait for its end, "
@@ -88,16 +111,16 @@ class Log:
         except OSError:
             pass  # a file system without locks
 
-    def size(self) -> int:
+    def num_bytes(self) -> int:
         return self.file.stat().st_size if self.file.exists() else 0
 
-    def shorten(self, progress: Progress) -> None:
-        """Take away what was written after a run had come so far; all, if it is at its start."""
-        if (progress.log_size or not progress.iteration) and self.size() > progress.log_size:
+    def truncate(self, progress: Progress) -> None:
+        """Remove what was written after a run had come so far; all, if it is at its start."""
+        if (progress.log_size or not progress.iteration) and self.num_bytes() > progress.log_size:
             os.truncate(self.file, progress.log_size)
 
     def report(self, line: str, **numbers: float) -> None:
-        say(line)
+        print_line(line)
         finite = {name: n if math.isfinite(n) else None for name, n in numbers.items()}
         try:
             with self.file.open("a", encoding="utf-8") as stream:
@@ -106,10 +129,13 @@ class Log:
             warn(f"the log {self.file} cannot be written: {error.strerror}")
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line at once, above the progress bar if there is one."""
     tqdm.write(line)
     sys.stdout.flush()
+
+
+# --- The state ----------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -117,63 +143,54 @@ class State(NamedTuple):
 
     Attributes:
         adapter: A and B of each adapted path.
-        optimizer: the optimizer's state, flattened as MLX names it.
-        notes: what else the run wrote down, as JSON has it.
+        optimizer: Adam's moments and step, by the names that MLX gives them.
+        progress: how far the run has come.
+        settings: what its result depends on.
     """
 
     adapter: Adapter
     optimizer: dict[str, np.ndarray]
-    notes: dict[str, Any]
+    progress: Progress
+    settings: dict[str, Any]
 
 
 def state_file(adapter_file: Path) -> Path:
     return adapter_file.with_suffix(".state.npz")
 
 
-def checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def best_file(adapter_file: Path) -> Path:
+    """Where the adapter with the lowest validation loss is kept."""
+    return adapter_file.with_suffix(f".best{adapter_file.suffix}")
 
 
-def file_checksum(file: Path) -> str | None:
-    """The checksum of a file, None where there is none."""
-    if not file.is_file():
-        return None
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A checksum of names, shapes and some numbers of all parameters, to tell models apart."""
-    sample = [(name, a.shape, a.flatten()[:16]) for name, a in tree_flatten(model.parameters())]
-    mx.eval([numbers for _, _, numbers in sample])
-    described = [(name, shape, numbers.tolist()) for name, shape, numbers in sample]
-    return checksum(repr(described).encode())
-
-
-def write_checkpoint(
-    file: Path, model: nn.Module, optimizer_state: dict, notes: dict[str, Any]
+def write(
+    file: Path,
+    model: nn.Module,
+    optimizer_state: dict,
+    progress: Progress,
+    settings: dict[str, Any],
 ) -> None:
     """Write the adapter file, and before it the state of the run beside it.
 
     The state holds the adapter too. It knows by their checksums the adapter file that it belongs
-    to and the one that this replaces, so a process that dies between the two files leaves no doubt
-    which they are.
+    to and the one that this replaces, so it is usable too if the process dies between the two.
     """
     arrays = trainable_arrays(model)
     content = adapter_content(arrays, file.suffix)
-    sums = {"adapter": checksum(content), "replaced": file_checksum(file)}
+    notes = {
+        "progress": asdict(progress),
+        "settings": settings,
+        "checksums": {"adapter": checksum(content), "replaced": file_checksum(file)},
+    }
     arrays |= {f"optimizer.{name}": np.array(a) for name, a in tree_flatten(optimizer_state)}
-    arrays["notes"] = np.frombuffer(json.dumps(notes | {"checksums": sums}).encode(), np.uint8)
+    arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
     with replace_files(state_file(file)) as [stream]:
         np.savez(stream, **arrays)
     with replace_files(file) as [stream]:
         stream.write(content)
 
 
-def read_state(file: Path) -> State | None:
+def read(file: Path) -> State | None:
     """The state that belongs to an adapter file, None where there is none.
 
     Raises:
@@ -192,52 +209,67 @@ def read_state(file: Path) -> State | None:
             for name in list(arrays)
             if name.startswith("optimizer.")
         }
+        check_optimizer(optimizer, arrays)
         adapter = pair_arrays(state, arrays)
+        progress = read_progress(notes["progress"])
+        settings = dict(notes["settings"])
     except (UserError, KeyError, ValueError, TypeError, RecursionError):
-        raise damaged_state(file) from None
-    return State(adapter, optimizer, notes) if belongs else None
+        raise UserError(
+            f"{state} is damaged; without it (delete it) training resumes with fresh moments"
+        ) from None
+    return State(adapter, optimizer, progress, settings) if belongs else None
 
 
-def damaged_state(file: Path) -> UserError:
-    """The error that the state of an adapter file is damaged."""
-    return UserError(
-        f"{state_file(file)} is damaged; without it (delete it) training resumes with fresh moments"
-    )
+def check_optimizer(optimizer: dict[str, np.ndarray], parameters: dict[str, np.ndarray]) -> None:
+    """Raise ValueError unless Adam's moments (`….m`, `….v`) are finite and for these parameters."""
+    step = optimizer.get("step", np.array(0, np.uint64))
+    if (step.shape, step.dtype) != ((), np.uint64):
+        raise ValueError("no step")
+    for name in optimizer.keys() - {"step", "learning_rate"}:
+        moment, parameter = optimizer[name], parameters[name[:-2]]
+        if (moment.shape, moment.dtype) != (parameter.shape, np.float32):
+            raise ValueError(f"{name} is not for this adapter")
+        if not np.isfinite(moment).all():
+            raise ValueError(f"{name} is not finite")
 
 
-def find_start(state: State | None, source: Path, start_iter: int | None) -> Progress:
-    """Where a run starts: where the state read from beside `source` is, unless at `start_iter`.
-
-    Raises:
-        UserError: the state is damaged.
-    """
-    try:
-        progress = read_progress(state.notes["progress"]) if state else Progress()
-    except (KeyError, TypeError, ValueError):
-        raise damaged_state(source) from None
-    return progress if start_iter in (None, progress.iteration) else Progress(start_iter)
-
-
-def take_up(
-    progress: Progress, state: State | None, settings: dict[str, Any], source: Path
-) -> Progress:
-    """Say what of the run that is resumed is missing, or has changed since its state was saved.
+def warn_of_changes(source: Path, state: State | None, settings: dict[str, Any]) -> bool:
+    """Warn where the state of the run to resume is missing, or was of other settings.
 
     Returns:
-        The progress; with a change, no more of it than its place, since sums and losses of before
-        are not to be compared with those to come.
+        Whether something has changed.
     """
     if not state:
         warn(f"{source} has no state of its run beside it, so Adam starts with fresh moments")
-        return progress
-    saved = state.notes.get("settings")
-    saved = saved if isinstance(saved, dict) else {}
+        return False
     changed = [
-        f"{name} ({saved.get(name)!r:.50}, now {value})" if name.startswith("--") else name
+        f"{name} ({state.settings.get(name)!r:.50}, now {value})" if name[:2] == "--" else name
         for name, value in settings.items()
-        if saved.get(name) != value
+        if state.settings.get(name) != value
     ]
-    if not changed:
-        return progress
-    warn(f"since {source} was saved, these have changed: {', '.join(changed)}")
-    return Progress(progress.iteration, log_size=progress.log_size)
+    if changed:
+        warn(f"since {source} was saved, these have changed: {', '.join(changed)}")
+    return bool(changed)
+
+
+# --- Checksums ----------------------------------------------------------------------------------
+
+
+def checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_checksum(file: Path) -> str | None:
+    """The SHA-256 of a file, None where there is none."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A checksum of names, shapes and some numbers of all parameters, to tell models apart."""
+    sample = [(name, a.shape, a.flatten()[:16]) for name, a in tree_flatten(model.parameters())]
+    mx.eval([numbers for _, _, numbers in sample])
+    described = [(name, shape, numbers.tolist()) for name, shape, numbers in sample]
+    return checksum(repr(described).encode())

@@ -6,6 +6,7 @@ Nothing here takes long to import, so that `--help` and a wrong flag answer at o
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -41,7 +42,7 @@ def first_line(error: Exception) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a string can be written as UTF-8: a half of a surrogate pair cannot."""
+    """Whether a string can be written as UTF-8: an unpaired surrogate cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -54,10 +55,42 @@ def warn(message: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all errors of these programs."""
+    """An argument parser whose errors are one line, like all errors of these programs.
+
+    The set `typed` among the arguments names those with a value that were typed, not defaults.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register("action", None, StoreTyped)
+        self.set_defaults(typed=frozenset())
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
+
+
+class StoreTyped(argparse.Action):
+    def __call__(self, parser, namespace, value, option_string=None) -> None:
+        setattr(namespace, self.dest, value)
+        namespace.typed |= {self.dest}
+
+
+def nonempty(text: str) -> str:
+    """An argparse type: any text but an empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def nonnegative_number(text: str) -> float:
+    """An argparse type: a finite real number that is not negative."""
+    number = float(text)
+    if not (math.isfinite(number) and number >= 0):
+        raise argparse.ArgumentTypeError(f"must be a finite number, 0 or more, not {text}")
+    return number
+
+
+nonnegative_number.__name__ = "number"  # for argparse's "invalid … value"
 
 
 def whole_number(least: int, also: int | None = None, below: float = 2**31) -> Callable[[str], int]:
@@ -80,12 +113,12 @@ def in_project(path: str) -> str:
 
 
 def let_ctrl_c_end_imports() -> None:
-    """Until `run_and_tell`, Ctrl-C ends the process without a word; a traceback says nothing."""
+    """Until `run_and_report_errors`, let Ctrl-C end the process without a traceback of imports."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run_and_tell(run: Callable[[], None], subject: str) -> int:
+def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
     """Run, and turn what the user can put right into one line and exit status 2.
 
     Args:
@@ -141,7 +174,7 @@ def replace_files(*files: Path) -> Iterator[list[BinaryIO]]:
             part.unlink(missing_ok=True)
 
 
-class Stop:
+class StopSignals:
     """While it is entered, Ctrl-C and its like only ask for a stop; a second Ctrl-C ends all.
 
     A thread attends to them, since MLX keeps the main one busy for as long as a step takes.
@@ -150,7 +183,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopSignals:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         self.handlers = {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,35 +37,53 @@ UP_TO_ANSWER = re.compile(rf"\s*{QUESTION_HEADING}.*\n{ANSWER_HEADING}\s*(?=\S)"
 Entry = dict[str, Any]
 
 
-def read_entries(file: Path, mask_prompt: bool) -> Iterator[tuple[int, Entry]]:
-    """The line number and the object of each line of a JSON Lines file.
+@dataclass(frozen=True)
+class File:
+    """A JSON Lines file as it was read, once.
 
-    A byte-order mark, Windows line ends and blank lines are passed over. The file is read as the
-    iterator goes, so that a large one takes no memory.
+    Attributes:
+        path: where it is.
+        entries: the line number and the object of each line; `load` takes them out, so that no
+            text is in memory twice.
+        checksum: the SHA-256 of its bytes.
+    """
+
+    path: Path
+    entries: deque[tuple[int, Entry]]
+    checksum: str
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def read(path: Path, mask_prompt: bool) -> File:
+    """Read a JSON Lines file; a byte-order mark, Windows line ends and blank lines are ignored.
 
     Raises:
-        UserError: no such file, none in it, a line that is no such object as `parse_line` takes,
-            or of another kind than the first; names the line.
+        UserError: no such file, no lines in it, a line that `parse_line` refuses, or of another
+            kind than the first; names the line.
     """
-    first = None
+    entries, digest, first_kind = deque(), hashlib.sha256(), None
     try:
-        with file.open("rb") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
+                digest.update(line)
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if not line.strip():
                     continue
                 entry = parse_line(line, mask_prompt)
                 kind = " and ".join(key for key in entry if key != "tools")
-                first = first or (number, kind)
-                if kind != first[1]:
-                    raise ValueError(f"has {kind}, but line {first[0]} has {first[1]}")
-                yield number, entry
+                first_kind = first_kind or kind
+                if kind != first_kind:
+                    raise ValueError(f"has {kind}, but line {entries[0][0]} has {first_kind}")
+                entries.append((number, entry))
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{file}, line {number}: {error}") from None
-    if not first:
-        raise UserError(f"{file} holds no texts")
+        raise UserError(f"{path}, line {number}: {error}") from None
+    if not entries:
+        raise UserError(f"{path} holds no texts")
+    return File(path, entries, digest.hexdigest())
 
 
 def parse_json(line: bytes) -> object:
@@ -109,7 +129,7 @@ def check_value(key: str, value: object) -> None:
     if not value or not str(value).strip():
         raise ValueError(f'its "{key}" is empty')
     if not is_unicode(json.dumps(value, ensure_ascii=False)):
-        raise ValueError(f'its "{key}" holds half of a surrogate pair')
+        raise ValueError(f'its "{key}" holds an unpaired surrogate')
 
 
 def join_question(question: str, answer: str) -> str:
@@ -123,27 +143,17 @@ def question_of(text: str) -> str:
 
 
 class Text(NamedTuple):
-    """An example as it is tokenized.
+    """An example before tokenization.
 
     Attributes:
         whole: all of it.
-        prompt: what of it comes before the answer that the loss counts; "" where all counts.
-        templated: a chat template made it, special tokens included.
+        prompt: its start that the loss leaves out; "" where all of it counts.
+        templated: whether a chat template made it, special tokens included.
     """
 
     whole: str
     prompt: str = ""
     templated: bool = False
-
-
-def read_texts(file: Path, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Iterator[Text]:
-    """The texts of a JSON Lines file; raises UserError as `read_entries` and `render` do."""
-    for number, entry in read_entries(file, mask_prompt):
-        try:
-            text = render(entry, tokenizer, mask_prompt)
-        except ValueError as error:
-            raise UserError(f"{file}, line {number}: {error}") from None
-        yield text
 
 
 def render(entry: Entry, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Text:
@@ -180,57 +190,72 @@ def render(entry: Entry, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Text
         why = first_line(error)
         raise ValueError(f"the model's chat template does not take it: {why}") from None
     if not is_unicode(whole):
-        raise ValueError("the model's chat template makes half of a surrogate pair of it")
+        raise ValueError("the model's chat template makes an unpaired surrogate of it")
     return Text(whole, prompt, templated=True)
 
 
-def load_examples(
-    files: dict[str, Path],
-    numbers: dict[str, int],
+# --- Tokens -------------------------------------------------------------------------------------
+
+
+def load(
+    files: dict[str, File],
     tokenizer: TokenizerWrapper,
     *,
-    vocabulary: int,
-    end: bool,
+    vocabulary_size: int,
+    add_eos: bool,
     mask_prompt: bool,
     max_length: int,
 ) -> dict[str, Examples]:
-    """Tokenize the file of each split, which has so many texts, and say how many were cut.
+    """Tokenize the file of each split, and warn of truncated texts.
 
     Raises:
-        UserError: a text cannot be had from an entry, a token is none of the model's vocabulary,
-            or a split leaves nothing to predict.
+        UserError: an entry cannot be rendered, a token is not in the model's vocabulary, or a
+            split leaves nothing to predict.
     """
-    if end and files and tokenizer.eos_token_id is None:
+    if add_eos and files and tokenizer.eos_token_id is None:
         warn("the tokenizer has no end-of-text token, so texts end without one")
-        end = False
+        add_eos = False
     examples = {}
     for split, file in files.items():
-        texts = read_texts(file, tokenizer, mask_prompt)
-        texts = tqdm(texts, f"Tokenizing {file.name}", numbers[split], leave=False, disable=None)
+        texts = render_entries(file, tokenizer, mask_prompt)
+        bar = tqdm(texts, f"Tokenizing {file.path.name}", len(file), leave=False, disable=None)
         try:
-            examples[split] = found = tokenize(texts, tokenizer, end, max_length)
-            largest = found.tokens.max(initial=0)
-        except OverflowError:  # no 32 bits hold it
+            examples[split] = tokenized = tokenize(bar, tokenizer, add_eos, max_length)
+            largest = tokenized.tokens.max(initial=0)
+        except OverflowError:  # it does not fit 32 bits
             largest = math.inf
-        if largest >= vocabulary:
+        if largest >= vocabulary_size:
             raise UserError(
-                f"the tokenizer makes tokens of {file} up to number {largest}, and the model knows "
-                f"only {vocabulary}: they do not belong together"
+                f"the tokenizer makes token {largest} of {file.path}, and the model knows only "
+                f"{vocabulary_size} tokens: they do not belong together"
             )
-        if found.lengths.max() < 2:
-            raise UserError(f"{file} has only texts of a single token")
-        if found.targets.max() < 1:
-            raise UserError(f"{file} has no answer within {max_length} tokens (--max-seq-length)")
-        if found.cut:
-            lost = sum(found.prompts >= found.lengths)
-            warn(
-                f"{file}: {found.cut} of {len(found)} texts were cut to {max_length} tokens "
-                "(--max-seq-length)" + (f", {lost} of them before the answer" if lost else "")
-            )
+        check_lengths(tokenized, file.path, max_length)
     return examples
 
 
-# --- Tokens and batches ---------------------------------------------------------------------------
+def check_lengths(examples: Examples, path: Path, max_length: int) -> None:
+    """Warn of truncated texts; raise UserError where nothing is left to predict."""
+    if examples.lengths.max() < 2:
+        raise UserError(f"{path} has only texts of a single token")
+    if examples.num_targets.max() < 1:
+        raise UserError(f"{path} has no answer within {max_length} tokens (--max-seq-length)")
+    if examples.num_truncated:
+        lost = sum(examples.num_targets < 1)
+        warn(
+            f"{path}: {examples.num_truncated} of {len(examples)} texts were cut to "
+            f"{max_length} tokens (--max-seq-length)"
+            + (f", {lost} of them before the answer" if lost else "")
+        )
+
+
+def render_entries(file: File, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Iterator[Text]:
+    """Take the entries out of a file, one by one, as texts; raises UserError for bad ones."""
+    while file.entries:
+        number, entry = file.entries.popleft()
+        try:
+            yield render(entry, tokenizer, mask_prompt)
+        except ValueError as error:
+            raise UserError(f"{file.path}, line {number}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -240,84 +265,84 @@ class Examples:
     Attributes:
         tokens: int32 (total number of tokens,).
         starts: int64 (number of texts + 1,): where each text starts, and where the last ends.
-        prompts: int32 (number of texts,): how many tokens at its start the loss does not count.
-        cut: how many of the texts were longer.
+        prompt_lengths: int32 (number of texts,): tokens at the start of each that are no targets.
+        num_truncated: how many of the texts were longer.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
-    prompts: np.ndarray
-    cut: int = 0
+    prompt_lengths: np.ndarray
+    num_truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each text, int64 (number of texts,)."""
         return np.diff(self.starts)
 
     @property
-    def targets(self) -> np.ndarray:
+    def num_targets(self) -> np.ndarray:
         """Tokens of each text that the loss counts; the first never does."""
-        return self.lengths - np.maximum(self.prompts, 1)
+        return self.lengths - np.maximum(self.prompt_lengths, 1)
 
     def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The given texts, padded on the right, as `loss` takes them.
 
         Returns:
-            Tokens int32 (rows, width), lengths int32 (rows,), prompts int32 (rows,).
+            Tokens int32 (rows, width), lengths and prompt lengths int32 (rows,).
         """
         lengths = self.lengths[rows]
         tokens = np.zeros((len(rows), padded_width(lengths)), np.int32)
         for row, start, length in zip(tokens, self.starts[rows], lengths, strict=True):
             row[:length] = self.tokens[start : start + length]
-        return tokens, lengths.astype(np.int32), self.prompts[rows]
+        return tokens, lengths.astype(np.int32), self.prompt_lengths[rows]
 
 
-# Texts are tokenized so many at a time: enough for a fast tokenizer to share out among the cores.
-TOKENIZED_TEXTS = 1000
+# A fast tokenizer shares a chunk of so many texts out among the cores.
+CHUNK_TEXTS = 1000
 
 
 def tokenize(
-    texts: Iterable[Text], tokenizer: TokenizerWrapper, end: bool, max_length: int
+    texts: Iterable[Text], tokenizer: TokenizerWrapper, add_eos: bool, max_length: int
 ) -> Examples:
-    """Tokenize texts and cut the longer ones to `max_length` tokens.
+    """Tokenize texts and truncate them to `max_length` tokens.
 
-    With `end`, each ends in exactly one end-of-text token, unless it is cut. That which a chat
-    template puts behind the last message serves, and what follows it, a line end mostly, goes.
+    With `add_eos`, each ends in exactly one end-of-text token, unless it is truncated. The one
+    that a chat template puts after the last message serves, and what follows it is dropped.
     """
     texts = iter(texts)
-    tokens, starts, prompts, too_long = array("i"), array("q", [0]), array("i"), 0
-    while some := list(islice(texts, TOKENIZED_TEXTS)):
+    tokens, starts, prompt_lengths, num_truncated = array("i"), array("q", [0]), array("i"), 0
+    while chunk := list(islice(texts, CHUNK_TEXTS)):
         for ids, prompt_ids, text in zip(
-            encode(tokenizer, [text.whole for text in some], some[0].templated),
-            encode(tokenizer, [text.prompt for text in some], some[0].templated),
-            some,
+            encode(tokenizer, [text.whole for text in chunk], chunk[0].templated),
+            encode(tokenizer, [text.prompt for text in chunk], chunk[0].templated),
+            chunk,
             strict=True,
         ):
-            if end:
-                end_text(ids, tokenizer, text.templated)
-            # A token that holds some of the prompt and some of the answer counts as answer.
+            if add_eos:
+                end_with_eos(ids, tokenizer, text.templated)
+            # A token that holds the end of the prompt and the start of the answer is a target.
             shared = len(os.path.commonprefix([ids, prompt_ids])) if text.prompt else 0
-            too_long += len(ids) > max_length
+            num_truncated += len(ids) > max_length
             tokens.extend(ids[:max_length])
             starts.append(len(tokens))
-            prompts.append(min(shared, max_length))
+            prompt_lengths.append(min(shared, max_length))
     return Examples(
         np.frombuffer(tokens, np.int32),
         np.frombuffer(starts, np.int64),
-        np.frombuffer(prompts, np.int32),
-        too_long,
+        np.frombuffer(prompt_lengths, np.int32),
+        num_truncated,
     )
 
 
 def encode(
     tokenizer: TokenizerWrapper, texts: list[str], templated: bool = False
 ) -> list[list[int]]:
-    """The tokens of texts, without the end-of-text token that some tokenizers put behind each.
+    """The tokens of texts, without the end-of-text token that some tokenizers append.
 
-    A fast tokenizer does them in parallel. Those of a chat template have their special tokens.
+    A fast tokenizer works in parallel. Texts of a chat template hold their special tokens already.
     """
     from transformers import PreTrainedTokenizerBase  # not above: it takes a second
 
@@ -336,10 +361,10 @@ def encode(
     return ids
 
 
-def end_text(ids: list[int], tokenizer: TokenizerWrapper, templated: bool) -> None:
+def end_with_eos(ids: list[int], tokenizer: TokenizerWrapper, templated: bool) -> None:
     """Make tokens end in exactly one end-of-text token; a template's own serves as well.
 
-    What a template puts behind it, a line end mostly, goes.
+    What a template puts after it, mostly a line end, is dropped.
     """
     if templated:
         end = len(ids)
@@ -353,16 +378,19 @@ def end_text(ids: list[int], tokenizer: TokenizerWrapper, templated: bool) -> No
     ids.append(tokenizer.eos_token_id)
 
 
+# --- Batches ------------------------------------------------------------------------------------
+
+
 def padded_width(lengths: np.ndarray) -> int:
-    """The width of a batch of texts: all tokens but the last of each are inputs."""
+    """The width of a batch of texts of these lengths; all tokens but the last are inputs."""
     return 1 + padded_length(max(1, max(lengths) - 1))
 
 
 def padded_length(length: int) -> int:
     """Round up to a multiple of 32, of 64 above 256, of 128 above 512, and so on.
 
-    Few widths occur in this way, each within a quarter of its text's: the compiled step is traced
-    anew for each, and on a GPU its kernels are chosen anew, which takes seconds.
+    Bucketing limits recompilation: the step is traced once for each width, and on a GPU its kernels
+    are chosen anew, which takes seconds. Padding adds less than a quarter to a long text.
     """
     step = max(32, 2 ** (int(length - 1).bit_length() - 3))
     return -(-length // step) * step
@@ -376,10 +404,10 @@ POOL_BATCHES = 50
 def epoch_batches(
     lengths: np.ndarray, batch_size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Deal each example out once, at random, into batches of like length in random order.
+    """A random order of batches of similar length, with each example in one of them.
 
     Returns:
-        ceil(examples / batch size) arrays of example numbers; one is short if need be.
+        ceil(examples / batch size) arrays of example indices; at most one is short.
     """
     order = rng.permutation(len(lengths))
     batches = []
@@ -392,7 +420,7 @@ def epoch_batches(
 def training_batches(
     examples: Examples, batch_size: int, seed: int, start: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The batches of iteration start + 1 and on, without end; each a pure function of the seed."""
+    """The batches from iteration start + 1 on, endlessly; each depends on the seed alone."""
     per_epoch = math.ceil(len(examples) / batch_size)
     for epoch in count(start // per_epoch):
         rng = np.random.default_rng([seed, epoch])
@@ -403,14 +431,14 @@ def training_batches(
 
 
 def padding_share(lengths: np.ndarray, batch_size: int, seed: int) -> float:
-    """The share of padding among the inputs of the model in the first epoch."""
+    """The fraction of the model's inputs in the first epoch that is padding."""
     batches = epoch_batches(lengths, batch_size, np.random.default_rng([seed, 0]))
     inputs = sum(len(rows) * (padded_width(lengths[rows]) - 1) for rows in batches)
     return 1 - (lengths - 1).sum() / inputs
 
 
 def evaluation_batches(examples: Examples, batch_size: int, num_batches: int) -> list[np.ndarray]:
-    """The first `num_batches` batches of examples (-1: all), those of like length together."""
+    """The first `num_batches` batches of examples (-1: all), sorted by length."""
     number = len(examples) if num_batches == -1 else min(len(examples), num_batches * batch_size)
     order = np.argsort(examples.lengths[:number], kind="stable")
     return np.split(order, range(0, number, batch_size)[1:])

@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lora_finetune.command_line import warn
+
 SYSTEM_BLAS = ("libopenblasp.so.0", "libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
 
 
@@ -69,3 +71,12 @@ def _load_globally(library: str) -> bool:
 
 
 FAST_BLAS = load_fast_blas() if platform.system() == "Linux" else None
+
+
+def warn_of_slow_blas(on_cpu: bool) -> None:
+    """Warn where MLX computes on a Linux CPU with the slow BLAS that it brings."""
+    if on_cpu and platform.system() == "Linux" and not FAST_BLAS:
+        warn(
+            "no fast BLAS was found, so MLX will be some 20 times slower than this CPU; get one "
+            "with `pip install ngsolve-openblas` (x86-64), `apt install libopenblas0` or conda"
+        )

@@ -60,28 +60,3 @@ def slow_down(seconds: float) -> None:
         return replaced
 
     os.fsync, Path.replace = slow_fsync, slow_replace
-
-
-def soak(folder: Path, args: list[str], file: Path) -> None:
-    """Run the command line and note at each report what memory the process holds, in a file.
-
-    Each line is the iteration, resident bytes, and MLX's peak of bytes since the line before.
-    """
-    import train_lora
-    from lora_finetune import checkpoint
-
-    import mlx.core as mx
-
-    class Log(checkpoint.Log):
-        def report(self, line: str, **numbers: float) -> None:
-            if "train_loss" in numbers:
-                pages = int(Path("/proc/self/statm").read_text().split()[1])
-                resident, peak = pages * os.sysconf("SC_PAGE_SIZE"), mx.get_peak_memory()
-                with file.open("a") as stream:
-                    stream.write(f"{numbers['iter']} {resident} {peak}\n")
-                mx.reset_peak_memory()
-
-    os.chdir(folder)
-    checkpoint.Log = Log
-    train_lora.ARGUMENTS = train_lora.parse_arguments(args)
-    sys.exit(train_lora.main())

@@ -280,7 +280,7 @@ def test_the_slices_are_those_of_projections_split_apart(name: str):
     rng = np.random.default_rng(0)
     adapted = models.LoRAFused(base, layout, {"q": 8, "v": 8})
     for part in ("q", "v"):
-        adapted[part].lora_b = mx.array(rng.normal(size=(8, layout.size(part))), mx.float32)
+        adapted[part].lora_b = mx.array(rng.normal(size=(8, layout.num_rows(part))), mx.float32)
     x = mx.array(rng.normal(size=(2, 5, models.linear_shape(base)[1])), mx.float32)
 
     def part_of(y: mx.array, part: str) -> np.ndarray:

@@ -42,7 +42,7 @@ def make_examples(lengths: np.ndarray) -> dataset.Examples:
 
 
 def read_texts(file: Path) -> list[str]:
-    return [entry["text"] for _, entry in dataset.read_entries(file, mask_prompt=False)]
+    return [entry["text"] for _, entry in dataset.read(file, mask_prompt=False).entries]
 
 
 def tokenize(
@@ -89,8 +89,8 @@ def test_long_texts_are_cut_and_counted_and_short_ones_left_alone(
     tokenizer: TokenizerWrapper, texts: list[str], end: bool, longest: int
 ) -> None:
     whole, kept = (tokenize(tokenizer, texts, end, m) for m in (9999, longest))
-    assert whole.cut == 0
-    assert kept.cut == sum(whole.lengths > longest)
+    assert whole.num_truncated == 0
+    assert kept.num_truncated == sum(whole.lengths > longest)
     assert len(kept) == len(whole)
     for i, length in enumerate(whole.lengths):
         before = whole.tokens[whole.starts[i] :][: min(length, longest)]

@@ -188,7 +188,7 @@ def call_function(case: Case) -> int:
     file = Path(case.file)
     try:
         if file.name == "a.state.npz":
-            read_state(Path("a.npz"))
+            resume("a.npz")
         elif file.suffix == ".jsonl":
             read_data(file)
         elif file.parent.name == "model":
@@ -201,28 +201,24 @@ def call_function(case: Case) -> int:
     return 0
 
 
-def read_state(file: Path) -> None:
-    if state := checkpoint.read_state(file):
-        progress = checkpoint.find_start(state, file, None)
-        checkpoint.take_up(progress, state, {"--batch-size": 3, "train.jsonl": "a"}, file)
-        model, _ = models.load("model")
-        adapters.adapt(model, None, state.adapter, file)
-        try:
-            train_lora.make_optimizer(model, 1e-5, state.optimizer)
-        except ValueError:
-            raise checkpoint.damaged_state(file) from None
+def resume(file: str) -> None:
+    """What the program does before the first step of a resumed run."""
+    args = ["--model", "model", "--data", "texts", *RESUME, "--resume-adapter-file", file]
+    plan = train_lora.check(train_lora.parse_arguments([*args, "--adapter-file", file]))
+    model, _ = models.load("model")
+    adapters.adapt(model, plan.adapter, plan.source, None)
+    train_lora.start_or_resume(plan)
+    train_lora.make_optimizer(model, 1e-5, plan.state.optimizer if plan.state else {})
 
 
 def read_data(file: Path) -> None:
     _, tokenizer = models.load("model")
     for mask_prompt in (False, True):
-        number = sum(1 for _ in dataset.read_entries(file, mask_prompt))
-        dataset.load_examples(
-            {"train": file},
-            {"train": number},
+        dataset.load(
+            {"train": dataset.read(file, mask_prompt)},
             tokenizer,
-            vocabulary=300,
-            end=True,
+            vocabulary_size=300,
+            add_eos=True,
             mask_prompt=mask_prompt,
             max_length=50,
         )
@@ -244,7 +240,7 @@ def what_is_left(before: dict[Path, bytes]) -> str:
     for path in changed:
         if path.suffix in (".npz", ".safetensors") and len(path.suffixes) == 1:
             adapters.read_adapter(path)
-            if not checkpoint.read_state(path):
+            if not checkpoint.read(path):
                 return f"{path} and its state do not belong together"
     return ""
 

@@ -91,7 +91,7 @@ def tokenized(tmp_path: Path) -> Tokenized:
         longest=999,
     ) -> dataset.Examples:
         file = write_entries(tmp_path / "a.jsonl", *entries)
-        texts = dataset.read_texts(file, tokenizer, mask)
+        texts = dataset.render_entries(dataset.read(file, mask), tokenizer, mask)
         return dataset.tokenize(texts, tokenizer, end, longest)
 
     return tokenized
@@ -101,7 +101,7 @@ def parts(examples: dataset.Examples, row: int = 0) -> tuple[str, str]:
     """What of an example is passed over, and what is learnt, as text; tokens are bytes here."""
     tokens = examples.tokens[examples.starts[row] : examples.starts[row + 1]].tolist()
     words = [END.encode() if token == tiny.EOS else bytes([token]) for token in tokens]
-    prompt = examples.prompts[row]
+    prompt = examples.prompt_lengths[row]
     return b"".join(words[:prompt]).decode(), b"".join(words[prompt:]).decode()
 
 
@@ -160,7 +160,7 @@ def test_the_tokens_and_the_mask_are_those_of_mlx_lm(
     for entry, (tokens, offset) in zip([CHAT, PAIR], theirs, strict=True):
         ours = tokenized(with_template, entry, mask=mask)
         assert ours.tokens.tolist() == tokens
-        assert ours.prompts.tolist() == [offset]
+        assert ours.prompt_lengths.tolist() == [offset]
 
 
 # --- The end of text ----------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_a_token_of_both_prompt_and_answer_is_learnt(
     entry = {"prompt": "ab", "completion": "cd"}
     masked = tokenized(models.load(str(folder))[1], entry, mask=True)
     assert masked.tokens.tolist() == [ord("a"), 258, ord("d")]
-    assert masked.prompts.tolist() == [1]
+    assert masked.prompt_lengths.tolist() == [1]
 
 
 @given(st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip))
@@ -249,10 +249,10 @@ def test_prompt_and_answer_together_are_the_text(
 ) -> None:
     entry = {"prompt": prompt, "completion": answer}
     text = dataset.render(entry, without_template, mask_prompt=True)
-    masked = dataset.tokenize([text], without_template, end=False, max_length=9999)
+    masked = dataset.tokenize([text], without_template, add_eos=False, max_length=9999)
     assert masked.tokens.tolist() == [*(prompt + answer).encode()]
-    assert masked.prompts.tolist() == [len(prompt.encode())]
-    assert masked.targets.tolist() == [len(answer.encode())]
+    assert masked.prompt_lengths.tolist() == [len(prompt.encode())]
+    assert masked.num_targets.tolist() == [len(answer.encode())]
 
 
 def test_a_run_with_the_mask_counts_the_tokens_of_answers_alone(
@@ -345,11 +345,11 @@ def test_a_text_without_an_answer_is_told_before_the_model_is_loaded(
 def test_texts_beyond_a_batch_of_the_tokenizer_stay_in_order(
     without_template: TokenizerWrapper,
 ) -> None:
-    words = [f"{i} {'가' * (i % 7)}" for i in range(2 * dataset.TOKENIZED_TEXTS + 3)]
+    words = [f"{i} {'가' * (i % 7)}" for i in range(2 * dataset.CHUNK_TEXTS + 3)]
     found = dataset.tokenize(map(dataset.Text, words), without_template, False, 9999)
     assert found.tokens.tolist() == [*"".join(words).encode()]
     assert found.lengths.tolist() == [len(word.encode()) for word in words]
-    assert (found.tokens.dtype, found.prompts.dtype) == (np.int32, np.int32)
+    assert (found.tokens.dtype, found.prompt_lengths.dtype) == (np.int32, np.int32)
 
 
 def test_a_tokenizer_saved_with_a_cut_or_padding_does_neither(model: Path, tmp_path: Path) -> None:

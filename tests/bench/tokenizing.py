@@ -53,9 +53,10 @@ def main() -> None:
         file = Path(folder) / "texts.jsonl"
         write_texts(file, args.texts)
         start = time.perf_counter()
-        number = sum(1 for _ in dataset.read_entries(file, args.mask_prompt))
-        texts = dataset.read_texts(file, tokenizer, args.mask_prompt)
-        examples = dataset.tokenize(texts, tokenizer, end=True, max_length=2048)
+        read = dataset.read(file, args.mask_prompt)
+        number = len(read)
+        texts = dataset.render_entries(read, tokenizer, args.mask_prompt)
+        examples = dataset.tokenize(texts, tokenizer, add_eos=True, max_length=2048)
         seconds = time.perf_counter() - start
     print(
         f"{number} texts of {examples.lengths.mean():.0f} tokens: {seconds:.1f} s, "
