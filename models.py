@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, get_total_parameters
+from mlx_lm.utils import dequantize_model
 from transformers.utils import logging
 
 # On CUDA, MLX would round the factors of float32 products to TF32's 10 bits: gradients 1 % off.
@@ -52,11 +52,9 @@ def load(path_or_repo: str) -> tuple[nn.Module, TokenizerWrapper]:
         UserError: there is no such model, or it cannot be loaded; says which and why.
     """
     folder = find_model(path_or_repo)
-    for needed, pattern in [("config.json", "config.json"), ("tokenizer", "tokenizer*")]:
-        if not any(folder.glob(pattern)):
+    for needed in ("config.json", "tokenizer*", "model*.safetensors"):
+        if not any(folder.glob(needed)):
             raise UserError(f"the model folder {folder} has no {needed}")
-    if not any(folder.glob("model*.safetensors")):
-        raise UserError(f"the model folder {folder} has no weights (model*.safetensors)")
     try:
         check_layers(folder)
         model, tokenizer = mlx_lm.load(
@@ -408,11 +406,6 @@ def add_lora(model: nn.Module, ranks: dict[str, int]) -> None:
 def vocabulary_size(model: nn.Module) -> int:
     """How many tokens the model knows."""
     return model(mx.zeros((1, 2), mx.int32)).shape[-1]  # nothing is computed for a shape
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of the model, each packed weight counted as the numbers that it stands for."""
-    return get_total_parameters(model)
 
 
 def count_trainable(model: nn.Module) -> int:

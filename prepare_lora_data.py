@@ -33,6 +33,7 @@ from lora_finetune.command_line import (
     in_project,
     is_unicode,
     let_ctrl_c_end_imports,
+    nonempty,
     replace_files,
     run_and_report_errors,
     warn,
@@ -55,47 +56,26 @@ def fraction(text: str) -> float:
     return number
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="prepare_lora_data.py",
         description="Make train.jsonl, valid.jsonl and test.jsonl from questions and answers.",
-        allow_abbrev=False,
     )
-
-    def add(name: str, help: str, **options) -> None:
-        parser.add_argument(name, help=help + " (default: %(default)s)", **options)
-
-    add(
-        "--source",
-        "a folder written by datasets' save_to_disk; a Parquet, Arrow, JSON Lines, JSON or CSV "
-        "file; or a folder of such files",
-        default="data/korean_textbooks_qa",
-    )
-    add("--output", "folder of the three sets", default="lora_finetune/data")
-    add("--question-column", "column of the questions", default=QUESTION)
-    add("--answer-column", "column of the answers", default=ANSWER)
-    add("--valid-fraction", "share of validation", type=fraction, default=0.05)
-    add("--test-fraction", "share of the test", type=fraction, default=0.05)
-    add(
-        "--seed",
-        "which questions go into which set",
-        type=whole_number(0, below=math.inf),
-        default=0,
-    )
-    parser.add_argument(
-        "--limit",
-        type=whole_number(1, below=math.inf),
-        help="stop after so many examples (default: all)",
-    )
-    parser.add_argument(
-        "--keep-splits",
-        action="store_true",
-        help="keep the splits of a saved DatasetDict; a validation or test set that it lacks is "
-        "taken from train",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the counts and three examples, write nothing"
-    )
+    add, switch = parser.add, parser.switch
+    add("--source", nonempty, "data/korean_textbooks_qa", "a folder written by datasets' "
+        "save_to_disk; a Parquet, Arrow, JSON Lines, JSON or CSV file; or a folder of such "
+        "files")  # fmt: skip
+    add("--output", nonempty, "lora_finetune/data", "folder of the three sets")
+    add("--question-column", nonempty, QUESTION, "column of the questions")
+    add("--answer-column", nonempty, ANSWER, "column of the answers")
+    add("--valid-fraction", fraction, 0.05, "share of validation")
+    add("--test-fraction", fraction, 0.05, "share of the test")
+    add("--seed", whole_number(0, below=math.inf), 0, "which questions go into which set")
+    add("--limit", whole_number(1, below=math.inf), None, "stop after so many examples "
+        "(default: all)")  # fmt: skip
+    switch("--keep-splits", "keep the splits of a saved DatasetDict; a validation or test set that "
+           "it lacks is taken from train")  # fmt: skip
+    switch("--dry-run", "print the counts and three examples, write nothing")
     return parser
 
 
@@ -103,21 +83,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; a default path is one in this project, wherever one stands."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in ("source", "output", "question_column", "answer_column"):
-        if not getattr(args, name):
-            parser.error(f"argument --{name.replace('_', '-')}: is empty")
     if args.question_column == args.answer_column:
         parser.error("--question-column and --answer-column name the same column")
     if args.valid_fraction + args.test_fraction >= 1:
         parser.error("--valid-fraction and --test-fraction leave nothing for training")
-    for name in ("source", "output"):
-        if getattr(args, name) == parser.get_default(name):
-            setattr(args, name, in_project(getattr(args, name)))
+    for name in {"source", "output"} - args.typed:
+        setattr(args, name, in_project(getattr(args, name)))
     return args
 
 
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take a second
-    ARGUMENTS = parse_arguments()
+    args = parse_arguments()
     let_ctrl_c_end_imports()
 
 from lora_finetune.dataset import join_question, parse_json, question_of
@@ -135,14 +111,8 @@ datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)  # an error here i
 # Lies beside the data in many folders and is JSON, but describes it only.
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # The names that the splits of a DatasetDict have, and what they become.
-SPLIT_NAMES = {
-    "train": "train",
-    "validation": "valid",
-    "valid": "valid",
-    "val": "valid",
-    "dev": "valid",
-    "test": "test",
-}
+SPLIT_NAMES = {"train": "train", "test": "test"}
+SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "valid")
 
 
 def find_files(source: Path) -> dict[Path, str | None]:
@@ -295,7 +265,8 @@ def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str,
     for batch in read_batches(file, (question, answer, "text")):
         if question in batch and answer in batch:
             asked, answered = (texts(file, name, batch[name]) for name in (question, answer))
-            whole = map(join, asked, answered)
+            pairs = zip(asked, answered, strict=True)
+            whole = (join_question(q, a) if q and a else "" for q, a in pairs)
         elif "text" in batch and (question, answer) == (QUESTION, ANSWER):
             whole = texts(file, "text", batch["text"])
         else:
@@ -313,13 +284,8 @@ def texts(file: Path, name: str, values: list) -> Iterator[str]:
         if not isinstance(value, str | None):
             raise UserError(f"{file}: the column {name} holds {str(value)[:50]}, not text")
         if value and not value.isascii() and not is_unicode(value):
-            raise UserError(f"{file}: the column {name} holds half of a surrogate pair")
+            raise UserError(f"{file}: the column {name} holds an unpaired surrogate")
         yield (value or "").strip()
-
-
-def join(question: str, answer: str) -> str:
-    """The text of a question and its answer, "" where one of them is empty."""
-    return join_question(question, answer) if question and answer else ""
 
 
 # --- Splitting ----------------------------------------------------------------------------------
@@ -511,16 +477,16 @@ def check_filled(counts: Counter, source: Path) -> None:
             )
 
 
-def main() -> int:
+def main(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # leave nothing half-written then
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        return run_and_report_errors(partial(run, ARGUMENTS), "the output")
+        return run_and_report_errors(partial(run, args), "the output")
     except sqlite3.Error as error:
         print(f"error: the temporary folder cannot be written: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(args))

@@ -46,18 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="train_lora.py",
         description="Fine-tune a language model with LoRA on your own text, in MLX.",
         epilog="Phases run in the order train, test, generate; ask for at least one of them.",
-        allow_abbrev=False,
     )
-    more = parser.add_argument_group("more options")
+    add, switch, more = parser.add, parser.switch, parser.add_argument_group("more options")
     positive, all_or_positive = whole_number(1), whole_number(1, also=-1)
-
-    def add(names: str, type: Callable, default: object, help: str, group=parser, **more) -> None:
-        help += "" if default is None else " (default: %(default)s)"
-        group.add_argument(*names.split(), type=type, default=default, help=help, **more)
-
-    def switch(name: str, help: str, group=parser) -> None:
-        group.add_argument(name, action="store_true", help=help)
-
     add("--model", nonempty, None, "path of a local model folder, or a Hugging Face repository "
         "such as GuminiResearch/Gumini-1B-Base (default: SmolLM2-135M-Instruct in lora_finetune/, "
         "fetched if it is missing)")  # fmt: skip
@@ -85,9 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     switch("--test", "evaluate on the test set, after training or loading an adapter")
     add("--test-batches", all_or_positive, 500, "number of test batches, -1 for all")
     add("--seed", whole_number(0), 0, "seed of the random number generators")
-    add("--max-seq-length", whole_number(2), 2048, "truncate texts to this many tokens", more)
+    add("--max-seq-length", whole_number(2), 2048, "truncate texts to this many tokens", group=more)
     switch("--mask-prompt", "compute the loss on answers only: completions, last messages, and "
-           "what follows ### 답변: in a text", more)  # fmt: skip
+           "what follows ### 답변: in a text", group=more)  # fmt: skip
     return parser
 
 
@@ -134,6 +125,7 @@ from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import get_total_parameters
 from tqdm import tqdm
 
 # --- Before anything is fetched -----------------------------------------------------------------
@@ -179,15 +171,10 @@ def check(args: argparse.Namespace) -> Plan:
     Raises:
         UserError: something that the user can put right.
     """
-    splits = (["train", "valid"] if args.train else []) + (["test"] if args.test else [])
-    files = {
-        split: dataset.read(Path(args.data) / f"{split}.jsonl", args.mask_prompt)
-        for split in splits
-    }
-    adapter_file, source = (
-        Path(args.adapter_file),
-        Path(args.resume_adapter_file or args.adapter_file),
-    )
+    splits = ["train", "valid"] * args.train + ["test"] * args.test
+    files = {s: dataset.read(Path(args.data, f"{s}.jsonl"), args.mask_prompt) for s in splits}
+    adapter_file = Path(args.adapter_file)
+    source = Path(args.resume_adapter_file) if args.resume_adapter_file else adapter_file
     log, state, adapter, iters = checkpoint.Log(adapter_file), None, {}, 0
     if args.resume_adapter_file:
         state = checkpoint.read(source)
@@ -223,18 +210,14 @@ def check(args: argparse.Namespace) -> Plan:
             "--add-eos-token": args.add_eos_token,
             "--max-seq-length": args.max_seq_length,
             "--mask-prompt": args.mask_prompt,
-            **{files[split].path.name: files[split].checksum for split in splits[:2] if args.train},
+            **{file.path.name: file.checksum for split, file in files.items() if split != "test"},
         },
         adapter_file=adapter_file,
         log=log,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        seed=args.seed,
-        val_batches=args.val_batches,
-        steps_per_report=args.steps_per_report,
-        steps_per_eval=args.steps_per_eval,
-        save_every=args.save_every,
-    )
+        batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed,
+        val_batches=args.val_batches, steps_per_report=args.steps_per_report,
+        steps_per_eval=args.steps_per_eval, save_every=args.save_every,
+    )  # fmt: skip
 
 
 def check_writable(file: Path) -> None:
@@ -455,15 +438,15 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
         Interrupted: a signal asked for a stop; the last whole iteration is saved.
     """
     training, progress, first = examples["train"], plan.progress, plan.progress.iteration
+    start_or_resume(plan)
     padding = dataset.padding_share(training.lengths, plan.batch_size, plan.seed)
     print(
         f"Training: {len(training)} examples, {len(training.tokens)} tokens, longest",
         f"{training.lengths.max()}, {training.num_truncated} cut, {padding:.1%} padding an epoch",
         flush=True,
     )
-    optimizer = make_optimizer(
-        model, plan.learning_rate, plan.state.optimizer if plan.state else {}
-    )
+    saved = plan.state.optimizer if plan.state else {}
+    optimizer = make_optimizer(model, plan.learning_rate, saved)
     with StopSignals() as stop:
         try:
             check_memory(model, training, plan.batch_size)
@@ -472,11 +455,11 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
             if progress.iteration == first:
                 raise
             save(model, optimizer, plan, finished=False)
-            saved = (
+            raise Interrupted(
+                interrupted.args[0],
                 f"iteration {progress.iteration} is saved; the same command with "
-                f"--resume-adapter-file {plan.adapter_file} goes on"
-            )
-            raise Interrupted(interrupted.args[0], saved) from None
+                f"--resume-adapter-file {plan.adapter_file} goes on",
+            ) from None
 
 
 def start_or_resume(plan: Plan) -> None:
@@ -676,21 +659,16 @@ def run(args: argparse.Namespace) -> None:
     path_or_repo = args.model or str(demo_model.fetch())
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(path_or_repo)
-    print(f"Total parameters {models.count_parameters(model) / 1e6:.3f}M")
+    print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
     plan.settings["the model"] = checkpoint.fingerprint(model)
     mx.random.seed(args.seed)
     adapters.adapt(model, plan.adapter, plan.source, args.lora_layers if args.train else None)
     print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
     examples = dataset.load(
-        plan.files,
-        tokenizer,
-        vocabulary_size=models.vocabulary_size(model),
-        add_eos=bool(args.add_eos_token),
-        mask_prompt=args.mask_prompt,
-        max_length=args.max_seq_length,
-    )
+        plan.files, tokenizer, models.vocabulary_size(model), bool(args.add_eos_token),
+        args.mask_prompt, args.max_seq_length,
+    )  # fmt: skip
     if args.train:
-        start_or_resume(plan)
         train(model, examples, plan)
     if args.test:
         test(model, examples["test"], args.batch_size, args.test_batches, plan.log)

@@ -22,7 +22,7 @@ Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a linear layer -> 
 def adapter_content(arrays: dict[str, np.ndarray], suffix: str) -> bytes:
     """The content of an .npz file of the arrays of an adapter.
 
-    With the suffix .safetensors it is such a file, as mlx-lm's `safetensors` is.
+    With the suffix .safetensors it is such a file, as mlx-lm's `adapters.safetensors` is.
     """
     if suffix == ".safetensors":
         return safetensors.numpy.save(arrays)
@@ -83,7 +83,8 @@ def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
         if set(pair) != {"lora_a", "lora_b"}:
             raise UserError(f"{file} has {path}.{' and '.join(pair)}, not a lora_a and its lora_b")
         a, b = pair["lora_a"], pair["lora_b"]
-        if not (is_matrix(a) and is_matrix(b) and a.shape[1] == b.shape[0] > 0):
+        matrices = a.ndim == b.ndim == 2 and a.dtype.kind == b.dtype.kind == "f"
+        if not (matrices and a.shape[1] == b.shape[0] > 0):
             raise UserError(f"{file}: {path} is not a pair of matrices (d_in, r) and (r, d_out)")
         with np.errstate(over="ignore"):
             a, b = a.astype(np.float32), b.astype(np.float32)
@@ -93,10 +94,6 @@ def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
     if not adapter:
         raise UserError(f"{file} holds no arrays")
     return adapter
-
-
-def is_matrix(array: np.ndarray) -> bool:
-    return array.ndim == 2 and array.dtype.kind == "f"
 
 
 def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:

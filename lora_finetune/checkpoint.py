@@ -12,13 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_finetune.adapters import (
-    Adapter,
-    adapter_content,
-    pair_arrays,
-    read_arrays,
-    trainable_arrays,
-)
+from lora_finetune import adapters
 from lora_finetune.command_line import UserError, replace_files, warn
 
 import mlx.core as mx
@@ -26,8 +20,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
-
-# --- Progress -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -85,9 +77,6 @@ def read_progress(saved: object) -> Progress:
     return progress
 
 
-# --- The log ------------------------------------------------------------------------------------
-
-
 class Log:
     """Reports on standard output, and each with its full numbers in a JSON Lines file.
 
@@ -135,9 +124,6 @@ def print_line(line: str) -> None:
     sys.stdout.flush()
 
 
-# --- The state ----------------------------------------------------------------------------------
-
-
 class State(NamedTuple):
     """What a run needs beside its data and its model to go on as if it had never stopped.
 
@@ -148,7 +134,7 @@ class State(NamedTuple):
         settings: what its result depends on.
     """
 
-    adapter: Adapter
+    adapter: adapters.Adapter
     optimizer: dict[str, np.ndarray]
     progress: Progress
     settings: dict[str, Any]
@@ -175,12 +161,13 @@ def write(
     The state holds the adapter too. It knows by their checksums the adapter file that it belongs
     to and the one that this replaces, so it is usable too if the process dies between the two.
     """
-    arrays = trainable_arrays(model)
-    content = adapter_content(arrays, file.suffix)
+    arrays = adapters.trainable_arrays(model)
+    content = adapters.adapter_content(arrays, file.suffix)
+    digest = hashlib.sha256(content).hexdigest()
     notes = {
         "progress": asdict(progress),
         "settings": settings,
-        "checksums": {"adapter": checksum(content), "replaced": file_checksum(file)},
+        "checksums": {"adapter": digest, "replaced": file_checksum(file)},
     }
     arrays |= {f"optimizer.{name}": np.array(a) for name, a in tree_flatten(optimizer_state)}
     arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
@@ -200,7 +187,7 @@ def read(file: Path) -> State | None:
     if not state.is_file():
         return None
     try:
-        arrays = read_arrays(state)
+        arrays = adapters.read_arrays(state)
         notes = json.loads(arrays.pop("notes").tobytes())
         sums = notes["checksums"]
         belongs = file_checksum(file) in (sums["adapter"], sums["replaced"])
@@ -210,7 +197,7 @@ def read(file: Path) -> State | None:
             if name.startswith("optimizer.")
         }
         check_optimizer(optimizer, arrays)
-        adapter = pair_arrays(state, arrays)
+        adapter = adapters.pair_arrays(state, arrays)
         progress = read_progress(notes["progress"])
         settings = dict(notes["settings"])
     except (UserError, KeyError, ValueError, TypeError, RecursionError):
@@ -252,13 +239,6 @@ def warn_of_changes(source: Path, state: State | None, settings: dict[str, Any])
     return bool(changed)
 
 
-# --- Checksums ----------------------------------------------------------------------------------
-
-
-def checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def file_checksum(file: Path) -> str | None:
     """The SHA-256 of a file, None where there is none."""
     if not file.is_file():
@@ -272,4 +252,4 @@ def fingerprint(model: nn.Module) -> str:
     sample = [(name, a.shape, a.flatten()[:16]) for name, a in tree_flatten(model.parameters())]
     mx.eval([numbers for _, _, numbers in sample])
     described = [(name, shape, numbers.tolist()) for name, shape, numbers in sample]
-    return checksum(repr(described).encode())
+    return hashlib.sha256(repr(described).encode()).hexdigest()

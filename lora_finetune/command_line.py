@@ -61,9 +61,18 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options):
-        super().__init__(**options)
+        super().__init__(allow_abbrev=False, **options)
         self.register("action", None, StoreTyped)
         self.set_defaults(typed=frozenset())
+
+    def add(self, names: str, type: Callable, default: object, help: str, **options) -> None:
+        """Add a flag with a value; its help tells the default, if it has one."""
+        help += "" if default is None else " (default: %(default)s)"
+        group = options.pop("group", self)
+        group.add_argument(*names.split(), type=type, default=default, help=help, **options)
+
+    def switch(self, name: str, help: str, **options) -> None:
+        options.pop("group", self).add_argument(name, action="store_true", help=help)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")

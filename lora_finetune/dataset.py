@@ -27,12 +27,10 @@ if TYPE_CHECKING:
 # The kinds of examples by their keys; the first that an object has counts, as in mlx-lm.
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
 
-
 # A text of a question and its answer, each below its heading.
 QUESTION_HEADING, ANSWER_HEADING = "### 질문:", "### 답변:"
 # All of a text of questions and answers but the last answer.
 UP_TO_ANSWER = re.compile(rf"\s*{QUESTION_HEADING}.*\n{ANSWER_HEADING}\s*(?=\S)", re.DOTALL)
-
 
 Entry = dict[str, Any]
 
@@ -200,7 +198,6 @@ def render(entry: Entry, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Text
 def load(
     files: dict[str, File],
     tokenizer: TokenizerWrapper,
-    *,
     vocabulary_size: int,
     add_eos: bool,
     mask_prompt: bool,

@@ -417,9 +417,9 @@ REPLACED = {
         "a token beyond 31 bits": with_values("model", "vocab", H=2**32 - 1),
     },
     "model/tokenizer_config.json": {
-        "a greatest length that is a list": with_values(model_max_length=[]),
+        "a greatest length that is a list": with_values(model_max_length=[])
     },
     "messages/train.jsonl": {
-        "half of a surrogate pair in a tool": lambda content: content.replace(b'"f"', b'"\\ud83d"'),
+        "half of a surrogate pair in a tool": lambda content: content.replace(b'"f"', b'"\\ud83d"')
     },
 }

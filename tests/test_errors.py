@@ -295,9 +295,7 @@ BAD_ARRAYS = {
 
 
 @pytest.mark.parametrize(
-    "content",
-    [*BAD_FILES.values(), *map(npz, BAD_ARRAYS.values())],
-    ids=[*BAD_FILES, *BAD_ARRAYS],
+    "content", [*BAD_FILES.values(), *map(npz, BAD_ARRAYS.values())], ids=[*BAD_FILES, *BAD_ARRAYS]
 )
 def test_an_adapter_that_is_damaged_or_for_another_model_is_told(
     fails: Fails, tmp_path: Path, content: bytes

@@ -52,10 +52,7 @@ ENTRIES = {
     "texts": {"text": "### 질문: 물은?\n### 답변: H2O"},
     "prompts": {"prompt": "물은?", "completion": "H2O"},
     "messages": {
-        "messages": [
-            {"role": "user", "content": "물은?"},
-            {"role": "assistant", "content": "H2O"},
-        ],
+        "messages": [{"role": "user", "content": "물은?"}, {"role": "assistant", "content": "H2O"}],
         "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
     },
 }

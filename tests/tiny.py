@@ -85,11 +85,7 @@ def build_model(config: dict) -> nn.Module:
 
 
 def write_model(
-    folder: Path,
-    model: nn.Module,
-    config: dict,
-    bits: int | None = None,
-    appends_eos: bool = False,
+    folder: Path, model: nn.Module, config: dict, bits: int | None = None, appends_eos: bool = False
 ) -> Path:
     """Write a model, its configuration and the tokenizer as a folder that mlx-lm can load."""
     if bits:
