@@ -110,7 +110,7 @@ def test_those_that_cannot_be_built_on_a_cpu_are_these():
 
 
 @pytest.mark.parametrize("name", sorted(set(BUILT) - set(ADAPTED)))
-def test_a_model_without_attention_is_told(name: str):
+def test_a_model_without_attention_is_reported(name: str):
     with pytest.raises(UserError, match=rf"\({name}\) have no attention"):
         models.find_targets(build(name), LAYERS)
 
@@ -170,7 +170,7 @@ def load(model: nn.Module, file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NO_GRADIENT))
-def test_what_mlx_cannot_train_is_told(name: str):
+def test_what_mlx_cannot_train_is_reported(name: str):
     model = build(name)
     adapt(model)
     mx.enable_compile()

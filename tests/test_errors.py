@@ -70,7 +70,7 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize(
     ("flag", "value"), [(flag, value) for flag, values in OUT_OF_RANGE.items() for value in values]
 )
-def test_a_number_out_of_range_is_told_at_once_with_its_flag(
+def test_a_number_out_of_range_is_reported_at_once_with_its_flag(
     run: Run, flag: str, value: str
 ) -> None:
     """With the standard library alone, and so before anything is imported, read or fetched."""
@@ -95,19 +95,19 @@ def test_a_number_out_of_range_is_told_at_once_with_its_flag(
     ],
     ids=" ".join,
 )
-def test_a_command_line_that_makes_no_sense_is_told_at_once(
+def test_a_command_line_that_makes_no_sense_is_reported_at_once(
     run: Run, args: list[str], mentions: list[str]
 ) -> None:
     one_error(run(*args, python=("-S", "-E")), *mentions)
 
 
-def test_a_prompt_that_is_not_utf_8_is_told(run: Run, fails: Fails, tmp_path: Path) -> None:
+def test_a_prompt_that_is_not_utf_8_is_reported(run: Run, fails: Fails, tmp_path: Path) -> None:
     tiny.make_adapter(tmp_path / "a.npz")
     fails("--prompt", b"caf\xe9", by=run, mentions=("prompt",))
 
 
 @pytest.mark.parametrize("start", [3, 4])
-def test_a_start_behind_the_last_iteration_is_told(fails: Fails, start: int) -> None:
+def test_a_start_behind_the_last_iteration_is_reported(fails: Fails, start: int) -> None:
     fails("--train", "--iters", 3, "--start-iter", start, mentions=("--start-iter", "3"))
     fails("--train", "--batch-size", 20, "--start-iter", start, mentions=("--start-iter", "2"))
 
@@ -115,39 +115,39 @@ def test_a_start_behind_the_last_iteration_is_told(fails: Fails, start: int) -> 
 # --- The data -----------------------------------------------------------------------------------
 
 GOOD = b'{"text": "good"}\n'
-BAD_LINES = {
-    "not JSON": b"text: bad",
-    "half an object": b'{"text": "bad"',
-    "two objects": b'{"text": "bad"} {"text": "bad"}',
-    "an array": b'["text", "bad"]',
-    "a string": b'"text"',
-    "a number": b"3",
-    "null": b"null",
-    "no text": b'{"prompt": "bad"}',
-    "text is a number": b'{"text": 3}',
-    "text is null": b'{"text": null}',
-    "text is an array": b'{"text": ["bad"]}',
-    "text is empty": b'{"text": ""}',
-    "text is only spaces": '{"text": " \\n\\t\\u3000　"}'.encode(),
-    "not UTF-8": '{"text": "한글"}'.encode("euc-kr"),
-    "half a character": '{"text": "한글"}'.encode()[:-4] + b'"}',
-    "half a surrogate pair": b'{"text": "bad \\ud83d"}',
-    "deep": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "a huge number": b'{"id": ' + b"9" * 10_000 + b', "text": "bad"}',
+BAD_LINES = {  # and the reason that is reported
+    "not JSON": (b"text: bad", "is not JSON"),
+    "half an object": (b'{"text": "bad"', "is not JSON"),
+    "two objects": (b'{"text": "bad"} {"text": "bad"}', "is not JSON"),
+    "an array": (b'["text", "bad"]', "is not a JSON object"),
+    "a string": (b'"text"', "is not a JSON object"),
+    "a number": (b"3", "is not a JSON object"),
+    "null": (b"null", "is not a JSON object"),
+    "no text": (b'{"prompt": "bad"}', 'has no "text"'),
+    "text is a number": (b'{"text": 3}', 'its "text" is not a string'),
+    "text is null": (b'{"text": null}', 'its "text" is not a string'),
+    "text is an array": (b'{"text": ["bad"]}', 'its "text" is not a string'),
+    "text is empty": (b'{"text": ""}', 'its "text" is empty'),
+    "text is only spaces": ('{"text": " \\n\\t\\u3000　"}'.encode(), 'its "text" is empty'),
+    "not UTF-8": ('{"text": "한글"}'.encode("euc-kr"), "is not UTF-8"),
+    "half a character": ('{"text": "한글"}'.encode()[:-4] + b'"}', "is not UTF-8"),
+    "an unpaired surrogate": (b'{"text": "bad \\ud83d"}', "an unpaired surrogate"),
+    "deep": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not JSON"),
+    "a huge number": (b'{"id": ' + b"9" * 10_000 + b', "text": "bad"}', "is not JSON"),
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_a_bad_line_is_told_with_its_file_and_number(
-    fails: Fails, tmp_path: Path, line: bytes
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_line_is_reported_with_its_file_and_number_and_the_reason(
+    fails: Fails, tmp_path: Path, line: bytes, reason: str
 ) -> None:
     for split in TEXTS:
         (tmp_path / f"{split}.jsonl").write_bytes(GOOD)
     (tmp_path / "valid.jsonl").write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
-    fails("--train", "--data", tmp_path, mentions=("valid.jsonl", "line 3"))
+    fails("--train", "--data", tmp_path, mentions=("valid.jsonl", "line 3", reason))
 
 
-def test_a_file_in_utf_16_is_told(fails: Fails, tmp_path: Path) -> None:
+def test_a_file_in_utf_16_is_reported(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(GOOD.decode().encode("utf-16"))
     fails("--train", "--data", tmp_path, mentions=("train.jsonl", "line 1", "UTF-8"))
 
@@ -156,7 +156,7 @@ def test_a_file_in_utf_16_is_told(fails: Fails, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("phase", "split"), [("--train", "train"), ("--train", "valid"), ("--test", "test")]
 )
-def test_a_missing_or_empty_file_is_told(
+def test_a_missing_or_empty_file_is_reported(
     fails: Fails, tmp_path: Path, phase: str, split: str, content: bytes | None
 ) -> None:
     tiny.make_adapter(tmp_path / "a.npz")
@@ -171,7 +171,7 @@ def test_a_missing_or_empty_file_is_told(
 
 @pytest.mark.parametrize("phase", ["--train", "--test"])
 @pytest.mark.parametrize("folder", ["missing", "file", "file/below"])
-def test_a_missing_data_folder_is_told(
+def test_a_missing_data_folder_is_reported(
     fails: Fails, tmp_path: Path, phase: str, folder: str
 ) -> None:
     tiny.make_adapter(tmp_path / "a.npz")
@@ -195,7 +195,7 @@ def test_test_texts_matter_only_to_a_test(
 
 @pytest.mark.parametrize("phase", [["--test"], ["--prompt", "a"]])
 @pytest.mark.parametrize("file", ["missing.npz", "missing/a.npz", "folder", "file/a.npz"])
-def test_a_missing_adapter_is_told_and_how_to_make_one(
+def test_a_missing_adapter_is_reported_and_how_to_make_one(
     fails: Fails, tmp_path: Path, phase: list[str], file: str
 ) -> None:
     (tmp_path / "folder").mkdir()
@@ -206,14 +206,16 @@ def test_a_missing_adapter_is_told_and_how_to_make_one(
 
 
 @pytest.mark.parametrize("file", ["missing.npz", "folder", "file/a.npz"])
-def test_a_missing_adapter_to_resume_from_is_told(fails: Fails, tmp_path: Path, file: str) -> None:
+def test_a_missing_adapter_to_resume_from_is_reported(
+    fails: Fails, tmp_path: Path, file: str
+) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"")
     fails("--train", "--resume-adapter-file", tmp_path / file, mentions=(file,))
 
 
 @pytest.mark.parametrize("file", ["missing/a.npz", "folder", "file/a.npz", "n" * 300])
-def test_where_the_adapter_cannot_be_saved_is_told_before_training(
+def test_where_the_adapter_cannot_be_saved_is_reported_before_training(
     fails: Fails, tmp_path: Path, file: str
 ) -> None:
     (tmp_path / "folder").mkdir()
@@ -226,7 +228,7 @@ def test_an_adapter_to_resume_from_needs_train(fails: Fails, tmp_path: Path) -> 
     fails("--test", "--resume-adapter-file", file, mentions=("--resume-adapter-file", "--train"))
 
 
-def test_fewer_layers_than_the_file_adapts_are_told(fails: Fails, tmp_path: Path) -> None:
+def test_fewer_layers_than_the_file_adapts_are_reported(fails: Fails, tmp_path: Path) -> None:
     file = tiny.make_adapter(tmp_path / "from.npz")
     args = ["--train", "--resume-adapter-file", file, "--lora-layers", 2]
     fails(*args, mentions=("from.npz", "--lora-layers", "model.layers.0.self_attn.q_proj"))
@@ -266,43 +268,72 @@ BAD_FILES = {
     "a byte changed": WHOLE[:5000] + bytes([WHOLE[5000] ^ 1]) + WHOLE[5001:],
     "a safetensors file": b"\x02\0\0\0\0\0\0\0{}",
 }
-BAD_ARRAYS = {
-    "none": {},
-    "another name": {"arr_0": np.zeros((64, 8), np.float32)},
-    "no B": without(f"{FIRST}.lora_b"),
-    "no A": without(f"{FIRST}.lora_a"),
-    "something else": GOOD_ADAPTER | {f"{FIRST}.bias": np.zeros(64, np.float32)},
-    "integers": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros((64, 8), np.int32)},
-    "complex": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros((64, 8), np.complex64)},
-    "text": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.full((64, 8), "a")},
-    "another rank": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros((64, 4), np.float32)},
-    "rank 0": GOOD_ADAPTER
-    | {
-        f"{FIRST}.lora_a": np.zeros((64, 0), np.float32),
-        f"{FIRST}.lora_b": np.zeros((0, 64), np.float32),
-    },
-    "a vector": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros(64, np.float32)},
-    "a scalar": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.float32(0)},
-    "a wider model": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros((96, 8), np.float32)},
-    "as PEFT has it": GOOD_ADAPTER | {f"{FIRST}.lora_a": np.zeros((8, 64), np.float32)},
-    "a layer too many": renamed("layers.3.", "layers.4."),
-    "an unknown projection": renamed("q_proj", "qkv_proj"),
-    "a norm": renamed("self_attn.q_proj", "input_layernorm"),
-    "the whole model": renamed(f"{FIRST}.", ""),
-    "numbers among names": renamed(f"{FIRST}.", "0."),
-    "a superscript": renamed("layers.0.", "layers.².") | renamed("layers.0.", "layers.1."),
+NOT_WHOLE = "is not a whole .npz file of plain arrays"
+NOT_A_PAIR = f"{FIRST} is not a pair of matrices (d_in, r) and (r, d_out)"
+
+
+def with_first(which: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """A good adapter with another A or B in the first place."""
+    return GOOD_ADAPTER | {f"{FIRST}.{which}": array}
+
+
+BAD_ARRAYS = {  # and the reason that is reported
+    "none": ({}, "holds no arrays"),
+    "another name": ({"arr_0": np.zeros((64, 8), np.float32)}, "has .arr_0, not a lora_a"),
+    "no B": (without(f"{FIRST}.lora_b"), f"has {FIRST}.lora_a, not a lora_a and its lora_b"),
+    "no A": (without(f"{FIRST}.lora_a"), f"has {FIRST}.lora_b, not a lora_a and its lora_b"),
+    "something else": (with_first("bias", np.zeros(64, np.float32)), f"has {FIRST}.bias and"),
+    "integers": (with_first("lora_a", np.zeros((64, 8), np.int32)), NOT_A_PAIR),
+    "complex": (with_first("lora_a", np.zeros((64, 8), np.complex64)), NOT_A_PAIR),
+    "text": (with_first("lora_a", np.full((64, 8), "a")), NOT_A_PAIR),
+    "another rank": (with_first("lora_a", np.zeros((64, 4), np.float32)), NOT_A_PAIR),
+    "rank 0": (
+        with_first("lora_a", np.zeros((64, 0), np.float32))
+        | {f"{FIRST}.lora_b": np.zeros((0, 64), np.float32)},
+        NOT_A_PAIR,
+    ),
+    "a vector": (with_first("lora_a", np.zeros(64, np.float32)), NOT_A_PAIR),
+    "a scalar": (with_first("lora_a", np.float32(0)), NOT_A_PAIR),
+    "not finite": (with_first("lora_a", np.full((64, 8), np.inf, np.float32)), "not finite"),
+    "a wider model": (
+        with_first("lora_a", np.zeros((96, 8), np.float32)),
+        f"is not for this model: {FIRST} maps 64 to 64 numbers, its A and B 96 to 64",
+    ),
+    "as PEFT has it": (with_first("lora_a", np.zeros((8, 64), np.float32)), NOT_A_PAIR),
+    "a layer too many": (
+        renamed("layers.3.", "layers.4."),
+        "is not for this model: there is no linear layer model.layers.4.self_attn.q_proj",
+    ),
+    "an unknown projection": (
+        renamed("q_proj", "qkv_proj"),
+        "is not for this model: there is no linear layer model.layers.0.self_attn.qkv_proj",
+    ),
+    "a norm": (
+        renamed("self_attn.q_proj", "input_layernorm"),
+        "is not for this model: there is no linear layer model.layers.0.input_layernorm",
+    ),
+    "the whole model": (renamed(f"{FIRST}.", ""), "there is no linear layer "),
+    "numbers among names": (renamed(f"{FIRST}.", "0."), "there is no linear layer 0"),
+    "a superscript": (
+        renamed("layers.0.", "layers.².") | renamed("layers.0.", "layers.1."),
+        "there is no linear layer model.layers.².self_attn.q_proj",
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    "content", [*BAD_FILES.values(), *map(npz, BAD_ARRAYS.values())], ids=[*BAD_FILES, *BAD_ARRAYS]
+    ("content", "reason"),
+    [(content, NOT_WHOLE) for content in BAD_FILES.values()]
+    + [(npz(arrays), reason) for arrays, reason in BAD_ARRAYS.values()],
+    ids=[*BAD_FILES, *BAD_ARRAYS],
 )
-def test_an_adapter_that_is_damaged_or_for_another_model_is_told(
-    fails: Fails, tmp_path: Path, content: bytes
+def test_the_reason_is_reported_why_an_adapter_cannot_be_used(
+    fails: Fails, tmp_path: Path, content: bytes, reason: str
 ) -> None:
     (tmp_path / "bad.npz").write_bytes(content)
-    fails("--prompt", "a", "--adapter-file", tmp_path / "bad.npz", mentions=("bad.npz",))
-    fails("--train", "--resume-adapter-file", tmp_path / "bad.npz", mentions=("bad.npz",))
+    fails("--prompt", "a", "--adapter-file", tmp_path / "bad.npz", mentions=("bad.npz", reason))
+    resume = ["--train", "--resume-adapter-file", tmp_path / "bad.npz"]
+    fails(*resume, mentions=("bad.npz", reason))
 
 
 class Payload:
@@ -406,7 +437,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT.keys())
-def test_a_model_folder_that_cannot_be_loaded_is_told(
+def test_a_model_folder_that_cannot_be_loaded_is_reported(
     run: Run, fails: Fails, copied: Path, spoil: Callable[[Path], object]
 ) -> None:
     """In a process of its own, since what is wrong with weights may show outside of Python."""
@@ -415,7 +446,7 @@ def test_a_model_folder_that_cannot_be_loaded_is_told(
 
 
 @pytest.mark.parametrize("name", ["missing", "./missing", "owner/name/more", "a.npz", "/missing"])
-def test_a_model_that_is_not_there_is_told(
+def test_a_model_that_is_not_there_is_reported(
     run: Run, fails: Fails, tmp_path: Path, name: str
 ) -> None:
     tiny.make_adapter(tmp_path / "a.npz")
@@ -423,7 +454,7 @@ def test_a_model_that_is_not_there_is_told(
 
 
 @pytest.mark.parametrize("offline", ["1", None])
-def test_a_hub_out_of_reach_is_told(
+def test_a_hub_out_of_reach_is_reported(
     run: Run, fails: Fails, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, offline: str
 ) -> None:
     """Nothing listens at port 9 of this computer."""
@@ -453,7 +484,7 @@ class Hub(BaseHTTPRequestHandler):
         """Keep silent."""
 
 
-def test_a_repository_that_the_hub_lacks_is_told(
+def test_a_repository_that_the_hub_lacks_is_reported(
     run: Run, fails: Fails, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     tiny.make_adapter(tmp_path / "a.npz")
@@ -469,7 +500,7 @@ def test_a_repository_that_the_hub_lacks_is_told(
         hub.shutdown()
 
 
-def test_what_else_is_wrong_is_told_before_a_model_is_fetched(
+def test_what_else_is_wrong_is_reported_before_a_model_is_fetched(
     run: Run, fails: Fails, tmp_path: Path
 ) -> None:
     hub = ["--model", "some-owner/some-model"]

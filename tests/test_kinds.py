@@ -108,7 +108,7 @@ def parts(examples: dataset.Examples, row: int = 0) -> tuple[str, str]:
 # --- Without a mask -----------------------------------------------------------------------------
 
 
-def test_a_text_is_learnt_as_it_is(
+def test_a_text_is_trained_on_as_it_is(
     tokenized: Tokenized, with_template: TokenizerWrapper, without_template: TokenizerWrapper
 ) -> None:
     for tokenizer in (with_template, without_template):
@@ -197,7 +197,7 @@ def test_the_loss_is_on_the_answer_only(
     assert answer == f"H2O.{END}"
 
 
-def test_of_several_answers_in_a_text_the_last_is_learnt(
+def test_of_several_answers_in_a_text_the_last_is_trained_on(
     tokenized: Tokenized, without_template: TokenizerWrapper
 ) -> None:
     text = "### 질문:\n가?\n\n### 답변:\n나.\n\n### 질문:\n다?\n\n### 답변:\n라.\n\n마."
@@ -205,14 +205,14 @@ def test_of_several_answers_in_a_text_the_last_is_learnt(
     assert parts(masked) == (text[: text.index("라")], "라.\n\n마.")
 
 
-def test_a_last_message_of_the_user_is_learnt_with_its_mark(
+def test_a_last_message_of_the_user_is_trained_on_with_its_mark(
     tokenized: Tokenized, with_template: TokenizerWrapper
 ) -> None:
     masked = tokenized(with_template, {"messages": CHAT["messages"][:2]}, mask=True)
     assert parts(masked) == (f"<system>짧게.{END}\n", f"<user>안녕?{END}\n")
 
 
-def test_a_first_message_alone_is_learnt_whole(
+def test_a_first_message_alone_is_trained_on_whole(
     tokenized: Tokenized, with_template: TokenizerWrapper
 ) -> None:
     masked = tokenized(with_template, {"messages": CHAT["messages"][2:3]}, mask=True)
@@ -229,7 +229,7 @@ def test_a_template_that_opens_the_answer_otherwise_masks_what_is_the_same(
     assert parts(masked) == (f"<user>물은?{END}\n<assistant>", f"H2O입니다.{END}\n")
 
 
-def test_a_token_of_both_prompt_and_answer_is_learnt(
+def test_a_token_of_both_prompt_and_answer_is_trained_on(
     tokenized: Tokenized, model: Path, tmp_path: Path
 ) -> None:
     folder = make_folder(model, tmp_path / "model", None)
@@ -302,7 +302,7 @@ def test_answers_lost_by_a_cut_are_counted(call: Run, model: Path, tmp_path: Pat
         ([{"messages": [{"content": "a"}]}], ["line 1", "template"]),
     ],
 )
-def test_entries_that_cannot_be_trained_on_are_told_with_their_line(
+def test_entries_that_cannot_be_trained_on_are_reported_with_their_line(
     call: Run, chat_model: Path, tmp_path: Path, entries: list[dict], mentions: list[str]
 ) -> None:
     write_entries(tmp_path / "valid.jsonl", TEXT)
@@ -315,7 +315,9 @@ def test_entries_that_cannot_be_trained_on_are_told_with_their_line(
     assert all(words in ended.stderr for words in mentions)
 
 
-def test_messages_without_a_chat_template_are_told(call: Run, model: Path, tmp_path: Path) -> None:
+def test_messages_without_a_chat_template_are_reported(
+    call: Run, model: Path, tmp_path: Path
+) -> None:
     for split in ("train", "valid"):
         write_entries(tmp_path / f"{split}.jsonl", CHAT)
     args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
@@ -328,7 +330,7 @@ def test_messages_without_a_chat_template_are_told(call: Run, model: Path, tmp_p
 @pytest.mark.parametrize(
     "text", ["물은 H2O.", "### 질문:\n물은?\n\n### 답변:\n ", "### 답변:\n네."]
 )
-def test_a_text_without_an_answer_is_told_before_the_model_is_loaded(
+def test_a_text_without_an_answer_is_reported_before_the_model_is_loaded(
     call: Run, tmp_path: Path, text: str
 ) -> None:
     for split in ("train", "valid"):

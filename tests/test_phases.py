@@ -564,7 +564,7 @@ def test_a_number_of_test_batches_takes_the_first_texts(
     assert two == pytest.approx(six, abs=1e-6) != pytest.approx(all_, abs=1e-4)
 
 
-def test_a_loss_beyond_all_measure_is_told_like_any_other(
+def test_an_infinite_perplexity_is_reported_like_any_other(
     call: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:
     """e to the power of it is more than a float can hold."""
@@ -639,7 +639,7 @@ def test_a_text_ends_in_exactly_one_end_or_none_as_asked(tmp_path: Path, appends
     assert [row.tolist() for row in rows] == [[*"가".encode()], [*b"ab "]]
 
 
-def test_the_flag_decides_whether_the_end_is_learnt(
+def test_the_flag_decides_whether_the_end_is_trained_on(
     call: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:
     args = ["--model", model, "--data", data, "--train", "--lora-layers", 1, "--iters", 1]

@@ -620,7 +620,7 @@ def test_a_limit_is_one_for_each_split_that_is_kept(
     assert made == {split: [text_of(*p) for p in pairs] for split, pairs in expected.items()}
 
 
-def test_a_source_whose_splits_cannot_be_kept_is_told(fails: Fails, tmp_path: Path) -> None:
+def test_a_source_whose_splits_cannot_be_kept_is_reported(fails: Fails, tmp_path: Path) -> None:
     pairs = write(tmp_path, "a/a.jsonl", FILLERS)
     fails(pairs, "--keep-splits", mentions=("--keep-splits", "DatasetDict"))
     fails(pairs.parent, "--keep-splits", mentions=("--keep-splits", "DatasetDict"))
@@ -632,7 +632,7 @@ def test_a_source_whose_splits_cannot_be_kept_is_told(fails: Fails, tmp_path: Pa
 # --- The output ---------------------------------------------------------------------------------
 
 
-def test_a_dry_run_tells_the_counts_and_three_examples_and_writes_nothing(
+def test_a_dry_run_prints_the_counts_and_three_examples_and_writes_nothing(
     prepare: Run, tmp_path: Path
 ) -> None:
     source = write(tmp_path, "a.jsonl", ROWS)
@@ -710,7 +710,7 @@ def test_an_interrupted_run_leaves_the_old_sets_as_they_were(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_run_that_is_told_to_end_leaves_the_old_sets_alone(
+def test_a_run_that_gets_a_signal_to_end_leaves_the_old_sets_alone(
     tmp_path: Path, long_source: Path, number: signal.Signals
 ) -> None:
     write_old_sets(tmp_path / "old")
@@ -736,7 +736,7 @@ def test_a_killed_run_leaves_the_old_sets_and_the_next_one_cleans_up(
 
 
 @pytest.mark.parametrize("name", ["missing", "missing/a.parquet", "a.jsonl/below"])
-def test_a_missing_source_is_told_and_where_to_get_the_real_one(
+def test_a_missing_source_is_reported_and_where_to_get_the_real_one(
     fails: Fails, tmp_path: Path, name: str
 ) -> None:
     write(tmp_path, "a.jsonl", FILLERS)
@@ -744,7 +744,9 @@ def test_a_missing_source_is_told_and_where_to_get_the_real_one(
     fails(tmp_path / name, mentions=mentions)
 
 
-def test_a_source_without_data_is_told_and_what_can_be_read(fails: Fails, tmp_path: Path) -> None:
+def test_a_source_without_data_is_reported_and_what_can_be_read(
+    fails: Fails, tmp_path: Path
+) -> None:
     (tmp_path / "a").mkdir()
     fails(tmp_path / "a", mentions=(str(tmp_path / "a"), *(f".{suffix}" for suffix in WRITERS)))
     for name in ("a.txt", "dataset_info.json", "a.jsonl.gz"):
@@ -755,7 +757,7 @@ def test_a_source_without_data_is_told_and_what_can_be_read(fails: Fails, tmp_pa
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_columns_that_are_missing_are_told_with_those_there_are(
+def test_columns_that_are_missing_are_reported_with_those_there_are(
     fails: Fails, tmp_path: Path, suffix: str
 ) -> None:
     table = table_of(FILLERS).rename_columns(["id", "prompt", "completion", "note"])
@@ -789,7 +791,7 @@ NO_TEXT = {
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "jsonl", "json"])
 @pytest.mark.parametrize("column", NO_TEXT.values(), ids=NO_TEXT.keys())
-def test_a_column_that_holds_no_text_is_told(
+def test_a_column_that_holds_no_text_is_reported(
     fails: Fails, tmp_path: Path, suffix: str, column: pa.Array
 ) -> None:
     table = table_of(FILLERS)
@@ -801,7 +803,7 @@ def test_a_column_that_holds_no_text_is_told(
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 @pytest.mark.parametrize("value", [3, 0.5, True, ["가"], {"가": "나"}])
-def test_a_json_column_of_text_and_other_things_is_told(
+def test_a_json_column_of_text_and_other_things_is_reported(
     fails: Fails, tmp_path: Path, suffix: str, value: object
 ) -> None:
     rows = [*table_of(FILLERS).to_pylist(), {"question": "가", "answer": value}]
@@ -831,7 +833,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize(("suffix", "how"), DAMAGED)
-def test_a_file_that_is_damaged_is_told(
+def test_a_file_that_is_damaged_is_reported(
     fails: Fails, tmp_path: Path, suffix: str, how: str
 ) -> None:
     content = write(tmp_path, f"good.{suffix}", FILLERS).read_bytes()
@@ -849,7 +851,9 @@ BAD_CSV = {
 
 
 @pytest.mark.parametrize("how", BAD_CSV)
-def test_a_csv_file_that_is_not_in_order_is_told(fails: Fails, tmp_path: Path, how: str) -> None:
+def test_a_csv_file_that_is_not_in_order_is_reported(
+    fails: Fails, tmp_path: Path, how: str
+) -> None:
     (tmp_path / "a.csv").write_text(BAD_CSV[how])
     fails(tmp_path / "a.csv", mentions=("a.csv",))
 
@@ -861,7 +865,7 @@ def test_a_csv_file_that_is_not_in_order_is_told(fails: Fails, tmp_path: Path, h
         *[("jsonl", "cp949"), ("jsonl", "utf-16")],
     ],
 )
-def test_a_file_in_another_encoding_is_told(
+def test_a_file_in_another_encoding_is_reported(
     fails: Fails, tmp_path: Path, suffix: str, encoding: str
 ) -> None:
     rows = [json.dumps(row, ensure_ascii=False) for row in table_of(FILLERS).to_pylist()]
@@ -876,7 +880,7 @@ def test_a_file_in_another_encoding_is_told(
     assert encoding == "utf-16" or "UTF-8" in error
 
 
-def test_a_parquet_file_whose_text_is_not_utf_8_is_told(fails: Fails, tmp_path: Path) -> None:
+def test_a_parquet_file_whose_text_is_not_utf_8_is_reported(fails: Fails, tmp_path: Path) -> None:
     table = table_of(FILLERS)
     binary = table["answer"].cast(pa.binary()).to_pylist()
     spoilt = pa.array([*binary[:-1], "답".encode("cp949")], pa.binary()).view(pa.string())
@@ -885,7 +889,9 @@ def test_a_parquet_file_whose_text_is_not_utf_8_is_told(fails: Fails, tmp_path: 
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_two_columns_of_the_same_name_are_told(fails: Fails, tmp_path: Path, suffix: str) -> None:
+def test_two_columns_of_the_same_name_are_reported(
+    fails: Fails, tmp_path: Path, suffix: str
+) -> None:
     table = table_of(FILLERS).rename_columns(["question", "question", "answer", "note"])
     WRITERS[suffix](tmp_path / f"a.{suffix}", table)
     fails(tmp_path / f"a.{suffix}", mentions=(f"a.{suffix}", "question"))
@@ -902,7 +908,7 @@ DEEP = '{"question": ' + "[" * 100_000 + "]" * 100_000 + ', "answer": "b"}'
         pytest.param("a.jsonl", "no data", id="no JSON"),
     ],
 )
-def test_bad_json_is_told_and_nothing_else(
+def test_bad_json_is_reported_and_nothing_else(
     run: Run, tmp_path: Path, name: str, content: str
 ) -> None:
     """In a process of its own, which it may end, and to whose terminal the readers may write."""
@@ -934,7 +940,7 @@ NOT_SAVED = {
 
 @pytest.mark.parametrize("file", ["dataset_dict.json", "state.json"])
 @pytest.mark.parametrize("content", NOT_SAVED.values(), ids=NOT_SAVED.keys())
-def test_a_saved_dataset_that_is_not_in_order_is_told(
+def test_a_saved_dataset_that_is_not_in_order_is_reported(
     fails: Fails, tmp_path: Path, file: str, content: str
 ) -> None:
     """Even with good data in it, and beside it."""
@@ -946,7 +952,7 @@ def test_a_saved_dataset_that_is_not_in_order_is_told(
     fails(source, mentions=(str(source),))
 
 
-def test_a_source_of_which_nothing_is_left_is_told(fails: Fails, tmp_path: Path) -> None:
+def test_a_source_of_which_nothing_is_left_is_reported(fails: Fails, tmp_path: Path) -> None:
     for suffix in WRITERS:
         source = write(tmp_path, f"a.{suffix}", [(" ", "a"), ("a", ""), ("\n", "\u3000")])
         fails(source, mentions=(str(source), "nothing"))
@@ -962,7 +968,7 @@ def test_a_source_of_which_nothing_is_left_is_told(fails: Fails, tmp_path: Path)
     ("fractions", "split"),
     [((1e-9, 0.3), "valid"), ((0.3, 1e-9), "test"), ((0.5, 0.499999999), "train")],
 )
-def test_a_set_that_would_be_empty_is_told(
+def test_a_set_that_would_be_empty_is_reported(
     fails: Fails, tmp_path: Path, fractions: tuple[float, float], split: str
 ) -> None:
     source = write(tmp_path, "a.jsonl", FILLERS)
@@ -987,7 +993,7 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize("flag", BAD_VALUES)
-def test_a_command_line_that_makes_no_sense_is_told_with_the_flag(
+def test_a_command_line_that_makes_no_sense_is_reported_with_the_flag(
     fails: Fails, tmp_path: Path, flag: str
 ) -> None:
     """0.7 is too much beside the 0.3 of the other set."""
@@ -997,7 +1003,7 @@ def test_a_command_line_that_makes_no_sense_is_told_with_the_flag(
     fails(source, flag, mentions=(flag,))
 
 
-def test_a_wrong_command_line_is_told_before_anything_is_imported(run: Run) -> None:
+def test_a_wrong_command_line_is_reported_before_anything_is_imported(run: Run) -> None:
     """With the standard library alone."""
     for flag in ("--limit", "--frobnicate"):
         one_error(run(flag, "0", script=SCRIPT.name, python=("-S", "-E")), flag)
@@ -1007,7 +1013,7 @@ def test_a_wrong_command_line_is_told_before_anything_is_imported(run: Run) -> N
     ("name", "mention"),
     [("file", "file"), ("file/below", "file"), ("file/below/that", "file"), ("n" * 300, "nnn")],
 )
-def test_an_output_that_cannot_be_written_is_told(
+def test_an_output_that_cannot_be_written_is_reported(
     prepare: Run, tmp_path: Path, name: str, mention: str
 ) -> None:
     (tmp_path / "file").write_text("text")
@@ -1024,7 +1030,7 @@ def test_an_output_that_cannot_be_written_is_told(
         *["train.jsonl", "valid.jsonl", "test.jsonl"],
     ],
 )
-def test_a_folder_in_the_place_of_a_set_is_told_and_no_other_set_replaced(
+def test_a_folder_in_the_place_of_a_set_is_reported_and_no_other_set_replaced(
     prepare: Run, tmp_path: Path, name: str
 ) -> None:
     write_old_sets(tmp_path / "old")
@@ -1084,7 +1090,7 @@ HELP = {
 }
 
 
-def test_help_tells_every_flag_and_default_and_imports_nothing(run: Run) -> None:
+def test_help_names_every_flag_and_default_and_imports_nothing(run: Run) -> None:
     """With the standard library alone."""
     ended = run("--help", script=SCRIPT.name, python=("-S", "-E"))
     assert (ended.returncode, ended.stderr) == (0, "")

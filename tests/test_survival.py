@@ -118,7 +118,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
     assert kills >= 30
 
 
-def test_a_state_that_is_a_save_ahead_of_its_adapter_is_taken_up(
+def test_a_state_that_is_a_save_ahead_of_its_adapter_is_used(
     args: list[object], uninterrupted: Path, tmp_path: Path
 ) -> None:
     """The process died between the two files of a save; the state holds the adapter too."""
@@ -247,7 +247,7 @@ def make_data(folder: Path, **numbers: int) -> Path:
     return folder / "data"
 
 
-def test_a_full_disk_is_told_and_leaves_the_last_save(
+def test_a_full_disk_is_reported_and_leaves_the_last_save(
     args: list[object], uninterrupted: Path, tmp_path: Path
 ) -> None:
     """Files may not grow beyond what the adapter takes, so the state cannot be written."""
@@ -266,7 +266,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_save(
     assert (tmp_path / "a.npz").read_bytes() == (uninterrupted / "a.npz").read_bytes()
 
 
-def test_a_folder_that_goes_away_is_told(args: list[object], tmp_path: Path) -> None:
+def test_a_folder_that_goes_away_is_reported(args: list[object], tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     more = ["--adapter-file", "below/a.npz", "--iters", 1000, "--steps-per-eval", 1000]
     process = background.start(tmp_path, *args, *more)
@@ -279,7 +279,7 @@ def test_a_folder_that_goes_away_is_told(args: list[object], tmp_path: Path) -> 
     assert checkpoint.read(tmp_path / "elsewhere" / "a.npz")
 
 
-def test_too_little_memory_for_the_largest_batch_is_told_before_training(
+def test_too_little_memory_for_the_largest_batch_is_reported_before_training(
     call: Run, model: Path, tmp_path: Path
 ) -> None:
     tiny.write_jsonl(tmp_path, "train", ["a" * 2047] * 5_000)
@@ -316,7 +316,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(
             assert np.isfinite(array).all(), (file, name)
 
 
-def test_a_tokenizer_of_another_model_is_told_before_training(
+def test_a_tokenizer_of_another_model_is_reported_before_training(
     call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that makes tokens which the model does not know."""
@@ -331,7 +331,7 @@ def test_a_tokenizer_of_another_model_is_told_before_training(
         assert "know" in ended.stderr
 
 
-def test_a_model_whose_loss_is_not_finite_is_told_before_the_first_iteration(
+def test_a_model_whose_loss_is_not_finite_is_reported_before_the_first_iteration(
     call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.make_model(tmp_path / "model")
@@ -429,7 +429,7 @@ def test_an_explicit_start_wins_over_the_state(call: Run, args: list[object], co
     assert step == ITERS + 2
 
 
-def test_what_has_changed_since_is_told_in_one_line(
+def test_what_has_changed_since_is_reported_in_one_line(
     call: Run, args: list[object], copy: Path, data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(data, tmp_path / "data")
@@ -451,7 +451,7 @@ def test_what_has_changed_since_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "an adapter"])
-def test_a_damaged_state_is_told_with_the_way_out(
+def test_a_damaged_state_is_reported_with_the_way_out(
     call: Run, args: list[object], copy: Path, damage: str
 ) -> None:
     state = Path("a.state.npz")
