@@ -9,7 +9,6 @@ evaluation, the training step, the training loop, generation, and `run`, which c
 from __future__ import annotations
 
 import argparse
-import errno
 import math
 import os
 import sys
@@ -222,9 +221,9 @@ def check(args: argparse.Namespace) -> Plan:
 
 def check_writable(file: Path) -> None:
     """Raise UserError where the adapter could not be saved at the end of the run."""
+    if file.is_dir():
+        raise UserError(f"the adapter file {file} is a folder; name a file in it")
     try:
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
@@ -368,16 +367,25 @@ def make_step(
     loss_and_gradients = nn.value_and_grad(model, loss)
     state = [model.state, optimizer.state]
 
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        try:
-            (mean, num_targets), gradients = loss_and_gradients(model, *batch)
-        except ValueError as error:  # of an operation that MLX has no gradient of
-            why = first_line(error)
-            raise UserError(f"this architecture cannot be trained: {why}") from error
+    def update(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        (mean, num_targets), gradients = loss_and_gradients(model, *batch)
         optimizer.update(model, gradients)
         parameters = tree_flatten(model.trainable_parameters())
         return mean, num_targets, sum(parameter.sum() for _, parameter in parameters)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def compiled(*batch: mx.array) -> tuple[mx.array, ...]:
+        try:
+            return update(*batch)
+        except ValueError:  # raised from here, it would leave placeholders of MLX in the state
+            return ()
+
+    def step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        try:
+            # A model that looks at numbers as it runs, as dbrx at the experts, is not compiled.
+            return compiled(*batch) or update(*batch)
+        except ValueError as error:  # of an operation that MLX has no gradient of
+            raise UserError(f"this architecture cannot be trained: {first_line(error)}") from error
 
     return step, state
 
@@ -606,11 +614,11 @@ def generate(
     if max(ids) >= models.vocabulary_size(model):
         raise UserError("the prompt holds tokens that the model does not know")
     print(prompt, end="", flush=True)
-    tokens, begun = [], False
+    tokens, begun, before_space = [], False, tokenizer.decode(ids) + " "
     for part in stream(model, tokenizer, ids, max_tokens, temperature):
         text = part.text
         tokens.append(part.token)
-        if text and not begun and continues_with_space(tokenizer, ids, tokens):
+        if text and not begun and tokenizer.decode(ids + tokens).startswith(before_space):
             text = " " + text.lstrip(" ")  # which mlx-lm strips from the first word
         begun = begun or bool(text)
         if part.finish_reason:
@@ -626,21 +634,12 @@ def stream(
     max_tokens: int,
     temperature: float,
 ) -> Iterator[GenerationResponse]:
-    """The continuation of a prompt, token by token.
-
-    Raises:
-        UserError: the model generated a token that the tokenizer does not have.
-    """
+    """The continuation of a prompt; raises UserError at a token that the tokenizer lacks."""
     sampler = make_sampler(temp=temperature)
     try:
         yield from stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=sampler)
     except TypeError as error:  # mlx-lm's, where there is a gap in the vocabulary
         raise UserError("the model generated a token that its tokenizer does not have") from error
-
-
-def continues_with_space(tokenizer: TokenizerWrapper, ids: list[int], tokens: list[int]) -> bool:
-    """Whether a space comes between a prompt and the tokens generated after it."""
-    return tokenizer.decode(ids + tokens).startswith(tokenizer.decode(ids) + " ")
 
 
 # --- The run ------------------------------------------------------------------------------------
