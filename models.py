@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_finetune.command_line import UserError, first_line
+from lora_finetune.command_line import UserError, file_checksum, first_line
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -410,3 +411,30 @@ def vocabulary_size(model: nn.Module) -> int:
 
 def count_trainable(model: nn.Module) -> int:
     return sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+
+
+# What of a model's folder decides how texts become tokens.
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.jinja", "chat_template*")
+
+
+def fingerprints(model: nn.Module, folder: Path) -> dict[str, str]:
+    """Checksums that tell a model from others: of its weights, configuration and tokenizer.
+
+    Of each weight the name, the shape and the first numbers count.
+    """
+    sample = [(name, a.shape, a.flatten()[:16]) for name, a in tree_flatten(model.parameters())]
+    mx.eval([numbers for _, _, numbers in sample])
+    weights = [(name, shape, numbers.tolist()) for name, shape, numbers in sample]
+    config = json.loads((folder / "config.json").read_bytes())
+    tokenizer = {path.name: path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+    described = {
+        "the model": weights,
+        "the model's config.json": json.dumps(config, sort_keys=True),
+        "the model's tokenizer": [
+            (n, file_checksum(path)) for n, path in sorted(tokenizer.items())
+        ],
+    }
+    return {
+        name: hashlib.sha256(repr(content).encode()).hexdigest()
+        for name, content in described.items()
+    }

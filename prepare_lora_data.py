@@ -29,10 +29,10 @@ from typing import BinaryIO
 from lora_finetune.command_line import (
     Parser,
     UserError,
+    begin_process,
     first_line,
     in_project,
     is_unicode,
-    let_ctrl_c_end_imports,
     nonempty,
     replace_files,
     run_and_report_errors,
@@ -93,8 +93,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take a second
+    begin_process()
     args = parse_arguments()
-    let_ctrl_c_end_imports()
 
 from lora_finetune.dataset import join_question, parse_json, question_of
 

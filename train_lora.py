@@ -25,13 +25,15 @@ from lora_finetune.command_line import (
     Parser,
     StopSignals,
     UserError,
+    begin_process,
     first_line,
     in_project,
     is_unicode,
-    let_ctrl_c_end_imports,
     nonempty,
     nonnegative_number,
+    real_file,
     run_and_report_errors,
+    same_file,
     warn,
     whole_number,
 )
@@ -109,8 +111,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take seconds
+    begin_process()
     args = parse_arguments()
-    let_ctrl_c_end_imports()
 
 import models
 from lora_finetune import adapters, checkpoint, dataset, demo_model, linux_cpu
@@ -119,7 +121,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
@@ -135,26 +137,24 @@ class Plan:
     """What a run is to do, as far as it is known without a model.
 
     Attributes:
-        files: what the data file of each split holds, "train", "valid" and "test" as needed.
+        data: what the data file of each split holds, "train", "valid" and "test" as needed.
         source: the file that the adapter to start from is in, None for a fresh one.
         adapter: its A's and B's.
         state: the rest of the run to resume, None where there is none.
         progress: how far that run has come.
         iters: the iteration to train to.
         settings: what the result of training depends on, by the name to report it under.
-        adapter_file: where the adapter is saved; the state and the best adapter are beside it.
-        log: so is the log.
+        files: where the adapter is saved, and all that is beside it.
     """
 
-    files: dict[str, dataset.File]
+    data: dict[str, dataset.File]
     source: Path | None
     adapter: adapters.Adapter
     state: checkpoint.State | None
     progress: checkpoint.Progress
     iters: int
     settings: dict[str, Any]
-    adapter_file: Path
-    log: checkpoint.Log
+    files: checkpoint.RunFiles
     batch_size: int
     learning_rate: float
     seed: int
@@ -171,32 +171,32 @@ def check(args: argparse.Namespace) -> Plan:
         UserError: something that the user can put right.
     """
     splits = ["train", "valid"] * args.train + ["test"] * args.test
-    files = {s: dataset.read(Path(args.data, f"{s}.jsonl"), args.mask_prompt) for s in splits}
-    adapter_file = Path(args.adapter_file)
-    source = Path(args.resume_adapter_file) if args.resume_adapter_file else adapter_file
-    log, state, adapter, iters = checkpoint.Log(adapter_file), None, {}, 0
-    if args.resume_adapter_file:
-        state = checkpoint.read(source)
-    elif not args.train and not source.exists():
-        raise UserError(f"there is no adapter file {source}; --train makes one")
+    data = {s: dataset.read(Path(args.data, f"{s}.jsonl"), args.mask_prompt) for s in splits}
+    files = checkpoint.RunFiles(real_file(Path(args.adapter_file)))
+    source, state, adapter, iters = None, None, {}, 0
     if args.resume_adapter_file or not args.train:
+        source = real_file(Path(args.resume_adapter_file or args.adapter_file))
+        if not args.train and not source.exists():
+            raise UserError(f"there is no adapter file {source}; --train makes one")
+        source = adapters.find_adapter(source)
+        state = checkpoint.read(source) if args.train else None
         adapter = state.adapter if state else adapters.read_adapter(source)
     progress = state.progress if state else checkpoint.Progress()
     if args.start_iter not in (None, progress.iteration):
         progress = checkpoint.Progress(args.start_iter)
     if args.train:
-        check_writable(adapter_file)
-        if log.num_bytes():
-            log.lock()
-        iters = args.iters or args.epochs * math.ceil(len(files["train"]) / args.batch_size)
+        check_writable(files.adapter)
+        if files.log.exists():
+            files.lock()
+        iters = args.iters or args.epochs * math.ceil(len(data["train"]) / args.batch_size)
         if progress.iteration > iters or (progress.iteration == iters and not state):
             raise UserError(
                 f"of {iters} iterations {progress.iteration} are done already, as --start-iter or "
                 "the file to resume from says; raise --epochs or --iters"
             )
     return Plan(
-        files=files,
-        source=source if adapter else None,
+        data=data,
+        source=source,
         adapter=adapter,
         state=state,
         progress=progress,
@@ -209,10 +209,9 @@ def check(args: argparse.Namespace) -> Plan:
             "--add-eos-token": args.add_eos_token,
             "--max-seq-length": args.max_seq_length,
             "--mask-prompt": args.mask_prompt,
-            **{file.path.name: file.checksum for split, file in files.items() if split != "test"},
+            **{file.path.name: file.checksum for split, file in data.items() if split != "test"},
         },
-        adapter_file=adapter_file,
-        log=log,
+        files=files,
         batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed,
         val_batches=args.val_batches, steps_per_report=args.steps_per_report,
         steps_per_eval=args.steps_per_eval, save_every=args.save_every,
@@ -275,7 +274,9 @@ def target_logits(logits: mx.array, targets: mx.array) -> mx.array:
 def loss(
     model: nn.Module, tokens: mx.array, lengths: mx.array, prompt_lengths: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Mean cross-entropy over the target tokens of a batch that count, in float32.
+    """Sum of the cross-entropy over the target tokens of a batch that count, in float32.
+
+    The sum and not the mean, whose gradients would be too small for the layers of a float16 model.
 
     Args:
         tokens: int32 (rows, width), padded on the right; token t predicts token t + 1.
@@ -283,14 +284,13 @@ def loss(
         prompt_lengths: int32 (rows,), tokens at the start of each row that are no targets.
 
     Returns:
-        The loss in nats per token, and the number of targets that count; both scalars.
+        The sum in nats, and the number of targets that count; both scalars.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     losses = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     positions = mx.arange(1, tokens.shape[1])
     mask = (positions >= prompt_lengths[:, None]) & (positions < lengths[:, None])
-    num_targets = mask.sum()
-    return (losses * mask.flatten()).sum() / mx.maximum(num_targets, 1), num_targets
+    return (losses * mask.flatten()).sum(), mask.sum()
 
 
 def evaluate(
@@ -309,8 +309,8 @@ def evaluate(
     batches = dataset.evaluation_batches(examples, batch_size, num_batches)
     for rows in tqdm(batches, "Evaluating", leave=False, disable=None):
         before_batch()
-        mean, number = loss(model, *map(mx.array, examples.batch(rows)))
-        total += mean.item() * number.item()
+        batch_total, number = loss(model, *map(mx.array, examples.batch(rows)))
+        total += batch_total.item()
         num_targets += number.item()
     return total / max(num_targets, 1)
 
@@ -320,14 +320,14 @@ def test(
     examples: dataset.Examples,
     batch_size: int,
     num_batches: int,
-    log: checkpoint.Log,
+    report_line: Callable[..., None],
 ) -> None:
     """Report the loss and the perplexity on the test set."""
     print("Testing", flush=True)
     mean = evaluate(model, examples, batch_size, num_batches)
     perplexity = math.exp(mean) if mean < 700 else math.inf
     line = f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}."
-    log.report(line, test_loss=mean, test_ppl=perplexity)
+    report_line(line, test_loss=mean, test_ppl=perplexity)
 
 
 # --- The training step --------------------------------------------------------------------------
@@ -338,13 +338,13 @@ def make_optimizer(
 ) -> optim.Adam:
     """Adam for the model's trainable parameters, with the moments and the step that were saved.
 
-    Adam is as in Kingma and Ba (2015) and PyTorch: β 0.9 and 0.999, ε 1e-8, bias corrected (which
-    MLX leaves off by default; the first steps are then three times too long).
+    It is MLX's own as it comes, without bias correction, as in mlx-examples and mlx_lm.lora: the
+    default learning rate and recipes for MLX are made for it.
 
     Args:
         saved: as MLX names them; parameters without moments start fresh.
     """
-    optimizer = optim.Adam(learning_rate, bias_correction=True)
+    optimizer = optim.Adam(learning_rate)
     optimizer.init(model.trainable_parameters())
     state = dict(tree_flatten(optimizer.state))
     known = saved.keys() & state.keys() - {"learning_rate"}
@@ -368,10 +368,11 @@ def make_step(
     state = [model.state, optimizer.state]
 
     def update(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        (mean, num_targets), gradients = loss_and_gradients(model, *batch)
-        optimizer.update(model, gradients)
+        (total, num_targets), gradients = loss_and_gradients(model, *batch)
+        count = mx.maximum(num_targets, 1)
+        optimizer.update(model, tree_map(lambda gradient: gradient / count, gradients))
         parameters = tree_flatten(model.trainable_parameters())
-        return mean, num_targets, sum(parameter.sum() for _, parameter in parameters)
+        return total, num_targets, sum(parameter.sum() for _, parameter in parameters)
 
     @partial(mx.compile, inputs=state, outputs=state)
     def compiled(*batch: mx.array) -> tuple[mx.array, ...]:
@@ -455,6 +456,7 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
     )
     saved = plan.state.optimizer if plan.state else {}
     optimizer = make_optimizer(model, plan.learning_rate, saved)
+    model.train()  # before the step is traced: some layers have kernels without a gradient else
     with StopSignals() as stop:
         try:
             check_memory(model, training, plan.batch_size)
@@ -462,21 +464,27 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
         except Interrupted as interrupted:
             if progress.iteration == first:
                 raise
+            plan.files.stop_early(progress.iteration)
             save(model, optimizer, plan, finished=False)
             raise Interrupted(
                 interrupted.args[0],
                 f"iteration {progress.iteration} is saved; the same command with "
-                f"--resume-adapter-file {plan.adapter_file} goes on",
+                f"--resume-adapter-file {plan.files.adapter} goes on",
             ) from None
 
 
 def start_or_resume(plan: Plan) -> None:
-    """Take the log for this run, and warn of what has changed since the run to resume was saved."""
-    plan.log.lock()
-    if plan.source and checkpoint.warn_of_changes(plan.source, plan.state, plan.settings):
-        plan.progress.reset_losses()
-    if not plan.source or plan.source.resolve() == plan.adapter_file.resolve():
-        plan.log.truncate(plan.progress)
+    """Take the files for this run; warn of what has changed since the run to resume was saved."""
+    files, progress = plan.files, plan.progress
+    files.lock()
+    changed = plan.source and checkpoint.warn_of_changes(plan.source, plan.state, plan.settings)
+    if changed:
+        progress.reset_losses()
+    if plan.source and same_file(plan.source, files.adapter):
+        as_it_was = bool(plan.state) and progress is plan.state.progress and not changed
+        files.resume(plan.state, progress, as_it_was)
+    else:
+        files.begin()
 
 
 def training_loop(
@@ -503,7 +511,7 @@ def training_loop(
 
         # once in a while: report the training loss since the last report
         if progress.steps and (last or iteration % plan.steps_per_report == 0):
-            report(progress, plan.log)
+            report(progress, plan.files)
 
         # once in a while, and before the first step: validate, and keep the adapter if it is best
         due = last or progress.validated < 0 or iteration % plan.steps_per_eval == 0
@@ -518,10 +526,10 @@ def training_loop(
 
         # one step; what is not finite must never reach a save, so it ends the run
         start = time.perf_counter()
-        mean, num_targets, parameter_sum = step(*map(mx.array, next(batches)))
-        mx.eval(state, mean, num_targets, parameter_sum)
-        progress.add_step(mean.item(), num_targets.item(), time.perf_counter() - start)
-        check_finite(mean.item(), "the loss", plan)
+        total, num_targets, parameter_sum = step(*map(mx.array, next(batches)))
+        mx.eval(state, total, num_targets, parameter_sum)
+        progress.add_step(total.item(), num_targets.item(), time.perf_counter() - start)
+        check_finite(total.item(), "the loss", plan)
         check_finite(parameter_sum.item(), "a gradient or a parameter", plan)
         bar.update()
     bar.close()
@@ -532,11 +540,11 @@ def check_finite(number: float, what: str, plan: Plan) -> None:
     if not math.isfinite(number):
         raise UserError(
             f"{what} is not finite ({number}) at iteration {plan.progress.iteration}; a lower "
-            f"--learning-rate may help, and what {plan.adapter_file} held before is still there"
+            f"--learning-rate may help, and what {plan.files.adapter} held before is still there"
         )
 
 
-def report(progress: checkpoint.Progress, log: checkpoint.Log) -> None:
+def report(progress: checkpoint.Progress, files: checkpoint.RunFiles) -> None:
     """Report the training loss and speed since the last report, and begin new sums."""
     numbers = {
         "train_loss": progress.total / max(progress.tokens, 1),
@@ -544,7 +552,7 @@ def report(progress: checkpoint.Progress, log: checkpoint.Log) -> None:
         "tokens_per_sec": progress.tokens / progress.seconds,
         "peak_mem_gb": mx.get_peak_memory() / 1e9,
     }
-    log.report(
+    files.report(
         f"Iter {progress.iteration}: Train loss {numbers['train_loss']:.3f}, "
         f"It/sec {numbers['it_per_sec']:.3f}, Tokens/sec {numbers['tokens_per_sec']:.3f}, "
         f"Peak mem {numbers['peak_mem_gb']:.3f} GB",
@@ -568,23 +576,23 @@ def validate(
     check_finite(mean, "the validation loss", plan)
     iteration = progress.iteration + (progress.validated < 0)
     line = f"Iter {iteration}: Val loss {mean:.3f}, Val took {took:.3f}s"
-    plan.log.report(line, iter=iteration, val_loss=mean)
+    plan.files.report(line, iter=iteration, val_loss=mean)
     progress.validated = progress.iteration
     if mean < progress.best_loss:
         progress.best_loss, progress.best_iteration = mean, progress.iteration
-        adapters.write_adapter(checkpoint.best_file(plan.adapter_file), model)
+        plan.files.keep_best(model)
 
 
 def save(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, finished: bool) -> None:
     """Save the adapter and the state; `finished` says if all that was due at it is done."""
     progress = plan.progress
-    progress.finished, progress.log_size = finished, plan.log.num_bytes()
-    checkpoint.write(plan.adapter_file, model, optimizer.state, progress, plan.settings)
-    line = f"Iter {progress.iteration}: Saved adapter weights to {plan.adapter_file}."
+    progress.finished = finished
+    plan.files.save(model, optimizer.state, progress, plan.settings)
+    line = f"Iter {progress.iteration}: Saved adapter weights to {plan.files.adapter}."
     if finished and progress.iteration == plan.iters:
         line += f" The best is of iteration {progress.best_iteration} "
         line += (
-            f"(validation {progress.best_loss:.3f}), in {checkpoint.best_file(plan.adapter_file)}."
+            f"(validation {progress.best_loss:.3f}), in {checkpoint.best_file(plan.files.adapter)}."
         )
     checkpoint.print_line(line)
 
@@ -655,22 +663,25 @@ def run(args: argparse.Namespace) -> None:
     linux_cpu.warn_of_slow_blas(mx.default_device() == mx.cpu)
     # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
     mx.set_cache_limit(memory_size() // 8)
-    path_or_repo = args.model or str(demo_model.fetch())
+    folder = models.find_model(args.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
-    model, tokenizer = models.load(path_or_repo)
+    model, tokenizer = models.load(str(folder))
     print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
-    plan.settings["the model"] = checkpoint.fingerprint(model)
+    fingerprints = models.fingerprints(model, folder)
     mx.random.seed(args.seed)
     adapters.adapt(model, plan.adapter, plan.source, args.lora_layers if args.train else None)
     print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
     examples = dataset.load(
-        plan.files, tokenizer, models.vocabulary_size(model), bool(args.add_eos_token),
+        plan.data, tokenizer, models.vocabulary_size(model), bool(args.add_eos_token),
         args.mask_prompt, args.max_seq_length,
     )  # fmt: skip
     if args.train:
+        plan.settings.update(fingerprints)
         train(model, examples, plan)
+    else:
+        checkpoint.warn_of_other_model(plan.source, fingerprints)
     if args.test:
-        test(model, examples["test"], args.batch_size, args.test_batches, plan.log)
+        test(model, examples["test"], args.batch_size, args.test_batches, plan.files.report)
     if args.prompt is not None:
         generate(model, tokenizer, args.prompt, args.max_tokens, args.temp, args.seed)
 

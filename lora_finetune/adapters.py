@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from pathlib import Path
 
@@ -36,24 +37,53 @@ def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
 
 
-def write_adapter(file: Path, model: nn.Module) -> None:
-    """Write the trainable parameters, whole or not at all."""
+def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the arrays of an adapter, whole or not at all."""
     with replace_files(file) as [stream]:
-        stream.write(adapter_content(trainable_arrays(model), file.suffix))
+        stream.write(adapter_content(arrays, file.suffix))
+
+
+def find_adapter(path: Path) -> Path:
+    """The adapter file that a path means: itself, or the one in a folder of mlx_lm.lora.
+
+    Raises:
+        UserError: a folder without one; names the files that might be meant.
+    """
+    file = path / "adapters.safetensors"
+    if not path.is_dir() or file.is_file():
+        return file if path.is_dir() else path
+    if (path / "adapter_model.safetensors").is_file():
+        raise UserError(f"{path} holds an adapter of PEFT; only those of mlx-lm can be read")
+    files = sorted(file.name for file in path.iterdir() if file.suffix in (".npz", ".safetensors"))
+    name_one = f"name one of its files: {', '.join(files)}" if files else "it holds no adapter file"
+    raise UserError(f"{path} is a folder without adapters.safetensors; {name_one}")
 
 
 def read_adapter(file: Path) -> Adapter:
     """Read an .npz or .safetensors file and check it by itself; nothing pickled is ever loaded.
 
     Returns:
-        For each adapted path, first layer first, A (d_in, r) and B (r, d_out).
+        For each adapted path, first layer first, A (d_in, r) and B (r, d_out), for scale 20.
 
     Raises:
         UserError: no such file, not a whole .npz file, or not pairs of matrices.
     """
     if not file.is_file():
         raise UserError(f"there is no adapter file {file}")
-    return pair_arrays(file, read_arrays(file))
+    factor = mlx_lm_scale(file) / models.SCALE
+    pairs = pair_arrays(file, read_arrays(file))
+    return {path: (a, b * np.float32(factor)) for path, (a, b) in pairs.items()}
+
+
+def mlx_lm_scale(file: Path) -> float:
+    """The scale of an adapter: that which mlx_lm.lora wrote beside its file, or 20."""
+    config = file.with_name("adapter_config.json")
+    if file.name != "adapters.safetensors" or not config.is_file():
+        return models.SCALE
+    try:
+        return float(json.loads(config.read_bytes())["lora_parameters"]["scale"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{config} names no scale under lora_parameters") from None
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:

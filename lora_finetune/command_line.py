@@ -6,15 +6,18 @@ Nothing here takes long to import, so that `--help` and a wrong flag answer at o
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import math
 import os
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,8 +124,30 @@ def in_project(path: str) -> str:
     return os.path.relpath(ROOT / path)
 
 
-def let_ctrl_c_end_imports() -> None:
-    """Until `run_and_report_errors`, let Ctrl-C end the process without a traceback of imports."""
+class StandardStream(io.FileIO):
+    """Standard output or error; what nobody reads any more is dropped, and the program goes on."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError:  # a pipe that was closed, a terminal that has gone, a full disk
+            return len(data)
+
+
+def lasting_stream(stream: TextIO | None, number: int) -> TextIO:
+    """A standard stream like the given one, in which no writing fails."""
+    raw = StandardStream(stream.fileno() if stream else number, "w", closefd=False)
+    encoding = stream.encoding if stream else "utf-8"  # which some text may not fit
+    buffered = io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffered, encoding, errors="replace", line_buffering=True)
+
+
+def begin_process() -> None:
+    """Make the standard streams last, and let Ctrl-C end the imports without a traceback."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # streams that were closed lead nowhere
+        pass
+    os.close(opened)
+    sys.stdout, sys.stderr = lasting_stream(sys.stdout, 1), lasting_stream(sys.stderr, 2)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -139,7 +164,6 @@ def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # some text may not fit the terminal's encoding
     try:
         run()
     except UserError as error:
@@ -158,13 +182,52 @@ def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
     return 0
 
 
+def real_file(file: Path) -> Path:
+    """The file that a path means: behind links, and spelled as its folder spells it.
+
+    A Mac's file system takes either letter case and either Unicode form of a name for the same.
+    """
+    file = file.resolve() if file.is_symlink() else file
+    others = list(file.parent.iterdir()) if file.parent.is_dir() else []
+    if file not in others:
+        for other in others:
+            if composed(other.name) == composed(file.name) or same_file(other, file):
+                return other
+    return file
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form (NFC); a Mac decomposes Hangul in some places."""
+    return unicodedata.normalize("NFC", name)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def file_checksum(file: Path) -> str | None:
+    """The SHA-256 of a file, None where there is none."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def num_bytes(file: Path) -> int:
+    """The size of a file, 0 where there is none."""
+    return file.stat().st_size if file.is_file() else 0
+
+
 @contextmanager
 def replace_files(*files: Path) -> Iterator[list[BinaryIO]]:
     """A stream for each file; together they take the files' places when all is written, or vanish.
 
+    Where a file is a link, what it leads to is replaced.
+
     Raises:
         UserError: they cannot be written: a full disk, a folder that has gone.
     """
+    files = [file.resolve() if file.is_symlink() else file for file in files]
     parts = [file.with_name(file.name + ".part") for file in files]
     try:
         with ExitStack() as stack:
@@ -217,7 +280,7 @@ class StopSignals:
             if received[0] not in self.handlers:
                 continue
             if self.signal and received[0] == signal.SIGINT:
-                os.write(2, b"\ninterrupted\n")
+                print("\ninterrupted", file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGINT)
             if not self.signal:
                 self.signal = received[0]

@@ -94,6 +94,8 @@ def call(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
     def call(*args: object) -> Ended:
         argv = [str(ROOT / "train_lora.py"), *map(str, args)]
         monkeypatch.setattr(sys, "argv", argv)
+        for name in ("stdout", "stderr"):  # which the program replaces
+            monkeypatch.setattr(sys, name, getattr(sys, name))
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(argv[0], run_name="__main__")
         return Ended(argv, ended.value.code, *(out.decode() for out in capfdbinary.readouterr()))

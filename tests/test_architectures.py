@@ -94,9 +94,9 @@ def train(model: nn.Module, steps: int = 2) -> list[float]:
     step, state = make_step(model)
     losses = []
     for _ in range(steps):
-        mean, *others = step(TOKENS, LENGTHS, PROMPTS)
-        mx.eval(state, mean, *others)
-        losses.append(mean.item())
+        total, *others = step(TOKENS, LENGTHS, PROMPTS)
+        mx.eval(state, total, *others)
+        losses.append(total.item())
     return [*losses, train_lora.loss(model, TOKENS, LENGTHS, PROMPTS)[0].item()]
 
 
@@ -153,7 +153,7 @@ def test_lora_learns_everywhere_and_is_the_same_in_another_model(name: str, tmp_
     else:
         assert not unmoved
 
-    adapters.write_adapter(tmp_path / "a.npz", model)
+    adapters.write_arrays(tmp_path / "a.npz", adapters.trainable_arrays(model))
     again = build(name)
     load(again, tmp_path / "a.npz")
     np.testing.assert_array_equal(logits(again), logits(model))

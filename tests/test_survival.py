@@ -52,23 +52,22 @@ def copy(uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return folder
 
 
-def losses(folder: Path) -> list[dict[str, float]]:
+def losses(log: Path) -> list[dict[str, float]]:
     """The entries of a log without the times, which differ from run to run."""
     timed = {"it_per_sec", "tokens_per_sec", "peak_mem_gb"}
-    return [{name: e[name] for name in e.keys() - timed} for e in entries(folder)]
+    return [{name: e[name] for name in e.keys() - timed} for e in entries(log)]
 
 
-def entries(folder: Path, key: str = "iter") -> list[dict[str, float]]:
+def entries(log: Path, key: str = "iter") -> list[dict[str, float]]:
     """The entries of a log that have a key."""
-    file = folder / "a.log.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = log.read_text().splitlines() if log.exists() else []
     return [entry for entry in map(json.loads, lines) if key in entry]
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
     for name in ("a.npz", "a.best.npz"):
         assert (folder / name).read_bytes() == (other / name).read_bytes()
-    assert losses(folder) == losses(other)
+    assert losses(folder / "a.log.jsonl") == losses(other / "a.log.jsonl")
     assert {file.name for file in folder.iterdir()} == {file.name for file in other.iterdir()}
     last = [(path / "out").read_text().splitlines()[-1] for path in (folder, other)]
     assert last[0] == last[1]
@@ -405,7 +404,8 @@ def test_an_adapter_from_elsewhere_starts_with_fresh_moments_and_says_so(
     tiny.make_adapter(Path("other.npz"), range(2, 4))
     shutil.copy("other.npz", "a.npz")
     for name in ("other.npz", "a.npz"):
-        ended = call(*args, "--iters", 2, "--resume-adapter-file", name, "--adapter-file", "b.npz")
+        adapter = ["--resume-adapter-file", name, "--adapter-file", f"after-{name}"]
+        ended = call(*args, "--iters", 2, *adapter)
         assert ended.stderr == (
             f"warning: {name} has no state of its run beside it, "
             "so Adam starts with fresh moments\n"
@@ -445,7 +445,9 @@ def test_what_has_changed_since_is_reported_in_one_line(
     ended = call(*args, *changes, "--iters", 30, "--resume-adapter-file", "a.npz")
     assert ended.returncode == 0
     assert ended.stderr == (
-        "warning: since a.npz was saved, these have changed: --batch-size (4, now 8), train.jsonl\n"
+        "warning: since a.npz was saved, these have changed: --batch-size (4, now 8), train.jsonl, "
+        "the model's config.json; with --start-iter 0 training begins anew from its adapter\n"
+        "warning: a.npz held an earlier run; its files are kept as a.previous.npz and beside it\n"
     )
     assert "Iter 24: Val loss" in ended.stdout
 
@@ -483,7 +485,7 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(
     tiny.write_jsonl(tmp_path / "data", "valid", ["a" * 40, "b" * 40])
     args = [*args, "--data", "data", "--lora-layers", 4, "--steps-per-eval", 1, "--seed", 3]
     ended = call(*args, "--iters", 45)
-    validations = entries(tmp_path, "val_loss")
+    validations = entries(tmp_path / "a.log.jsonl", "val_loss")
     best = min(validations, key=lambda entry: entry["val_loss"])
     assert ended.stdout.splitlines()[-1].endswith(
         f"The best is of iteration {best['iter']} (validation {best['val_loss']:.3f}), "
@@ -513,7 +515,7 @@ def test_memory_does_not_grow_over_a_long_run_of_varied_lengths(
     resident, peak = [], []  # bytes, at each report
     while process.is_alive():
         time.sleep(0.02)
-        reports = entries(tmp_path, "train_loss")
+        reports = entries(tmp_path / "a.log.jsonl", "train_loss")
         if len(reports) > len(resident) and (pages := resident_pages(process.pid)):
             resident.append(pages)
             peak.append(reports[-1]["peak_mem_gb"])

@@ -16,7 +16,6 @@ models have them (config.json, float32 model.safetensors), with reference.npz, w
     loss        float64 scalar: the mean cross-entropy, in nats, of those predictions
     NAME        float32: the adapter that the loss and the gradients belong to
     grad/NAME   float64: d loss / d NAME
-    adam/NAME   float64: what NAME becomes in three steps of Adam on this one batch
 
 NAME is model.layers.N.P.lora_a, of shape (d_in, 8), or model.layers.N.P.lora_b, of shape
 (8, d_out), for each adapted linear map P of layers 1 and 2, which takes a row vector x to
@@ -149,12 +148,6 @@ def make_reference(folder: Path, config: dict, maps: list[str], seed: int) -> No
         loss.backward()
         grad = to_numpy({name: weight.grad for name, weight in adapter.items()}, "grad/")
 
-        optimizer = torch.optim.Adam(adapter.values(), lr=1e-3)
-        for _ in range(3):
-            optimizer.zero_grad()
-            mean_loss(model, tokens).backward()
-            optimizer.step()
-
     np.savez(
         folder / "reference.npz",
         tokens=tokens.numpy().astype(np.int32),
@@ -163,7 +156,6 @@ def make_reference(folder: Path, config: dict, maps: list[str], seed: int) -> No
         loss=loss.detach().numpy(),
         **start,
         **grad,
-        **to_numpy(adapter, "adam/"),
     )
 
 

@@ -1,0 +1,392 @@
+"""What a run leaves behind is never lost, whatever is run after it and however it is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import background
+import tiny
+from conftest import ROOT, Run, one_error
+from test_survival import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models import llama
+
+NAMES = ["a.npz", "a.state.npz", "a.best.npz", "a.log.jsonl"]
+PREVIOUS = [name.replace("a.", "a.previous.", 1) for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def args(model: Path, data: Path) -> list[object]:
+    return ["--model", model, "--data", data, "--adapter-file", "a.npz", *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def finished(args: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that a run of ITERS iterations leaves; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    background.start(folder, *args, "--iters", ITERS).join()
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to go on from; the working folder."""
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def contents(folder: Path, names: list[str]) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in names]
+
+
+# --- A fresh run over an earlier one ------------------------------------------------------------
+
+
+def test_a_fresh_run_stopped_early_leaves_the_earlier_one_as_it_was_and_can_go_on(
+    args: list[object], finished: Path, copy: Path
+) -> None:
+    slowly = ["--steps-per-eval", 1, "--val-batches", -1, "--batch-size", 1, "--save-every", 1000]
+    process = background.start(copy, *args, *slowly)
+    wait_for(copy / "out", "Iter 3: Train", process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    assert contents(copy, NAMES) == contents(finished, NAMES)
+    assert not list(copy.glob("a.previous*"))
+    *_, line = (copy / "err").read_text().splitlines()
+    assert line.endswith("the same command with --resume-adapter-file a.stopped.npz goes on")
+    stopped = entries(copy / "a.stopped.log.jsonl")
+
+    resume = ["--resume-adapter-file", "a.stopped.npz", "--iters", stopped[-1]["iter"] + 1]
+    process = background.start(copy, *args, *slowly, *resume)
+    process.join()
+    assert process.exitcode == 0
+    assert (copy / "err").read_text().count("warning") == 1
+    assert contents(copy, PREVIOUS) == contents(finished, NAMES)
+
+
+def test_a_fresh_run_that_fails_before_its_first_save_leaves_the_earlier_one_as_it_was(
+    call: Run, args: list[object], finished: Path, copy: Path
+) -> None:
+    ended = call(*args, "--save-every", 1000, "--learning-rate", "1e38")
+    assert "not finite" in ended.stderr
+    assert contents(copy, NAMES) == contents(finished, NAMES)
+
+
+def test_the_first_save_of_a_fresh_run_moves_all_of_the_earlier_one_and_says_so(
+    call: Run, args: list[object], finished: Path, copy: Path, tmp_path: Path
+) -> None:
+    ended = call(*args, "--iters", 5, "--seed", 1)
+    assert ended.stderr == (
+        "warning: a.npz held an earlier run; its files are kept as a.previous.npz and beside it\n"
+    )
+    assert contents(copy, PREVIOUS) == contents(finished, NAMES)
+    call(*args, "--iters", 5, "--seed", 1, "--adapter-file", tmp_path / "a.npz")
+    assert contents(copy, ["a.npz", "a.best.npz"]) == contents(tmp_path, ["a.npz", "a.best.npz"])
+    assert [entry["iter"] for entry in entries(copy / "a.log.jsonl")] == [1, 3, 4, 5, 5]
+    ended = call(*args, "--resume-adapter-file", "a.previous.npz", "--adapter-file", "c.npz")
+    assert ended.returncode == 2 and f" {ITERS} are done already" in ended.stderr
+
+
+def test_a_kill_within_the_move_loses_neither_run(
+    args: list[object], finished: Path, tmp_path: Path
+) -> None:
+    """Slowed down, so that the kill comes between any two files."""
+    fresh = [*args, "--iters", ITERS, "--seed", 1]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    background.start(whole, *fresh).join()
+    earlier, rng, number, moved = contents(finished, NAMES), random.Random(0), 0, 0
+    while moved < 3 or number == moved:
+        folder = Path(shutil.copytree(finished, tmp_path / str(number)))
+        process = background.start(folder, *fresh, slow=0.03)
+        while not list(folder.glob("a.previous*")):
+            time.sleep(0.005)
+        process.join(rng.uniform(0, 1.2))
+        process.kill()
+        process.join()
+        number += 1
+        if contents(folder, NAMES) == earlier:
+            continue
+        moved += 1
+        assert contents(folder, PREVIOUS) == earlier
+        background.start(folder, *fresh, "--resume-adapter-file", "a.npz").join()
+        for file in folder.glob("a.previous*"):
+            file.unlink()
+        assert_same_run(folder, whole)
+
+
+def test_resuming_from_elsewhere_keeps_what_the_adapter_file_held(
+    call: Run, args: list[object], finished: Path, copy: Path
+) -> None:
+    tiny.make_adapter(Path("other.npz"), range(2, 4))
+    ended = call(*args, "--iters", 2, "--resume-adapter-file", "other.npz")
+    assert ended.returncode == 0
+    assert contents(copy, PREVIOUS) == contents(finished, NAMES)
+
+
+# --- Names --------------------------------------------------------------------------------------
+
+
+def test_adapters_of_similar_names_share_nothing(
+    call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["qwen-v1.5", "qwen-v1.7", "b.npz", "b.safetensors"]
+    for seed, name in enumerate(names):
+        ended = call(*args, "--iters", 2, "--adapter-file", name, "--seed", seed)
+        assert (ended.returncode, ended.stderr) == (0, "")
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("qwen-v1.5", "qwen-v1.5.state.npz", "qwen-v1.5.best.npz", "qwen-v1.5.log.jsonl"),
+        *("qwen-v1.7", "qwen-v1.7.state.npz", "qwen-v1.7.best.npz", "qwen-v1.7.log.jsonl"),
+        *("b.npz", "b.state.npz", "b.best.npz", "b.log.jsonl"),
+        *("b.safetensors", "b.safetensors.state.npz", "b.safetensors.log.jsonl"),
+        "b.safetensors.best.safetensors",
+    }
+    for seed, name in enumerate(names):
+        resume = ["--adapter-file", name, "--resume-adapter-file", name, "--seed", seed]
+        assert call(*args, "--iters", 3, *resume).stderr == ""
+
+
+def test_names_that_would_share_a_state_are_refused(
+    call: Run, args: list[object], copy: Path
+) -> None:
+    one_error(call(*args, "--adapter-file", "a"), "a.npz", "would share a.state.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "best"),
+    [
+        ("v1.5", ("v1.state.npz", "v1.best.5", "v1.log.jsonl"), "v1.5.best.npz"),
+        (
+            "b.safetensors",
+            ("b.state.npz", "b.best.safetensors", "b.log.jsonl"),
+            "b.safetensors.best.safetensors",
+        ),
+    ],
+)
+def test_a_run_under_the_names_of_before_resumes_as_if_it_had_never_stopped(
+    call: Run,
+    args: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    old: tuple[str, ...],
+    best: str,
+) -> None:
+    files = [name, f"{name}.state.npz", best, f"{name}.log.jsonl"]
+    for folder in (tmp_path / "as before", tmp_path / "whole"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        call(*args, "--adapter-file", name, "--iters", 5)
+        if folder.name == "as before":
+            for file, old_name in zip(files[1:], old, strict=True):
+                Path(file).rename(old_name)
+        resume = ["--adapter-file", name, "--resume-adapter-file", name, "--iters", 8]
+        ended = call(*args, *resume)
+        assert (ended.returncode, ended.stderr) == (0, "")
+    for file in (name, best):
+        assert (tmp_path / "as before" / file).read_bytes() == Path(file).read_bytes()
+    assert losses(tmp_path / "as before" / files[3]) == losses(Path(files[3]))
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_one_and_what_it_leads_to_is_written(
+    call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if exists:
+        call(*args, "--iters", 1, "--adapter-file", tmp_path / "disk/b.npz")
+    Path("a.npz").symlink_to("../disk/b.npz")
+    assert call(*args, "--iters", 2).returncode == 0
+    assert Path("a.npz").is_symlink()
+    assert [file.name for file in Path().iterdir()] == ["a.npz"]
+    resume = ["--resume-adapter-file", tmp_path / "disk/b.npz"]
+    assert call(*args, "--iters", 3, *resume).stderr == ""  # the link and the file are one run
+    (process := background.start(Path(), *args, "--iters", 100_000, *resume)).join(0)
+    wait_for(Path("out"), "Iter 4: Saved", process)
+    one_error(call(*args, "--adapter-file", tmp_path / "disk/b.npz"), "another run is training")
+    process.kill()
+    process.join()
+
+
+def test_either_unicode_form_of_a_name_means_the_same_file(
+    call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a file was made on a Mac, which takes Hangul apart in names."""
+    monkeypatch.chdir(tmp_path)
+    call(*args, "--iters", 2, "--adapter-file", unicodedata.normalize("NFD", "한글.npz"))
+    name = ["--adapter-file", "한글.npz"]
+    assert call(*args, "--iters", 3, *name, "--resume-adapter-file", "한글.npz").stderr == ""
+    assert call(*args[:2], *name, "--prompt", "a", "--max-tokens", 1).returncode == 0
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_folder_of_mlx_lm_is_taken_with_its_scale(
+    call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale of 2 with a B ten times as large is the same adapter."""
+    monkeypatch.chdir(tmp_path)
+    arrays = {name: mx.array(array) for name, array in tiny.adapter_arrays().items()}
+    np.savez("a.npz", **arrays)
+    larger = {name: a * (10 if name.endswith("_b") else 1) for name, a in arrays.items()}
+    for folder, saved, scale in [("twenty", arrays, 20.0), ("two", larger, 2.0)]:
+        Path(folder).mkdir()
+        mx.save_safetensors(f"{folder}/adapters.safetensors", saved)
+        config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": scale}}
+        Path(folder, "adapter_config.json").write_text(json.dumps(config))
+    test = [*args[:4], "--test"]
+    lines = {
+        call(*test, "--adapter-file", file).stdout.splitlines()[-1]
+        for file in ("a.npz", "twenty", "two", "two/adapters.safetensors")
+    }
+    assert len(lines) == 1 and "Test loss" in lines.pop()
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (["adapter_model.safetensors"], "an adapter of PEFT"),
+        (["one.npz", "two.npz"], "name one of its files: one.npz, two.npz"),
+        ([], "it holds no adapter file"),
+    ],
+)
+def test_a_folder_that_is_no_adapter_is_an_error_that_says_what_to_name(
+    call: Run, args: list[object], tmp_path: Path, files: list[str], reason: str
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    for file in files:
+        (tmp_path / "adapter" / file).touch()
+    one_error(call(*args[:2], "--prompt", "a", "--adapter-file", tmp_path / "adapter"), reason)
+
+
+# --- Streams ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_training_goes_on_when_nobody_reads_a_stream_any_more(
+    args: list[object], finished: Path, tmp_path: Path, stream: str
+) -> None:
+    """As with `| head -1`; what is written there is lost, and nothing else."""
+    other = {"stdout": "stderr", "stderr": "stdout"}[stream]
+    command = [sys.executable, ROOT / "train_lora.py", *args, "--iters", ITERS, "--epochs", 1]
+    command[-4:] = ["--iters", str(ITERS)]
+    with (tmp_path / "other").open("wb") as file:
+        streams = {stream: subprocess.PIPE, other: file}
+        process = subprocess.Popen([*map(str, command)], cwd=tmp_path, **streams)
+        getattr(process, stream).close()
+        assert process.wait() == 0
+    assert (tmp_path / "a.npz").read_bytes() == (finished / "a.npz").read_bytes()
+    assert len(losses(tmp_path / "a.log.jsonl")) == len(losses(finished / "a.log.jsonl"))
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_from_the_start_do_no_harm(
+    args: list[object], finished: Path, tmp_path: Path, closed: str
+) -> None:
+    line = f'exec "$0" "$@" {closed}'
+    python = ["sh", "-c", line, sys.executable]
+    train = [ROOT / "train_lora.py", *args, "--iters", ITERS]
+    assert subprocess.run([*python, *map(str, train)], cwd=tmp_path, check=False).returncode == 0
+    assert (tmp_path / "a.npz").read_bytes() == (finished / "a.npz").read_bytes()
+    prepare = [ROOT / "prepare_lora_data.py", "--output", tmp_path / "sets"]
+    assert subprocess.run([*python, *map(str, prepare)], check=False).returncode == 0
+    assert len(list((tmp_path / "sets").iterdir())) == 3
+
+
+# --- The model ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_every_step_is_traced_in_training_mode_and_every_evaluation_is_not(
+    call: Run, args: list[object], copy: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    """Some layers of mlx-lm choose a kernel by it, and one of the two has no gradient."""
+    modes: dict[bool, list[bool]] = {True: [], False: []}  # within a step, and without
+    attend, value_and_grad = llama.Attention.__call__, nn.value_and_grad
+    in_step = False
+
+    def watched_attention(self: llama.Attention, *inputs: object) -> mx.array:
+        modes[in_step].append(self.training)
+        return attend(self, *inputs)
+
+    def watched_value_and_grad(*functions: object) -> Callable:
+        step = value_and_grad(*functions)
+
+        def watched(*inputs: object) -> object:
+            nonlocal in_step
+            in_step = True
+            try:
+                return step(*inputs)
+            finally:
+                in_step = False
+
+        return watched
+
+    monkeypatch.setattr(llama.Attention, "__call__", watched_attention)
+    monkeypatch.setattr(nn, "value_and_grad", watched_value_and_grad)
+    adapter = ["--resume-adapter-file", "a.npz"] if resumed else ["--adapter-file", "b.npz"]
+    ended = call(*args, *adapter, "--iters", ITERS + 2, "--prompt", "a", "--max-tokens", 2)
+    assert ended.returncode == 0
+    assert modes[True] and all(modes[True])
+    assert modes[False] and not any(modes[False])
+
+
+def test_a_changed_configuration_or_tokenizer_is_noticed_on_resuming(
+    call: Run, args: list[object], copy: Path, model: Path, tmp_path: Path
+) -> None:
+    for number, (file, old, new) in enumerate(
+        [
+            ("config.json", '"rope_theta": 10000.0', '"rope_theta": 5'),
+            ("tokenizer_config.json", '"model_max_length": 4096', '"model_max_length": 4095'),
+        ]
+    ):
+        folder = Path(shutil.copytree(model, tmp_path / f"model{number}"))
+        (folder / file).write_text((folder / file).read_text().replace(old, new))
+        more = ["--model", folder, "--iters", 30, "--adapter-file", "b.npz"]
+        ended = call(*args, *more, "--resume-adapter-file", "a.npz")
+        what = "config.json" if file == "config.json" else "tokenizer"
+        assert f"these have changed: the model's {what}; " in ended.stderr
+
+
+def test_the_same_model_in_another_folder_is_the_same(
+    call: Run, args: list[object], copy: Path, model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "moved"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=3))
+    more = ["--model", folder, "--iters", 24, "--resume-adapter-file", "a.npz"]
+    assert call(*args, *more).stderr == ""
+
+
+@pytest.mark.parametrize("file", ["a.npz", "a.best.npz"])
+def test_an_adapter_on_another_model_of_the_same_shape_is_warned_of_once(
+    call: Run, args: list[object], copy: Path, tmp_path: Path, file: str
+) -> None:
+    other = tiny.make_model(tmp_path / "other")
+    weights = mx.load(str(other / "model.safetensors"))
+    weights = {name: array * 1.1 for name, array in weights.items()}
+    mx.save_safetensors(str(other / "model.safetensors"), weights, metadata={"format": "mlx"})
+    ask = ["--adapter-file", file, "--prompt", "a", "--max-tokens", 1, "--test", "--data", args[3]]
+    assert call("--model", args[1], *ask).stderr == ""
+    ended = call("--model", other, *ask)
+    assert ended.stderr == (
+        f"warning: {file} was trained on another model: not the same are the model\n"
+    )
