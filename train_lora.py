@@ -461,6 +461,9 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
         try:
             check_memory(model, training, plan.batch_size)
             training_loop(model, optimizer, examples, plan, stop.check)
+        except UserError:
+            plan.files.fail(progress)
+            raise
         except Interrupted as interrupted:
             if progress.iteration == first:
                 raise

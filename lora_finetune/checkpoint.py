@@ -254,6 +254,14 @@ class RunFiles:
             self.log = log_file(self.adapter)
             self.keeps_earlier = any(map(num_bytes, files_of_run(self.adapter)))
 
+    def fail(self, progress: Progress) -> None:
+        """Save the best adapter of a run that cannot be saved itself."""
+        if self.unsaved_best and progress.best_iteration > 0:
+            self.stop_early(progress.iteration)
+            if self.keeps_earlier:
+                self.copy_earlier()
+            self.write_best(self.unsaved_best)
+
 
 def old_names(adapter_file: Path) -> list[Path]:
     """`files_of_run` as they were named before: without the ending of the adapter's name."""

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import background
+import models
 import tiny
 from conftest import ROOT, Run, one_error
+from lora_finetune import adapters, checkpoint
 from test_survival import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
 
 import mlx.core as mx
@@ -88,6 +90,20 @@ def test_a_fresh_run_that_fails_before_its_first_save_leaves_the_earlier_one_as_
     assert contents(copy, NAMES) == contents(finished, NAMES)
 
 
+def test_a_fresh_run_that_fails_keeps_the_best_adapter_that_it_had(
+    finished: Path, copy: Path, model: Path
+) -> None:
+    loaded, _ = models.load(str(model))
+    adapters.adapt(loaded, {}, None, 2)
+    files = checkpoint.RunFiles(Path("a.npz"))
+    files.begin()
+    files.keep_best(loaded)
+    files.fail(checkpoint.Progress(iteration=5, best_iteration=4))
+    assert contents(copy, NAMES) == contents(finished, NAMES)
+    kept = np.load("a.stopped.best.npz")
+    assert kept.keys() == adapters.trainable_arrays(loaded).keys()
+
+
 def test_the_first_save_of_a_fresh_run_moves_all_of_the_earlier_one_and_says_so(
     call: Run, args: list[object], finished: Path, copy: Path, tmp_path: Path
 ) -> None:
@@ -112,7 +128,7 @@ def test_a_kill_within_the_move_loses_neither_run(
     whole.mkdir()
     background.start(whole, *fresh).join()
     earlier, rng, number, moved = contents(finished, NAMES), random.Random(0), 0, 0
-    while moved < 3 or number == moved:
+    while moved < 2 or number == moved:
         folder = Path(shutil.copytree(finished, tmp_path / str(number)))
         process = background.start(folder, *fresh, slow=0.03)
         while not list(folder.glob("a.previous*")):
