@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lora_finetune.command_line import UserError, file_checksum, first_line
+from lora_finetune.command_line import UserError, file_checksum
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
-import safetensors.numpy
+import safetensors
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model
+from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 from transformers.utils import logging
 
 # On CUDA, MLX would round the factors of float32 products to TF32's 10 bits: gradients 1 % off.
@@ -37,8 +39,15 @@ logging.set_verbosity_error()  # its warnings are for programmers
 # What is fetched from the hub: weights as safetensors, settings and tokenizer; never code.
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
+# What a clone without Git LFS has in the place of a large file begins so.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
-def load(path_or_repo: str) -> tuple[nn.Module, TokenizerWrapper]:
+# What the numbers of layers are called in configurations, and other settings that are numbers.
+LAYER_NUMBERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+NUMBERS = re.compile("(num|n)_.*|(hidden|intermediate|vocab)_size|head_dim|rope_theta|rms_norm_eps")
+
+
+def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model and its tokenizer from a folder or a Hugging Face repository.
 
     No code that comes with a model is run: no remote code, no pickle. On the CPU the weights become
@@ -53,63 +62,157 @@ def load(path_or_repo: str) -> tuple[nn.Module, TokenizerWrapper]:
         UserError: there is no such model, or it cannot be loaded; says which and why.
     """
     folder = find_model(path_or_repo)
-    for needed in ("config.json", "tokenizer*", "model*.safetensors"):
-        if not any(folder.glob(needed)):
-            raise UserError(f"the model folder {folder} has no {needed}")
+    model_type = check_files(folder)
     try:
-        check_layers(folder)
-        model, tokenizer = mlx_lm.load(
-            str(folder), tokenizer_config={"trust_remote_code": False}, lazy=True
-        )
+        # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit.
+        with contextlib.chdir(folder):
+            model, config = load_model(Path(), lazy=True)
         if mx.default_device() == mx.cpu:
             model = dequantize_model(model)
             model.set_dtype(mx.float32)
         mx.eval(model.parameters())
-        tokenizer.encode("a")  # what is wrong with some settings shows only in use
         vocabulary_size(model)
-    except Exception as error:  # mlx-lm and transformers raise of every kind on what they dislike
-        raise UserError(f"the model {folder} cannot be loaded: {first_line(error)}") from error
+    except (Exception, SystemExit) as error:  # mlx-lm raises what it likes; to import olmo exits
+        check_settings(folder)
+        raise UserError(
+            f"the model {folder} cannot be loaded as mlx-lm's {model_type} ({shortened(error)}); "
+            "download its config.json and weights again, or take another model"
+        ) from error
+    try:
+        tokenizer = load_tokenizer(
+            folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+        )
+        tokenizer.encode("a")  # what is wrong with some settings shows only in use
+    except Exception as error:  # and so does transformers
+        check_settings(folder)
+        why = "" if (folder / "tokenizer.json").exists() else "there is no tokenizer.json: "
+        raise UserError(
+            f"the tokenizer of the model {folder} cannot be loaded ({why}{shortened(error)}); "
+            "download tokenizer.json, tokenizer_config.json and the like again"
+        ) from error
     return model, tokenizer
 
 
-# What the numbers of layers are called in configurations.
-LAYER_NUMBERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+def shortened(error: BaseException) -> str:
+    """The beginning of an error's message in one line; of a single word, with the kind of error."""
+    text = str(error) if " " in str(error) else f"{type(error).__name__} {error}"
+    return textwrap.shorten(text, 200, placeholder=" …")
 
 
-def check_layers(folder: Path) -> None:
-    """Check a model folder before the layers are built: a wrong number of them may fill the memory.
+def check_files(folder: Path) -> str:
+    """Check the files of a model folder one by one, before mlx-lm reads them all at once.
+
+    Returns:
+        The type of the model, such as "llama".
 
     Raises:
-        ValueError: the configuration has more layers than there are arrays in the weights.
-        Exception: the configuration or the weights are damaged.
+        UserError: a file is missing, damaged, or a Git LFS pointer; or the configuration has more
+            layers than there are arrays in the weights, which to build may fill the memory.
     """
-    config = json.loads((folder / "config.json").read_bytes())
-    files = list(folder.glob("model*.safetensors"))
-    arrays = sum(len(safetensors.safe_open(file, "numpy").keys()) for file in files)
-    for settings in (config, config.get("text_config")):
-        for name in LAYER_NUMBERS:
-            layers = settings.get(name) if isinstance(settings, dict) else None
-            if isinstance(layers, int) and layers > arrays:
-                raise ValueError(
-                    f"its config.json has {name} {layers}, and its weights are only {arrays} arrays"
-                )
+    for needed in ("config.json", "tokenizer*", "model*.safetensors"):
+        if not any(folder.glob(needed)):
+            others = " (no pickle such as pytorch_model.bin is loaded)" if needed[0] == "m" else ""
+            raise UserError(
+                f"the model folder {folder} has no {needed}{others}; download the whole model, or "
+                "name the folder that holds it"
+            )
+    for file in sorted({file for pattern in HUB_FILES for file in folder.glob(pattern)}):
+        try:
+            with file.open("rb") as stream:
+                start = stream.read(len(LFS_POINTER))
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}; download it again") from None
+        if start == LFS_POINTER:
+            raise UserError(
+                f"{file} is not the file itself but a Git LFS pointer to it; `git lfs pull` in "
+                f"{folder} fetches what is missing, or download the model again"
+            )
+    config = read_object(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(
+            f"{folder / 'config.json'} has no model_type, which names the architecture; download "
+            "it again, or take another model"
+        )
+    arrays = check_weights(folder)
+    for name, value in text_settings(config):
+        if isinstance(value, str) and NUMBERS.fullmatch(name):
+            wrong = "which is not a number"
+        elif isinstance(value, int) and name in LAYER_NUMBERS and value > len(arrays):
+            wrong = f"and the weights beside it are only {len(arrays)} arrays"
+        else:
+            continue
+        raise UserError(
+            f"{folder / 'config.json'} has {name} {value!r}, {wrong}; download the model again"
+        )
+    return config["model_type"]
 
 
-def find_model(path_or_repo: str) -> Path:
+def text_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The settings of a configuration; where it is of images and text, also those of its text."""
+    inner = config.get("text_config")
+    return [*config.items(), *(inner.items() if isinstance(inner, dict) else ())]
+
+
+def check_settings(folder: Path) -> None:
+    """Raise UserError where a file of settings is damaged, which may be why loading failed."""
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            read_object(folder / name)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object that a model needs; raises UserError where the file does not hold one."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a whole JSON object; download it again")
+    return content
+
+
+def check_weights(folder: Path) -> set[str]:
+    """The names of all arrays in the weights; raises UserError where some are missing.
+
+    Without a model.safetensors the index says what there should be, as for transformers.
+    """
+    arrays = set()
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safetensors.safe_open(file, "numpy") as opened:
+                arrays.update(opened.keys())
+        except Exception as error:  # safetensors' own, which is no ValueError
+            raise UserError(
+                f"{file} is damaged or cut short ({shortened(error)}); download it again"
+            ) from None
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        listed = read_object(index).get("weight_map")
+        listed = listed if isinstance(listed, dict) else {}
+        files = sorted({str(file) for array, file in listed.items() if array not in arrays})
+        if files:
+            raise UserError(
+                f"{index} lists weights that are missing, those of {', '.join(files[:3])}"
+                f"{f' and {len(files) - 3} more files' if files[3:] else ''}; download them again"
+            )
+    return arrays
+
+
+def find_model(path_or_repo: str | Path) -> Path:
     """The folder of a model; a Hugging Face repository is downloaded, or found in the cache.
 
     Raises:
         UserError: no such folder, no such repository, or the hub is out of reach.
     """
-    folder = Path(path_or_repo).expanduser()
+    folder = Path(os.path.expanduser(path_or_repo))  # noqa: PTH111 (raises for ~nobody)
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise UserError(f"{path_or_repo} is a file; --model takes a folder or a repository id")
     try:
         validate_repo_id(path_or_repo)
     except hub_errors.HFValidationError:
         raise UserError(f"there is no model folder {path_or_repo}") from None
-    if folder.exists():
-        raise UserError(f"{path_or_repo} is a file; --model takes a folder or a repository id")
     try:
         return Path(snapshot_download(path_or_repo, allow_patterns=HUB_FILES))
     except hub_errors.GatedRepoError:
@@ -117,7 +220,7 @@ def find_model(path_or_repo: str) -> Path:
     except hub_errors.RepositoryNotFoundError:
         why = "the Hugging Face hub has no such repository, or it is private (`hf auth login`)"
     except Exception as error:  # whatever the network does
-        why = f"the Hugging Face hub cannot be reached ({first_line(error)})"
+        why = f"the Hugging Face hub cannot be reached ({shortened(error)})"
     raise UserError(f"there is no model folder {path_or_repo}, and {why}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -409,40 +410,191 @@ def only_pickled_weights(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-SPOILT = {
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "a config that is not JSON": lambda folder: (folder / "config.json").write_text("{"),
-    "a config that is an array": lambda folder: (folder / "config.json").write_text("[]"),
-    "no model type": lambda folder: (folder / "config.json").write_text("{}"),
-    "an unknown model type": lambda folder: spoil_config(folder, model_type="frobnicator"),
-    "a model type that is a module": lambda folder: spoil_config(folder, model_type="base"),
-    "a config of nonsense": lambda folder: spoil_config(folder, hidden_size="many"),
-    "another number of layers": lambda folder: spoil_config(folder, num_hidden_layers=5),
-    "no tokenizer": no_tokenizer,
-    "no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
-    "a damaged tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "only pickled weights": only_pickled_weights,
-    "empty weights": lambda folder: cut_weights(folder, 0),
-    "half of the weights": lambda folder: cut_weights(folder, 300_000),
-    "weights cut in their header": lambda folder: cut_weights(folder, 1000),
-    "a weight too few": lambda folder: spoil_weights(folder, dict.popitem),
-    "a weight too many": lambda folder: spoil_weights(
-        folder, lambda weights: weights.update(more=mx.zeros(3))
+def split_weights(folder: Path) -> None:
+    """Put the weights into two files, which an index lists as the hub has it."""
+    weights = list(mx.load(str(folder / "model.safetensors")).items())
+    weight_map = {}
+    for part, arrays in [(1, weights[:20]), (2, weights[20:])]:
+        name = f"model-0000{part}-of-00002.safetensors"
+        mx.save_safetensors(str(folder / name), dict(arrays))
+        weight_map |= {array: name for array, _ in arrays}
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+SECOND = "model-00002-of-00002.safetensors"
+
+
+def lose_second_file(folder: Path) -> None:
+    split_weights(folder)
+    (folder / SECOND).unlink()
+
+
+def empty_second_file(folder: Path) -> None:
+    split_weights(folder)
+    mx.save_safetensors(str(folder / SECOND), {"more": mx.zeros(3)})
+
+
+def cut_index(folder: Path) -> None:
+    split_weights(folder)
+    file = folder / "model.safetensors.index.json"
+    file.write_text(file.read_text()[:99])
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+
+
+def point_to(name: str) -> Callable[[Path], object]:
+    """A clone without Git LFS has a few lines in the place of a large file."""
+    return lambda folder: (folder / name).write_text(POINTER)
+
+
+def point_to_second_file(folder: Path) -> None:
+    split_weights(folder)
+    (folder / SECOND).write_text(POINTER)
+
+
+def break_link(folder: Path) -> None:
+    """As in a cache of the hub that was not copied whole."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/0123456789abcdef")
+
+
+NOT_WHOLE_JSON = "config.json is not a whole JSON object; download it again"
+DAMAGED_WEIGHTS = "model.safetensors is damaged or cut short"
+NO_WEIGHTS = "has no model*.safetensors (no pickle such as pytorch_model.bin is loaded); download"
+IS_POINTER = "is not the file itself but a Git LFS pointer to it; `git lfs pull` in"
+SPOILT = {  # and the reason that is reported
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json; download"),
+    "an empty config": (lambda folder: (folder / "config.json").write_text(""), NOT_WHOLE_JSON),
+    "half a config": (lambda folder: (folder / "config.json").write_text("{"), NOT_WHOLE_JSON),
+    "a config that is an array": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        NOT_WHOLE_JSON,
     ),
-    "a weight of another shape": lambda folder: spoil_weights(
-        folder, lambda weights: weights.update({f"{FIRST}.weight": mx.zeros((64, 32))})
+    "no model type": (
+        lambda folder: (folder / "config.json").write_text("{}"),
+        "config.json has no model_type, which names the architecture",
+    ),
+    "an unknown model type": (
+        lambda folder: spoil_config(folder, model_type="frobnicator"),
+        "as mlx-lm's frobnicator (Model type frobnicator not supported.); download",
+    ),
+    "a model type that is a module": (
+        lambda folder: spoil_config(folder, model_type="base"),
+        "as mlx-lm's base (module 'mlx_lm.models.base' has no attribute 'Model'); download",
+    ),
+    "a model type that ends the process": (
+        lambda folder: spoil_config(folder, model_type="olmo"),
+        "as mlx-lm's olmo (SystemExit 1)",
+    ),
+    "a config of nonsense": (
+        lambda folder: spoil_config(folder, hidden_size="many"),
+        "config.json has hidden_size 'many', which is not a number; download",
+    ),
+    "a config without a number": (
+        lambda folder: spoil_config(folder, rms_norm_eps=None),
+        "as mlx-lm's llama (",
+    ),
+    "another number of layers": (
+        lambda folder: spoil_config(folder, num_hidden_layers=5),
+        "(Missing 9 parameters: model.layers.4.input_layernorm.weight, model.layers.4.mlp.down_",
+    ),
+    "more layers than arrays": (
+        lambda folder: spoil_config(folder, num_hidden_layers=50),
+        "config.json has num_hidden_layers 50, and the weights beside it are only 39 arrays",
+    ),
+    "generation settings that are an array": (
+        lambda folder: (folder / "generation_config.json").write_text("[]"),
+        f"generation_{NOT_WHOLE_JSON}",
+    ),
+    "no tokenizer": (no_tokenizer, "has no tokenizer*; download"),
+    "no tokenizer.json": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        "(there is no tokenizer.json: Couldn't instantiate the backend tokenizer",
+    ),
+    "a damaged tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "cannot be loaded (KeyError 'added_tokens'); download tokenizer.json",
+    ),
+    "half a tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"version": '),
+        "tokenizer.json is not a whole JSON object; download it again",
+    ),
+    "half of the tokenizer's settings": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("{"),
+        f"tokenizer_{NOT_WHOLE_JSON}",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), NO_WEIGHTS),
+    "only pickled weights": (only_pickled_weights, NO_WEIGHTS),
+    "empty weights": (lambda folder: cut_weights(folder, 0), DAMAGED_WEIGHTS),
+    "half of the weights": (lambda folder: cut_weights(folder, 300_000), DAMAGED_WEIGHTS),
+    "weights cut in their header": (lambda folder: cut_weights(folder, 1000), DAMAGED_WEIGHTS),
+    "a weight too few": (
+        lambda folder: spoil_weights(folder, lambda weights: weights.pop(f"{FIRST}.weight")),
+        f"as mlx-lm's llama (Missing 1 parameters: {FIRST}.weight.); download",
+    ),
+    "a weight too many": (
+        lambda folder: spoil_weights(folder, lambda weights: weights.update(more=mx.zeros(3))),
+        "as mlx-lm's llama (Received 1 parameters not in model: more.); download",
+    ),
+    "a weight of another shape": (
+        lambda folder: spoil_weights(
+            folder, lambda weights: weights.update({f"{FIRST}.weight": mx.zeros((64, 32))})
+        ),
+        f"Expected shape (64, 64) but received shape (64, 32) for parameter {FIRST}.weight",
+    ),
+    "a file of the weights missing": (
+        lose_second_file,
+        f"index.json lists weights that are missing, those of {SECOND}; download them again",
+    ),
+    "a file with other weights": (empty_second_file, f"that are missing, those of {SECOND};"),
+    "half an index": (cut_index, "index.json is not a whole JSON object; download it again"),
+    "a pointer to the weights": (point_to("model.safetensors"), f"model.safetensors {IS_POINTER}"),
+    "a pointer to some weights": (point_to_second_file, f"{SECOND} {IS_POINTER}"),
+    "a pointer to the config": (point_to("config.json"), f"config.json {IS_POINTER}"),
+    "a pointer to the tokenizer": (point_to("tokenizer.json"), f"tokenizer.json {IS_POINTER}"),
+    "a pointer to the tokenizer's model": (point_to("tokenizer.model"), f"model {IS_POINTER}"),
+    "a link to nowhere": (
+        break_link,
+        "model.safetensors cannot be read: No such file or directory; download it again",
     ),
 }
 
 
-@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT.keys())
-def test_a_model_folder_that_cannot_be_loaded_is_reported(
-    run: Run, fails: Fails, copied: Path, spoil: Callable[[Path], object]
+@pytest.mark.parametrize(("spoil", "reason"), SPOILT.values(), ids=SPOILT.keys())
+def test_the_reason_is_reported_why_a_model_folder_cannot_be_loaded(
+    run: Run, fails: Fails, copied: Path, spoil: Callable[[Path], object], reason: str
 ) -> None:
     """In a process of its own, since what is wrong with weights may show outside of Python."""
     spoil(copied)
-    fails("--prompt", "a", "--model", copied, by=run, mentions=(str(copied),))
+    fails("--prompt", "a", "--model", copied, by=run, mentions=(str(copied), reason))
+
+
+def test_weights_in_several_files_are_all_loaded(call: Run, copied: Path, tmp_path: Path) -> None:
+    args = ["--model", copied, "--adapter-file", tmp_path / "a.npz", "--prompt", "a", "--temp", 0]
+    in_one = call(*args)
+    split_weights(copied)
+    in_two = call(*args)
+    assert in_two.returncode == 0, in_two.stderr
+    assert in_two.stdout.split("=====")[0] == in_one.stdout.split("=====")[0]
+
+
+@pytest.mark.parametrize("name", ["a[8bit]", "*", "[!m]?{a,b}", "모델 폴더", "~model", "model.txt"])
+def test_any_path_of_a_model_folder_works(
+    call: Run, data: Path, copied: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the path itself alone: also relative to the working directory, and over a link."""
+    copied.rename(tmp_path / name)
+    (tmp_path / "link").symlink_to(name)
+    monkeypatch.chdir(data)
+    args = ["--data", ".", "--adapter-file", tmp_path / "a.npz", "--test", "--test-batches", 1]
+    for path in (tmp_path / name, f"{os.path.relpath(tmp_path)}/{name}/", tmp_path / "link"):
+        ended = call("--model", path, *args)
+        assert (ended.returncode, ended.stderr) == (0, "")
+    (tmp_path / name / "config.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    one_error(call("--model", f"./{name}", *args, "--data", data), f"folder {name} has no config")
 
 
 @pytest.mark.parametrize("name", ["missing", "./missing", "owner/name/more", "a.npz", "/missing"])
