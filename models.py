@@ -17,6 +17,7 @@ from lora_finetune.command_line import UserError, file_checksum
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import safetensors
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
@@ -71,7 +72,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             model = dequantize_model(model)
             model.set_dtype(mx.float32)
         mx.eval(model.parameters())
-        vocabulary_size(model)
+        find_limits(model)
     except (Exception, SystemExit) as error:  # mlx-lm raises what it likes; to import olmo exits
         check_settings(folder)
         raise UserError(
@@ -222,6 +223,73 @@ def find_model(path_or_repo: str | Path) -> Path:
     except Exception as error:  # whatever the network does
         why = f"the Hugging Face hub cannot be reached ({shortened(error)})"
     raise UserError(f"there is no model folder {path_or_repo}, and {why}")
+
+
+# --- How far the tables of a model reach --------------------------------------------------------
+
+
+class Limits(NamedTuple):
+    """What a model may be given. Beyond an embedding's rows, MLX reads memory that is not its own.
+
+    Attributes:
+        tokens: the ids from 0 to one less have all their embeddings and a place among the logits.
+        positions: how many positions have an embedding; infinite where none are looked up.
+    """
+
+    tokens: int
+    positions: float
+
+
+def find_limits(model: nn.Module) -> Limits:
+    """The limits of a model, from what it looks up in its embeddings when it is called.
+
+    It is called with an id that no table has, thrice. Where that id arrives, ids are looked up
+    as they are, and where consecutive numbers do, positions; other numbers the model has computed
+    (from several ids, or for those alone that the table has) and keeps in range itself. The
+    embeddings give their first row in place of what is asked for, and nothing but indices is
+    computed.
+    """
+    lookups = []
+
+    def look_up(table: nn.Module, indices: mx.array) -> mx.array:
+        lookups.append((table.weight.shape[0], np.array(indices).flatten()))
+        return type(table).__base__.__call__(table, mx.zeros_like(indices))
+
+    tables = [m for m in model.modules() if "Embedding" in type(m).__name__ and "weight" in m]
+    kinds = {id(table): (table, type(table)) for table in tables}
+    unknown = 2**31 - 1
+    try:
+        for table, kind in kinds.values():
+            table.__class__ = type(kind.__name__, (kind,), {"__call__": look_up})
+        logits = model(mx.full((1, 3), unknown, mx.int32))
+    finally:
+        for table, kind in kinds.values():
+            table.__class__ = kind
+    by_id = [rows for rows, indices in lookups if (indices == unknown).all()]
+    by_position = [rows - int(i[0]) for rows, i in lookups if (np.diff(i) == 1).all()]
+    return Limits(min([logits.shape[-1], *by_id]), min(by_position, default=math.inf))
+
+
+# What the longest length of a text is called in configurations.
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def trained_length(folder: Path) -> float:
+    """The most tokens of a text that a model was made for, by its config.json; infinite if unsaid.
+
+    Rotary positions can be scaled to a multiple of what the configuration says, or of what the
+    scaling itself calls the original, as the documentation of transformers has it.
+    """
+    settings = dict(text_settings(read_object(folder / "config.json")))
+    said = [settings[name] for name in LENGTHS if isinstance(settings.get(name), int)]
+    scaling = settings.get("rope_scaling") or settings.get("rope_parameters")
+    if not said or not isinstance(scaling, dict):
+        return said[0] if said else math.inf
+    original = scaling.get("original_max_position_embeddings", said[0])
+    try:
+        return max(said[0], original * scaling.get("factor", 1))
+    except (TypeError, OverflowError):  # one of them is no number, or none that makes sense
+        return said[0]
 
 
 # --- LoRA ---------------------------------------------------------------------------------------
@@ -505,11 +573,6 @@ def add_lora(model: nn.Module, ranks: dict[str, int]) -> None:
         nn.Module.__init__(model)
     model.freeze()
     model.update_modules(tree_unflatten(list(wrapped.items())))
-
-
-def vocabulary_size(model: nn.Module) -> int:
-    """How many tokens the model knows."""
-    return model(mx.zeros((1, 2), mx.int32)).shape[-1]  # nothing is computed for a shape
 
 
 def count_trainable(model: nn.Module) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_finetune.command_line import (
     Interrupted,
@@ -448,7 +448,9 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
     """
     training, progress, first = examples["train"], plan.progress, plan.progress.iteration
     start_or_resume(plan)
-    padding = dataset.padding_share(training.lengths, plan.batch_size, plan.seed)
+    padding = dataset.padding_share(
+        training.lengths, plan.batch_size, plan.seed, training.max_length
+    )
     print(
         f"Training: {len(training)} examples, {len(training.tokens)} tokens, longest",
         f"{training.lengths.max()}, {training.num_truncated} cut, {padding:.1%} padding an epoch",
@@ -603,33 +605,53 @@ def save(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, finished: boo
 # --- Generation ---------------------------------------------------------------------------------
 
 
-def generate(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    prompt: str,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-) -> None:
-    """Print the prompt, its continuation as it is generated, and a line with tokens per second.
+class Prompt(NamedTuple):
+    """What to continue: a text, its tokens, and how many more there may be at most."""
+
+    text: str
+    tokens: list[int]
+    max_tokens: int
+
+
+def encode_prompt(
+    tokenizer: TokenizerWrapper, text: str, max_tokens: int, limits: models.Limits
+) -> Prompt:
+    """The tokens of a prompt, with no more to come than the model has positions for.
 
     Raises:
-        UserError: the prompt holds no tokens, or some that do not belong to the model.
+        UserError: it has no tokens, some that the model does not have, or too many.
     """
+    [tokens] = dataset.encode(tokenizer, [text])
+    if not tokens:
+        raise UserError("the prompt holds no tokens")
+    dataset.check_tokens(tokens, limits.tokens, "the prompt")
+    room = limits.positions - len(tokens)
+    if room < 1:
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens, and the model {limits.positions} positions, "
+            "which leaves none for a token after it; shorten the prompt"
+        )
+    if room < max_tokens:
+        warn(
+            f"the prompt has {len(tokens)} tokens, and the model {limits.positions} positions, so "
+            f"at most {room} tokens are generated and not {max_tokens} (--max-tokens)"
+        )
+    return Prompt(text, tokens, min(max_tokens, room))
+
+
+def generate(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: Prompt, temperature: float, seed: int
+) -> None:
+    """Print the prompt, its continuation as it is generated, and a line with tokens per second."""
     print("Generating", flush=True)
     model.eval()
     mx.random.seed(seed)
-    [ids] = dataset.encode(tokenizer, [prompt])
-    if not ids:
-        raise UserError("the prompt holds no tokens")
-    if max(ids) >= models.vocabulary_size(model):
-        raise UserError("the prompt holds tokens that the model does not know")
-    print(prompt, end="", flush=True)
-    tokens, begun, before_space = [], False, tokenizer.decode(ids) + " "
-    for part in stream(model, tokenizer, ids, max_tokens, temperature):
+    print(prompt.text, end="", flush=True)
+    tokens, begun, before_space = [], False, tokenizer.decode(prompt.tokens) + " "
+    for part in stream(model, tokenizer, prompt, temperature):
         text = part.text
         tokens.append(part.token)
-        if text and not begun and tokenizer.decode(ids + tokens).startswith(before_space):
+        if text and not begun and tokenizer.decode(prompt.tokens + tokens).startswith(before_space):
             text = " " + text.lstrip(" ")  # which mlx-lm strips from the first word
         begun = begun or bool(text)
         if part.finish_reason:
@@ -639,21 +661,51 @@ def generate(
 
 
 def stream(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    ids: list[int],
-    max_tokens: int,
-    temperature: float,
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: Prompt, temperature: float
 ) -> Iterator[GenerationResponse]:
-    """The continuation of a prompt; raises UserError at a token that the tokenizer lacks."""
-    sampler = make_sampler(temp=temperature)
+    """The continuation of a prompt; raises UserError at a token that the tokenizer lacks.
+
+    Some models have logits for more tokens than they have embeddings; those others never come.
+    """
+    sample, num_tokens = make_sampler(temp=temperature), models.find_limits(model).tokens
     try:
-        yield from stream_generate(model, tokenizer, ids, max_tokens=max_tokens, sampler=sampler)
-    except TypeError as error:  # mlx-lm's, where there is a gap in the vocabulary
+        yield from stream_generate(
+            model, tokenizer, prompt.tokens, max_tokens=prompt.max_tokens,
+            sampler=lambda log_probabilities: sample(log_probabilities[..., :num_tokens]),
+        )  # fmt: skip
+    except (TypeError, IndexError) as error:  # mlx-lm's, by the kind of its detokenizer
         raise UserError("the model generated a token that its tokenizer does not have") from error
 
 
 # --- The run ------------------------------------------------------------------------------------
+
+
+def longest_text(args: argparse.Namespace, limits: models.Limits) -> int:
+    """What texts are cut to: --max-seq-length, or all that the model has positions for.
+
+    Raises:
+        UserError: --max-seq-length was given, and is more than that.
+    """
+    if "max_seq_length" in args.typed and args.max_seq_length > limits.positions:
+        raise UserError(
+            f"--max-seq-length {args.max_seq_length} is more than the {limits.positions} positions "
+            f"that this model has embeddings for; give at most {limits.positions}"
+        )
+    return min(args.max_seq_length, limits.positions)
+
+
+def warn_of_length(
+    examples: dict[str, dataset.Examples], prompt: Prompt | None, trained: float
+) -> None:
+    """Warn where a text, or a prompt with what follows it, is longer than a model was made for."""
+    lengths = [max(split.lengths) for split in examples.values()]
+    lengths += [len(prompt.tokens) + prompt.max_tokens] if prompt else []
+    if max(lengths) > trained:
+        warn(
+            f"the longest text, or the prompt with --max-tokens, comes to {max(lengths)} tokens, "
+            f"and the model was made for {trained:.0f} (max_position_embeddings or the like in its "
+            "config.json): it may be worse beyond; lower --max-seq-length or --max-tokens"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -668,16 +720,21 @@ def run(args: argparse.Namespace) -> None:
     mx.set_cache_limit(memory_size() // 8)
     folder = models.find_model(args.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
-    model, tokenizer = models.load(str(folder))
+    model, tokenizer = models.load(folder)
+    limits = models.find_limits(model)
     print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
     fingerprints = models.fingerprints(model, folder)
     mx.random.seed(args.seed)
     adapters.adapt(model, plan.adapter, plan.source, args.lora_layers if args.train else None)
     print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
+    prompt = None
+    if args.prompt is not None:
+        prompt = encode_prompt(tokenizer, args.prompt, args.max_tokens, limits)
     examples = dataset.load(
-        plan.data, tokenizer, models.vocabulary_size(model), bool(args.add_eos_token),
-        args.mask_prompt, args.max_seq_length,
+        plan.data, tokenizer, limits.tokens, bool(args.add_eos_token), args.mask_prompt,
+        longest_text(args, limits),
     )  # fmt: skip
+    warn_of_length(examples, prompt, models.trained_length(folder))
     if args.train:
         plan.settings.update(fingerprints)
         train(model, examples, plan)
@@ -685,8 +742,8 @@ def run(args: argparse.Namespace) -> None:
         checkpoint.warn_of_other_model(plan.source, fingerprints)
     if args.test:
         test(model, examples["test"], args.batch_size, args.test_batches, plan.files.report)
-    if args.prompt is not None:
-        generate(model, tokenizer, args.prompt, args.max_tokens, args.temp, args.seed)
+    if prompt:
+        generate(model, tokenizer, prompt, args.temp, args.seed)
 
 
 if __name__ == "__main__":

@@ -218,16 +218,22 @@ def load(
         bar = tqdm(texts, f"Tokenizing {file.path.name}", len(file), leave=False, disable=None)
         try:
             examples[split] = tokenized = tokenize(bar, tokenizer, add_eos, max_length)
-            largest = tokenized.tokens.max(initial=0)
-        except OverflowError:  # it does not fit 32 bits
-            largest = math.inf
-        if largest >= vocabulary_size:
-            raise UserError(
-                f"the tokenizer makes token {largest} of {file.path}, and the model knows only "
-                f"{vocabulary_size} tokens: they do not belong together"
-            )
+            ends = [tokenized.tokens.min(initial=0), tokenized.tokens.max(initial=0)]
+        except OverflowError:  # a token does not fit 32 bits
+            ends = [math.inf]
+        check_tokens(ends, vocabulary_size, file.path)
         check_lengths(tokenized, file.path, max_length)
     return examples
+
+
+def check_tokens(tokens: Iterable[float], vocabulary_size: int, source: object) -> None:
+    """Raise UserError where a model does not have a token that was made of a text."""
+    for token in tokens:
+        if not 0 <= token < vocabulary_size:
+            raise UserError(
+                f"the tokenizer makes token {token} of {source}, and the model knows only "
+                f"{vocabulary_size} tokens: they do not belong together; download the model again"
+            )
 
 
 def check_lengths(examples: Examples, path: Path, max_length: int) -> None:
@@ -240,7 +246,7 @@ def check_lengths(examples: Examples, path: Path, max_length: int) -> None:
         lost = sum(examples.num_targets < 1)
         warn(
             f"{path}: {examples.num_truncated} of {len(examples)} texts were cut to "
-            f"{max_length} tokens (--max-seq-length)"
+            f"{max_length} tokens (--max-seq-length, or all that the model has positions for)"
             + (f", {lost} of them before the answer" if lost else "")
         )
 
@@ -264,12 +270,14 @@ class Examples:
         starts: int64 (number of texts + 1,): where each text starts, and where the last ends.
         prompt_lengths: int32 (number of texts,): tokens at the start of each that are no targets.
         num_truncated: how many of the texts were longer.
+        max_length: what they were cut to, and the most inputs in a batch, padding included.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     prompt_lengths: np.ndarray
     num_truncated: int = 0
+    max_length: float = math.inf
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -291,7 +299,7 @@ class Examples:
             Tokens int32 (rows, width), lengths and prompt lengths int32 (rows,).
         """
         lengths = self.lengths[rows]
-        tokens = np.zeros((len(rows), padded_width(lengths)), np.int32)
+        tokens = np.zeros((len(rows), padded_width(lengths, self.max_length)), np.int32)
         for row, start, length in zip(tokens, self.starts[rows], lengths, strict=True):
             row[:length] = self.tokens[start : start + length]
         return tokens, lengths.astype(np.int32), self.prompt_lengths[rows]
@@ -331,6 +339,7 @@ def tokenize(
         np.frombuffer(starts, np.int64),
         np.frombuffer(prompt_lengths, np.int32),
         num_truncated,
+        max_length,
     )
 
 
@@ -378,9 +387,9 @@ def end_with_eos(ids: list[int], tokenizer: TokenizerWrapper, templated: bool) -
 # --- Batches ------------------------------------------------------------------------------------
 
 
-def padded_width(lengths: np.ndarray) -> int:
+def padded_width(lengths: np.ndarray, max_inputs: float = math.inf) -> int:
     """The width of a batch of texts of these lengths; all tokens but the last are inputs."""
-    return 1 + padded_length(max(1, max(lengths) - 1))
+    return 1 + min(padded_length(max(1, max(lengths) - 1)), max_inputs)
 
 
 def padded_length(length: int) -> int:
@@ -427,10 +436,12 @@ def training_batches(
         start = 0
 
 
-def padding_share(lengths: np.ndarray, batch_size: int, seed: int) -> float:
+def padding_share(
+    lengths: np.ndarray, batch_size: int, seed: int, max_inputs: float = math.inf
+) -> float:
     """The fraction of the model's inputs in the first epoch that is padding."""
     batches = epoch_batches(lengths, batch_size, np.random.default_rng([seed, 0]))
-    inputs = sum(len(rows) * (padded_width(lengths[rows]) - 1) for rows in batches)
+    inputs = sum(len(rows) * (padded_width(lengths[rows], max_inputs) - 1) for rows in batches)
     return 1 - (lengths - 1).sum() / inputs
 
 

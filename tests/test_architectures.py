@@ -115,6 +115,21 @@ def test_those_that_cannot_be_built_on_a_cpu_are_these():
     assert set(ARCHITECTURES) - set(BUILT) == {"bitnet", "muse_spark", "olmo"}
 
 
+@pytest.mark.parametrize("name", BUILT)
+def test_the_limits_of_every_architecture_are_the_rows_of_its_embeddings(name: str):
+    config = ARCHITECTURES[name]["config"]
+    inner = config.get("text_config", config)
+    size = inner.get("vocab_size", inner.get("num_vocab", 128))
+    is_learnt = name in ("gpt2", "gpt_bigcode")
+    expected = models.Limits(size, config["n_positions"] if is_learnt else np.inf)
+    model = build(name)
+    for _ in range(2):  # the first call leaves the model as it was
+        assert models.find_limits(model) == expected
+    if name in ADAPTED and name not in NOT_QUANTIZED:
+        quantize(model, 4)
+        assert models.find_limits(model) == expected
+
+
 @pytest.mark.parametrize("name", sorted(set(BUILT) - set(ADAPTED)))
 def test_a_model_without_attention_is_reported(name: str):
     with pytest.raises(UserError, match=rf"\({name}\) have no attention"):
