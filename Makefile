@@ -3,7 +3,7 @@
 # make lint   ruff
 # make bench  speed and memory, beside mlx_lm.lora and on large data (minutes)
 #
-# Each makes .venv first, with what it needs. PYTHON=python3.12 picks another Python (3.10 or newer).
+# Each makes .venv first, with what it needs. PYTHON=python3.12 picks another Python (3.11 to 3.14).
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -31,7 +31,7 @@ bench: .venv/installed
 	$(BIN)/python tests/bench/tokenizing.py
 
 .venv/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed; make PYTHON=python3.12 picks another")'
+	@$(PYTHON) lora_finetune/check_platform.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	touch $@

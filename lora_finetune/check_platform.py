@@ -1,0 +1,48 @@
+"""Say in one line, before pip does in thirty, where MLX and mlx-lm cannot be installed.
+
+The Makefile runs this by itself, with whatever Python there is, so it is written for any.
+"""
+
+import platform
+import sys
+
+
+def obstacle(python, system, machine, release):
+    """What is in the way of an installation, "" where nothing is.
+
+    Args:
+        python: version of Python, such as (3, 12).
+        system, machine: as `platform` calls them: "Darwin", "Linux"; "arm64", "x86_64".
+        release: version of macOS, or under Linux of glibc, such as (2, 35); () without glibc.
+    """
+    version = ".".join(map(str, release))
+    if system not in ("Darwin", "Linux"):
+        return "macOS or Linux is needed; on Windows, WSL2 is one (`wsl --install`)"
+    if not (3, 11) <= python[:2] <= (3, 14):
+        this = "Python 3.11 to 3.14 is needed, and this is {}.{}".format(*python)
+        return this + "; make PYTHON=python3.12 picks another"
+    if system == "Darwin" and machine != "arm64":
+        return "Apple silicon is needed, and a Python for it; this one is for " + machine
+    if system == "Darwin" and release < (14,):
+        return "macOS 14 or newer is needed, and this is " + version
+    if system == "Linux" and machine not in ("x86_64", "aarch64"):
+        return "MLX is for x86_64 and aarch64 under Linux, and this is " + machine
+    if system == "Linux" and release < (2, 35):
+        return "glibc 2.35 or newer is needed, and this Linux has " + (version or "another libc")
+    return ""
+
+
+def main():
+    system = platform.system()
+    library, version = platform.libc_ver()
+    if system == "Darwin":
+        version = platform.mac_ver()[0]
+    elif library != "glibc":
+        version = ""
+    release = tuple(int(part) for part in version.split(".") if part.isdigit())
+    why = obstacle(sys.version_info[:2], system, platform.machine(), release)
+    sys.exit("error: " + why if why else 0)
+
+
+if __name__ == "__main__":
+    main()
