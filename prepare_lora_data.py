@@ -198,6 +198,7 @@ def read_dataset(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
     format, options = file.suffix.lower().removeprefix("."), {}
     if format == "csv":  # where 007 would become a number, and NA nothing
         options = {"converters": dict.fromkeys(wanted, str), "keep_default_na": False}
+    options["cache_dir"] = "memory://"  # it makes a folder for it, though streaming puts nothing in
     pattern = glob.escape(str(file))
     rows = datasets.load_dataset(
         format, data_files=pattern, split="train", streaming=True, **options

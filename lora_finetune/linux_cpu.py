@@ -1,9 +1,10 @@
-"""A fast BLAS for MLX on a Linux CPU, in place of the slow one in the mlx-cpu wheel."""
+"""What MLX needs on a Linux CPU: a fast BLAS, and a folder for temporary files."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import platform
 import sys
 import tempfile
@@ -11,7 +12,21 @@ from pathlib import Path
 
 from lora_finetune.command_line import warn
 
+# A folder in memory, writable in most containers whose root is read-only.
+SHARED_MEMORY = "/dev/shm"
 SYSTEM_BLAS = ("libopenblasp.so.0", "libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
+
+
+def find_temporary_folder() -> None:
+    """Where none of the usual folders takes temporary files, use the one in memory.
+
+    Several packages ask `tempfile` for a folder when they are imported, which raises otherwise.
+    If this one takes none either, then only what does write a file gets an OSError that names it.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        os.environ["TMPDIR"] = tempfile.tempdir = SHARED_MEMORY
 
 
 def load_fast_blas() -> str | None:
@@ -47,12 +62,15 @@ def _load_openblas_wheel() -> str | None:
     ]
     if not libraries or not libraries[0].name.startswith("libopenblas"):
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        for library in libraries:
-            is_fortran = library.name.startswith("libgfortran")
-            name = "libgfortran.so.5" if is_fortran else library.name
-            (Path(folder) / name).symlink_to(library.resolve())
-        loaded = _load_globally(str(Path(folder) / libraries[0].name))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for library in libraries:
+                is_fortran = library.name.startswith("libgfortran")
+                name = "libgfortran.so.5" if is_fortran else library.name
+                (Path(folder) / name).symlink_to(library.resolve())
+            loaded = _load_globally(str(Path(folder) / libraries[0].name))
+    except OSError:  # no folder takes temporary files
+        return None
     return str(libraries[0]) if loaded else None
 
 
@@ -70,13 +88,33 @@ def _load_globally(library: str) -> bool:
     return True
 
 
+find_temporary_folder()
 FAST_BLAS = load_fast_blas() if platform.system() == "Linux" else None
 
 
-def warn_of_slow_blas(on_cpu: bool) -> None:
+def warn_of_slow_blas() -> None:
     """Warn where MLX computes on a Linux CPU with the slow BLAS that it brings."""
-    if on_cpu and platform.system() == "Linux" and not FAST_BLAS:
+    if platform.system() == "Linux" and not FAST_BLAS:
         warn(
             "no fast BLAS was found, so MLX will be some 20 times slower than this CPU; get one "
-            "with `pip install ngsolve-openblas` (x86-64), `apt install libopenblas0` or conda"
+            "with `pip install ngsolve-openblas` (x86-64; it needs a folder for temporary files), "
+            "`apt install libopenblas0` or conda"
         )
+
+
+def do_without_compiling() -> None:
+    """Turn off `mx.compile` where it fails, as without it a CPU is hardly slower.
+
+    MLX has its C++ compiled in the folder of temporary files, if there is a compiler, and loads it
+    from there. Neither may be allowed: the folder may be read-only, or mounted with `noexec`.
+    """
+    import mlx.core as mx  # not above: the BLAS has to be loaded before it
+
+    names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  # as std::filesystem::temp_directory_path has it
+    folder = next(filter(None, map(os.environ.get, names)), "/tmp")
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"C++")
+        mx.eval(mx.compile(lambda x: mx.exp(x) * x)(mx.zeros(1)))
+    except (OSError, RuntimeError):
+        mx.disable_compile()
