@@ -28,9 +28,11 @@ from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 from transformers.utils import logging
 
 # On CUDA, MLX would round the factors of float32 products to TF32's 10 bits: gradients 1 % off.
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
 # And cuDNN's attention has gradients that differ from run to run: none could be resumed exactly.
-os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
+# Only there, since without TF32 the newest Macs do not use their matrix units for float32.
+if mx.cuda.is_available():
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
 
 logging.set_verbosity_error()  # its warnings are for programmers
 

@@ -61,10 +61,13 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like all errors of these programs.
 
     The set `typed` among the arguments names those with a value that were typed, not defaults.
+    On Windows all there is is one, since it lacks much of what the rest imports and does.
     """
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+        if sys.platform == "win32":
+            self.error("this does not run on Windows; run it in WSL2, its Linux (`wsl --install`)")
         self.register("action", None, StoreTyped)
         self.set_defaults(typed=frozenset())
 
@@ -234,8 +237,7 @@ def replace_files(*files: Path) -> Iterator[list[BinaryIO]]:
             streams = [stack.enter_context(part.open("wb")) for part in parts]
             yield streams
             for stream in streams:
-                stream.flush()
-                os.fsync(stream.fileno())
+                flush_to_disk(stream)
         for part, file in zip(parts, files, strict=True):
             part.replace(file)
     except OSError as error:
@@ -244,6 +246,17 @@ def replace_files(*files: Path) -> Iterator[list[BinaryIO]]:
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+
+
+def flush_to_disk(stream: BinaryIO) -> None:
+    """Have what was written on the disk itself; on a Mac, fsync leaves it in the disk's cache."""
+    import fcntl  # not above, since Windows has none
+
+    stream.flush()
+    try:
+        fcntl.fcntl(stream.fileno(), fcntl.F_FULLFSYNC)
+    except (AttributeError, OSError):  # not a Mac, or a file system without it
+        os.fsync(stream.fileno())
 
 
 class StopSignals:

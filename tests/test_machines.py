@@ -1,0 +1,173 @@
+"""Machines that are not as usual: nothing can be written, Windows, what MLX is not made for."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny
+from conftest import ROOT, Run, one_error
+from lora_finetune import command_line
+from lora_finetune.check_platform import obstacle
+
+import datasets
+import mlx.core as mx
+import pytest
+
+# --- Nothing can be written ---------------------------------------------------------------------
+
+
+def write_nothing() -> None:
+    """Let this process write no file, wherever: as with a read-only root, no folder takes one."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def test_testing_and_generating_need_no_file_to_be_written(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Neither for a fast BLAS nor for what MLX compiles; the log alone is missed."""
+    tiny.make_adapter(tmp_path / "a.npz")
+    args = ["--model", model, "--data", data, "--adapter-file", tmp_path / "a.npz", "--temp", 0]
+    args += ["--test", "--prompt", "안녕", "--max-tokens", 5]
+    ended = run(*args, preexec_fn=write_nothing)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == (
+        f"warning: the log {tmp_path / 'a.log.jsonl'} cannot be written: File too large\n"
+    )
+    usual = run(*args)
+    assert ended.stdout.split("=====")[0] == usual.stdout.split("=====")[0]
+
+
+@pytest.mark.parametrize("kind", ["arrow", "csv", "jsonl"])
+def test_a_dry_run_needs_no_file_to_be_written(run: Run, tmp_path: Path, kind: str) -> None:
+    """Nor a folder for the cache of `datasets`."""
+    rows = {"question": [f"{i}?" for i in range(99)], "answer": ["네."] * 99}
+    source = tmp_path / f"source.{kind}"
+    saved = datasets.Dataset.from_dict(rows)
+    {"arrow": saved.save_to_disk, "csv": saved.to_csv, "jsonl": saved.to_json}[kind](source)
+    (tmp_path / "file").touch()
+    ended = run(
+        *("--source", source, "--dry-run"),
+        script="prepare_lora_data.py",
+        env={"HF_HOME": str(tmp_path / "file/cache")},  # where no folder can be made
+        preexec_fn=write_nothing,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(f"Read 99 rows of {source}: ")
+
+
+def test_a_command_that_has_to_write_says_what_it_cannot(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    args = ["--model", model, "--data", data, "--adapter-file", "a.npz", "--lora-layers", 2]
+    ended = run(*args, "--train", cwd=tmp_path, preexec_fn=write_nothing)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == "error: a.best.npz cannot be written: File too large"
+    output = ["--output", tmp_path]
+    ended = run(*output, script="prepare_lora_data.py", preexec_fn=write_nothing)
+    one_error(ended, f"{tmp_path} cannot be written: File too large")
+
+
+# --- Windows and others -------------------------------------------------------------------------
+
+# What the standard library has to import itself is imported before the platform is another.
+ON_WINDOWS = """
+import ctypes, runpy, shutil, sqlite3, sys
+sys.platform, sys.modules["fcntl"], sys.argv = "win32", None, sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "script", ["train_lora.py", "lora_finetune/train_lora.py", "prepare_lora_data.py"]
+)
+@pytest.mark.parametrize("args", [[], ["--help"], ["--train"]], ids=str)
+def test_windows_is_referred_to_wsl2(run: Run, script: str, args: list[str]) -> None:
+    one_error(run(*args, script=script, python=("-c", ON_WINDOWS)), "Windows", "WSL2")
+
+
+@pytest.mark.parametrize(
+    ("machine", "mentions"),
+    [
+        (((3, 11), "Darwin", "arm64", (14, 5)), []),
+        (((3, 14), "Darwin", "arm64", (26, 0, 1)), []),
+        (((3, 12), "Linux", "x86_64", (2, 35)), []),
+        (((3, 13), "Linux", "aarch64", (2, 41)), []),
+        (((3, 10), "Linux", "x86_64", (2, 35)), ["Python 3.11 to 3.14", "3.10"]),
+        (((3, 15), "Darwin", "arm64", (26, 0)), ["Python 3.11 to 3.14", "3.15"]),
+        (((2, 7), "Linux", "x86_64", (2, 35)), ["Python 3.11 to 3.14", "2.7"]),
+        (((3, 12), "Darwin", "x86_64", (14, 5)), ["Apple silicon", "x86_64"]),
+        (((3, 12), "Darwin", "arm64", (13, 7)), ["macOS 14", "13.7"]),
+        (((3, 12), "Linux", "x86_64", (2, 34)), ["glibc 2.35", "2.34"]),
+        (((3, 12), "Linux", "x86_64", ()), ["glibc 2.35"]),  # Alpine
+        (((3, 12), "Linux", "riscv64", (2, 41)), ["x86_64", "riscv64"]),
+        (((3, 12), "Windows", "AMD64", ()), ["WSL2"]),
+        (((3, 12), "FreeBSD", "amd64", ()), ["macOS or Linux"]),
+    ],
+)
+def test_what_mlx_cannot_be_installed_on_is_named(machine: tuple, mentions: list[str]) -> None:
+    message = obstacle(*machine)
+    assert bool(message) == bool(mentions), message
+    assert all(mention in message for mention in mentions)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_make_names_what_is_missing_before_it_installs_anything(tmp_path: Path) -> None:
+    """With a Python that says it is 3.10."""
+    for file in ("Makefile", "requirements.txt", "lora_finetune/check_platform.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    old = tmp_path / "python3.10"
+    code = "import runpy, sys; sys.version_info = (3, 10, 4); sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+    old.chmod(0o755)
+    ended = subprocess.run(
+        ["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    first, *of_make = ended.stderr.splitlines()
+    assert first.startswith("error: Python 3.11 to 3.14 is needed, and this is 3.10; ")
+    assert all(line.startswith("make: ") for line in of_make)
+    assert not (tmp_path / ".venv").exists()
+
+
+# --- What differs between Macs and others -------------------------------------------------------
+
+
+def test_tf32_is_turned_off_on_cuda_alone(run: Run) -> None:
+    names = ("MLX_ENABLE_TF32", "MLX_CUDA_USE_CUDNN_SDPA")
+    code = f"import os, models; print([os.environ.get(name) for name in {names}])"
+    ended = run(python=("-c", code), env=dict.fromkeys(names), cwd=ROOT)
+    expected = "0" if mx.cuda.is_available() else None
+    assert ended.stdout == f"{[expected] * 2}\n"
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_on_a_mac_what_is_saved_is_on_the_disk_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    """Where the file system can do that; where not, it is flushed in the usual way."""
+    calls = []
+
+    def control(descriptor: int, command: int) -> None:
+        calls.append("F_FULLFSYNC")
+        if not able:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+    with command_line.replace_files(tmp_path / "a", tmp_path / "b") as streams:
+        for stream in streams:
+            stream.write(b"whole")
+    assert calls == (["F_FULLFSYNC"] * 2 if able else ["F_FULLFSYNC", "fsync"] * 2)
+    assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"whole"] * 2
