@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 import time
@@ -115,7 +114,7 @@ if __name__ == "__main__":  # --help and a wrong flag answer at once: the import
     args = parse_arguments()
 
 import models
-from lora_finetune import adapters, checkpoint, dataset, demo_model, linux_cpu
+from lora_finetune import adapters, checkpoint, dataset, demo_model, linux_cpu, memory
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -324,7 +323,8 @@ def test(
 ) -> None:
     """Report the loss and the perplexity on the test set."""
     print("Testing", flush=True)
-    mean = evaluate(model, examples, batch_size, num_batches)
+    with memory.device_errors("lower --batch-size or --max-seq-length"):
+        mean = evaluate(model, examples, batch_size, num_batches)
     perplexity = math.exp(mean) if mean < 700 else math.inf
     line = f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}."
     report_line(line, test_loss=mean, test_ppl=perplexity)
@@ -391,10 +391,32 @@ def make_step(
     return step, state
 
 
-def memory_size() -> int:
-    """Bytes of memory that MLX's default device has: its own, or the machine's."""
-    own = mx.device_info().get("memory_size") or mx.device_info().get("total_memory")
-    return own or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def make_whole_step(
+    model: nn.Module, optimizer: optim.Optimizer
+) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
+    """A step as of `make_step` that is evaluated, and done as a whole or not at all.
+
+    Where the device fails it raises one of memory.FAILURES, and the trainable parameters and the
+    optimizer's state are those of before. They are kept for this while it runs, which takes
+    memory for the parameters and Adam's two moments once more.
+    """
+    step, state = make_step(model, optimizer)
+
+    def whole_step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        parameters, moments = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
+        try:
+            outputs = step(*batch)
+            mx.eval(state, outputs)
+        except memory.FAILURES:
+            model.update(parameters)
+            optimizer.state = moments
+            raise
+        return outputs
+
+    return whole_step
+
+
+SMALLER_STEPS = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
 def check_memory(model: nn.Module, examples: dataset.Examples, batch_size: int) -> None:
@@ -408,31 +430,29 @@ def check_memory(model: nn.Module, examples: dataset.Examples, batch_size: int) 
     """
     longest = np.argsort(examples.lengths)[-batch_size:]
     before = model.trainable_parameters()
-    step, state = make_step(model, make_optimizer(model, 0.0, {}))
+    step = make_whole_step(model, make_optimizer(model, 0.0, {}))
 
     def peak_memory(rows: np.ndarray) -> int:
         mx.reset_peak_memory()
-        mx.eval(state, step(*map(mx.array, examples.batch(rows))))
+        step(*map(mx.array, examples.batch(rows)))
         return mx.get_peak_memory()
 
-    total, base, rows = memory_size(), mx.get_active_memory(), len(longest)
+    total, base, rows = memory.available(), mx.get_active_memory(), len(longest)
     what = f"a batch of {rows} texts, the longest of {examples.lengths.max()} tokens,"
-    way_out = "lower --batch-size, --max-seq-length or --lora-layers"
     try:
-        one = peak_memory(longest[-1:])
+        one = expected = peak_memory(longest[-1:])
         if base + (one - base) * rows > total and rows > 2:
             expected = one + (peak_memory(longest[-2:]) - one) * (rows - 1)
-            if expected > total:
-                raise UserError(
-                    f"{what} would take {expected / 1e9:.1f} GB of memory, and there are "
-                    f"{total / 1e9:.1f} GB; {way_out}"
-                )
-        if rows > 1:
-            peak_memory(longest)
-    except (RuntimeError, MemoryError) as error:
-        peak = mx.get_peak_memory() / 1e9
-        why = first_line(error)
-        raise UserError(f"{what} is too much after {peak:.1f} GB ({why}); {way_out}") from None
+        if expected <= total and rows > 1:
+            expected = peak_memory(longest)
+    except memory.FAILURES as error:
+        peak, why = mx.get_peak_memory() / 1e9, memory.explain(error, SMALLER_STEPS)
+        raise UserError(f"{what} is too much after {peak:.1f} GB: {why}") from None
+    if expected > total:
+        raise UserError(
+            f"{what} would take {expected / 1e9:.1f} GB of memory, and there are "
+            f"{total / 1e9:.1f} GB; {SMALLER_STEPS}"
+        )
     model.update(before)
 
 
@@ -443,10 +463,11 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
     """Train to the last iteration, or to the one at which a signal asks for a stop.
 
     Raises:
-        UserError: a loss, a gradient or a parameter is not finite; nothing of it is saved.
+        UserError: a loss, a gradient or a parameter is not finite; nothing of it is saved. Or the
+            device failed; the last whole iteration is saved.
         Interrupted: a signal asked for a stop; the last whole iteration is saved.
     """
-    training, progress, first = examples["train"], plan.progress, plan.progress.iteration
+    training, first = examples["train"], plan.progress.iteration
     start_or_resume(plan)
     padding = dataset.padding_share(
         training.lengths, plan.batch_size, plan.seed, training.max_length
@@ -461,21 +482,18 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
     model.train()  # before the step is traced: some layers have kernels without a gradient else
     with StopSignals() as stop:
         try:
-            check_memory(model, training, plan.batch_size)
-            training_loop(model, optimizer, examples, plan, stop.check)
-        except UserError:
-            plan.files.fail(progress)
-            raise
+            with memory.device_errors(SMALLER_STEPS):
+                check_memory(model, training, plan.batch_size)
+                training_loop(model, optimizer, examples, plan, stop.check)
         except Interrupted as interrupted:
-            if progress.iteration == first:
-                raise
-            plan.files.stop_early(progress.iteration)
-            save(model, optimizer, plan, finished=False)
-            raise Interrupted(
-                interrupted.args[0],
-                f"iteration {progress.iteration} is saved; the same command with "
-                f"--resume-adapter-file {plan.files.adapter} goes on",
-            ) from None
+            saved = save_unfinished(model, optimizer, plan, first)
+            raise Interrupted(interrupted.args[0], saved) from None
+        except memory.DeviceError as error:
+            saved = save_unfinished(model, optimizer, plan, first)
+            raise UserError(f"{error}; {saved}") from error
+        except UserError:
+            plan.files.fail(plan.progress)
+            raise
 
 
 def start_or_resume(plan: Plan) -> None:
@@ -505,7 +523,7 @@ def training_loop(
     one left undone. `check_stop` raises Interrupted where a stop is asked for.
     """
     progress = plan.progress
-    step, state = make_step(model, optimizer)
+    step = make_whole_step(model, optimizer)
     batches = dataset.training_batches(
         examples["train"], plan.batch_size, plan.seed, progress.iteration
     )
@@ -532,7 +550,6 @@ def training_loop(
         # one step; what is not finite must never reach a save, so it ends the run
         start = time.perf_counter()
         total, num_targets, parameter_sum = step(*map(mx.array, next(batches)))
-        mx.eval(state, total, num_targets, parameter_sum)
         progress.add_step(total.item(), num_targets.item(), time.perf_counter() - start)
         check_finite(total.item(), "the loss", plan)
         check_finite(parameter_sum.item(), "a gradient or a parameter", plan)
@@ -602,6 +619,26 @@ def save(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, finished: boo
     checkpoint.print_line(line)
 
 
+def save_unfinished(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, first: int) -> str:
+    """Save the last whole iteration of a run that ends early; returns the words that say so.
+
+    Args:
+        first: the iteration that it started from.
+    """
+    progress = plan.progress
+    if progress.iteration == first:
+        return "nothing new was saved"
+    try:
+        plan.files.stop_early(progress.iteration)
+        save(model, optimizer, plan, finished=progress.finished)
+    except Exception as error:  # a full disk, or a device that lets nothing be read any more
+        return f"iteration {progress.iteration} could not be saved: {first_line(error)}"
+    return (
+        f"iteration {progress.iteration} is saved; the same command with "
+        f"--resume-adapter-file {plan.files.adapter} goes on"
+    )
+
+
 # --- Generation ---------------------------------------------------------------------------------
 
 
@@ -669,10 +706,11 @@ def stream(
     """
     sample, num_tokens = make_sampler(temp=temperature), models.find_limits(model).tokens
     try:
-        yield from stream_generate(
-            model, tokenizer, prompt.tokens, max_tokens=prompt.max_tokens,
-            sampler=lambda log_probabilities: sample(log_probabilities[..., :num_tokens]),
-        )  # fmt: skip
+        with memory.device_errors("shorten the prompt or lower --max-tokens"):
+            yield from stream_generate(
+                model, tokenizer, prompt.tokens, max_tokens=prompt.max_tokens,
+                sampler=lambda log_probabilities: sample(log_probabilities[..., :num_tokens]),
+            )  # fmt: skip
     except (TypeError, IndexError) as error:  # mlx-lm's, by the kind of its detokenizer
         raise UserError("the model generated a token that its tokenizer does not have") from error
 
@@ -715,9 +753,10 @@ def run(args: argparse.Namespace) -> None:
         UserError, OSError: something that the user can put right.
     """
     plan = check(args)
-    linux_cpu.warn_of_slow_blas(mx.default_device() == mx.cpu)
-    # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
-    mx.set_cache_limit(memory_size() // 8)
+    if mx.default_device() == mx.cpu:
+        linux_cpu.warn_of_slow_blas()
+        linux_cpu.do_without_compiling()
+    memory.set_limits(memory.available())
     folder = models.find_model(args.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(folder)

@@ -1,0 +1,124 @@
+"""How much memory a run may take, and what it means that the device fails in the middle of one."""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lora_finetune.command_line import UserError, first_line
+
+import mlx.core as mx
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+# --- How much there is --------------------------------------------------------------------------
+
+
+def available() -> int:
+    """Bytes that a run may take on MLX's default device, what it holds already included."""
+    held = mx.get_active_memory() + mx.get_cache_memory()
+    return limit_of(mx.device_info(), machine_memory(), held)
+
+
+def limit_of(device: Mapping[str, str | int], machine: int, held: int) -> int:
+    """Bytes that a run may take on a device.
+
+    With Metal that is the recommended working set: beyond it a Mac swaps, and dies instead of
+    raising an error. With CUDA it is what is free, not what is installed.
+
+    Args:
+        device: what `mx.device_info` says of it.
+        machine: bytes that the process may take of the machine's memory, which a CPU shares.
+        held: bytes that MLX holds already; CUDA does not count them as free.
+    """
+    if recommended := device.get("max_recommended_working_set_size"):
+        return recommended
+    return device["free_memory"] + held if "free_memory" in device else machine
+
+
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may take of the machine's memory: all, or what its container may."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([installed, *group_limits(root)])
+
+
+def group_limits(root: Path) -> Iterator[int]:
+    """The memory limits, in bytes, of the control groups that this process is in, of Linux.
+
+    Those above a group limit it too. In a container, what is mounted may begin at its own group,
+    so that the path in /proc/self/cgroup leads nowhere, and the limit is at the top.
+    """
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            folder, names = root / "sys/fs/cgroup", ("memory.max", "memory.high")
+        elif "memory" in controllers.split(","):  # version 1
+            folder, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes",)
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for file in (folder / g / name for g in (group, *group.parents) for name in names):
+            try:
+                yield int(file.read_text())
+            except (OSError, ValueError):  # no such group here, or no limit: "max"
+                continue
+
+
+def set_limits(limit: int) -> None:
+    """Have MLX keep to a number of bytes, as far as it can be told to."""
+    mx.set_memory_limit(limit)
+    # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
+    mx.set_cache_limit(limit // 8)
+    maybe_set_recommended_wired_limit()  # where there is Metal, weights then stay in memory
+
+
+# --- Where the device fails ---------------------------------------------------------------------
+
+
+class DeviceError(UserError):
+    """MLX or its device failed in the middle of a computation; the message says why."""
+
+
+FAILURES = (RuntimeError, MemoryError)  # what MLX raises then, with the words of Metal or CUDA
+
+NO_MEMORY = re.compile(
+    r"insufficient memory|out ?of ?memory|(unable|attempting) to allocate|resource limit", re.I
+)
+# macOS ends a computation that keeps the display waiting; so does the driver of NVIDIA's.
+TOO_LONG = re.compile(r"impacting ?interactivity|time(d )?out|gpu hang", re.I)
+
+
+@contextmanager
+def device_errors(way_out: str) -> Iterator[None]:
+    """Turn an error of MLX or its device in the middle of a computation into a DeviceError.
+
+    Args:
+        way_out: what the user can do for a smaller computation.
+    """
+    try:
+        yield
+    except FAILURES as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what the computation has taken
+        with suppress(*FAILURES):
+            mx.clear_cache()
+        raise DeviceError(explain(error, way_out)) from error
+
+
+def explain(error: Exception, way_out: str) -> str:
+    """Why a computation failed, and the ways out."""
+    why = f"({first_line(error):.200})"
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        return f"out of memory {why}; {way_out}, or close other programs"
+    if TOO_LONG.search(str(error)):
+        return (
+            f"the system stopped a computation that kept the display waiting {why}; {way_out}, or "
+            "leave the display off meanwhile (on a Mac, under caffeinate -s)"
+        )
+    return f"the computation failed {why}; try again, and if it fails again, {way_out}"

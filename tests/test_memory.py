@@ -1,0 +1,263 @@
+"""How much memory a run may take on a machine, and what is reported where it was not enough."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+
+import tiny
+from conftest import TEXTS, Run, make_texts, one_error
+from lora_finetune import memory
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import llama
+
+GB = 10**9
+INSTALLED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+# --- How much there is --------------------------------------------------------------------------
+
+M1 = {
+    "device_name": "Apple M1",
+    "architecture": "applegpu_g13g",
+    "max_buffer_length": 4_294_967_296,
+    "max_recommended_working_set_size": 5_726_633_984,
+    "memory_size": 8_589_934_592,
+    "resource_limit": 499_000,
+}
+M2_ULTRA = M1 | {
+    "device_name": "Apple M2 Ultra",
+    "max_recommended_working_set_size": 154_618_822_656,
+    "memory_size": 206_158_430_208,
+}
+H100 = {
+    "device_name": "NVIDIA H100 80GB HBM3",
+    "compute_capability_major": 9,
+    "free_memory": 30 * GB,  # others have taken the rest
+    "total_memory": 85 * GB,
+}
+CPU = {"device_name": "AMD EPYC", "architecture": "x86_64"}
+
+
+@pytest.mark.parametrize(
+    ("device", "machine", "held", "limit"),
+    [
+        (M1, 8_589_934_592, 0, 5_726_633_984),
+        (M1, 8_589_934_592, 4 * GB, 5_726_633_984),
+        (M2_ULTRA, 206_158_430_208, 0, 154_618_822_656),
+        (H100, 1000 * GB, 0, 30 * GB),
+        (H100, 1000 * GB, 5 * GB, 35 * GB),
+        (H100 | {"free_memory": 0}, 1000 * GB, 5 * GB, 5 * GB),
+        (CPU, 24 * GB, 1 * GB, 24 * GB),
+    ],
+)
+def test_a_run_may_take_what_the_device_recommends_or_has_free(
+    device: dict, machine: int, held: int, limit: int
+) -> None:
+    assert memory.limit_of(device, machine, held) == limit
+
+
+NO_LIMIT = "9223372036854771712"  # as version 1 of control groups writes it
+V1 = "5:cpu,cpuacct:/docker/ab\n4:memory:/docker/ab\n1:name=systemd:/docker/ab\n0::/\n"
+CONTAINERS = {
+    "no control groups": (None, {}, INSTALLED),
+    "version 2, no limit": ("0::/\n", {"memory.max": "max"}, INSTALLED),
+    "version 2": ("0::/\n", {"memory.max": "512000000"}, 512_000_000),
+    "version 2, throttled": (
+        "0::/\n",
+        {"memory.max": "max", "memory.high": "256000000"},
+        256_000_000,
+    ),
+    "version 2, nested": (
+        "0::/user.slice/job/step\n",
+        {
+            "user.slice/memory.max": "max",
+            "user.slice/job/memory.max": "300000000",
+            "user.slice/job/step/memory.max": "400000000",
+        },
+        300_000_000,
+    ),
+    "version 2, the host's path": ("0::/docker/ab\n", {"memory.max": "512000000"}, 512_000_000),
+    "version 1": (V1, {"memory/docker/ab/memory.limit_in_bytes": "512000000"}, 512_000_000),
+    "version 1, the host's path": (V1, {"memory/memory.limit_in_bytes": "128000000"}, 128_000_000),
+    "version 1, no limit": (V1, {"memory/docker/ab/memory.limit_in_bytes": NO_LIMIT}, INSTALLED),
+    "both versions": (
+        "4:memory:/job\n0::/job\n",
+        {"memory/job/memory.limit_in_bytes": "200000000", "unified/job/cgroup.procs": ""},
+        200_000_000,
+    ),
+    "no memory controller": ("3:cpuset:/a\n0::/a\n", {"a/cgroup.procs": "1"}, INSTALLED),
+    "more than is installed": ("0::/\n", {"memory.max": str(10**18)}, INSTALLED),
+}
+
+
+@pytest.mark.parametrize(("groups", "files", "limit"), CONTAINERS.values(), ids=CONTAINERS.keys())
+def test_the_memory_limit_of_a_container_counts(
+    tmp_path: Path, groups: str | None, files: dict[str, str], limit: int
+) -> None:
+    if groups is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, content in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{content}\n")
+    assert memory.machine_memory(tmp_path) == limit
+
+
+def test_a_step_beyond_what_metal_recommends_is_an_error_before_training(
+    call: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same bound holds for what MLX takes, keeps and wires."""
+    bound = 80_000_000  # one of these texts fits, two do not
+    monkeypatch.setattr(mx, "device_info", lambda: M1 | {"max_recommended_working_set_size": bound})
+    wired = []
+    monkeypatch.setattr(mx, "set_wired_limit", wired.append)
+    tiny.write_jsonl(tmp_path, "train", ["a" * 599] * 2)
+    tiny.write_jsonl(tmp_path, "valid", ["a"] * 2)
+    args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz", "--train"]
+    one_error(
+        call(*args, "--lora-layers", 4, "--batch-size", 2),
+        "error: a batch of 2 texts, the longest of 600 tokens, would take 0.1 GB of memory, and "
+        "there are 0.1 GB; lower --batch-size, --max-seq-length or --lora-layers",
+    )
+    assert not (tmp_path / "a.npz").exists()
+    assert mx.get_memory_limit() == bound
+    assert mx.set_cache_limit(0) == bound // 8
+    assert wired == [bound]
+    monkeypatch.undo()
+    memory.set_limits(memory.available())  # for the tests after this one
+
+
+# --- Where the device fails ---------------------------------------------------------------------
+
+METAL = (
+    "[METAL] Command buffer execution failed: {} (0000000{}:kIOGPUCommandBufferCallbackError{})."
+)
+SMALLER = "lower --batch-size"
+MEMORY = ["out of memory", SMALLER, "close other programs"]
+DISPLAY = ["kept the display waiting", SMALLER, "caffeinate -s"]
+OTHER = ["failed", "try again", SMALLER]
+
+
+@pytest.mark.parametrize(
+    ("words", "mentions"),
+    [
+        (METAL.format("Insufficient Memory", 8, "OutOfMemory"), MEMORY),
+        ("[metal::malloc] Attempting to allocate 9 bytes which is greater than …", MEMORY),
+        ("[metal::malloc] Resource limit (499000) exceeded.", MEMORY),
+        ("[malloc] Unable to allocate 123 bytes.", MEMORY),
+        ("cudaMallocAsync(&data, size, stream) failed: out of memory", MEMORY),
+        ("cudaGraphInstantiate(&handle_, graph) failed: out of memory", MEMORY),
+        (METAL.format("Impacting Interactivity", "e", "ImpactingInteractivity"), DISPLAY),
+        (METAL.format("Caused GPU Timeout Error", 2, "Timeout"), DISPLAY),
+        (METAL.format("Caused GPU Hang Error", 3, "Hang"), DISPLAY),
+        ("cudaStreamSynchronize(s) failed: the launch timed out and was terminated", DISPLAY),
+        (METAL.format("Discarded (victim of GPU error/recovery)", 5, "InnocentVictim"), OTHER),
+        ("cudaEventSynchronize(e) failed: an illegal memory access was encountered", OTHER),
+    ],
+)
+def test_what_metal_and_cuda_raise_becomes_a_cause_and_ways_out(
+    words: str, mentions: list[str]
+) -> None:
+    with pytest.raises(memory.DeviceError) as error, memory.device_errors(SMALLER):
+        raise RuntimeError(words + "\nmore lines")
+    assert all(mention in str(error.value) for mention in [*mentions, words])
+    assert "more lines" not in str(error.value)
+
+
+def test_memory_that_python_does_not_get_is_the_same_cause() -> None:
+    with pytest.raises(memory.DeviceError, match="out of memory"), memory.device_errors(SMALLER):
+        raise MemoryError
+
+
+class Failing(llama.Model):
+    """A Llama whose device fails, in the middle of the computation, on a batch that holds a Z.
+
+    As Metal and CUDA do: what is asked for looks done, and reading it raises RuntimeError.
+    """
+
+    fails = True
+
+    def __call__(self, inputs: mx.array, cache: list | None = None) -> mx.array:
+        z = (inputs == ord("Z")).any() if self.fails else mx.array(False)
+        one = mx.linalg.inv((1.0 - z)[None, None], stream=mx.cpu)  # of 0 there is none
+        return super().__call__(inputs, cache) * mx.stop_gradient(one[0, 0])
+
+
+REASON = "the computation failed ([Inverse::eval_cpu] LU factorization failed with error code 1)"
+SETTINGS = ["--train", "--lora-layers", 2, "--batch-size", 1, "--learning-rate", "1e-2"]
+SETTINGS += ["--iters", 30, "--val-batches", 2, "--steps-per-eval", 4, "--steps-per-report", 3]
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The arguments for a model of that kind and some data; from the folder `tmp_path`."""
+    module = types.ModuleType("mlx_lm.models.failing")
+    module.Model, module.ModelArgs = Failing, llama.ModelArgs
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert importlib.import_module(module.__name__) is module
+    monkeypatch.chdir(tmp_path)
+    folder = tiny.make_model(tmp_path / "model", model_type="failing")
+    for split, texts in TEXTS.items():
+        tiny.write_jsonl(tmp_path / "data", split, texts)
+    return ["--model", folder, "--data", "data", "--adapter-file", "a.npz"]
+
+
+def test_a_device_that_fails_within_a_step_costs_that_step_alone(
+    call: Run, failing: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The iteration before it is saved, and the run resumed ends as if nothing had happened."""
+    tiny.write_jsonl(tmp_path / "data", "train", [*make_texts(29, 0), "Z"])
+    error = one_error(call(*failing, *SETTINGS), REASON, "--lora-layers", "is saved")
+    iteration = int(error.partition("; iteration ")[2].split()[0])
+    assert 3 < iteration < 29, "this run shows nothing"
+    assert error.endswith(
+        f"; iteration {iteration} is saved; the same command with "
+        "--resume-adapter-file a.npz goes on"
+    )
+    monkeypatch.setattr(Failing, "fails", False)
+    resumed = call(*failing, *SETTINGS, "--resume-adapter-file", "a.npz")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert f"Iter {iteration - iteration % 3 + 3}: Train" in resumed.stdout
+    assert "Iter 1:" not in resumed.stdout
+    assert call(*failing, *SETTINGS, "--adapter-file", "b.npz").returncode == 0
+    for name in ("a.npz", "a.best.npz"):
+        assert Path(name).read_bytes() == Path(name.replace("a.", "b.", 1)).read_bytes()
+
+
+def test_a_failed_device_and_a_save_that_fails_too_are_both_reported(
+    call: Run, failing: list[object], tmp_path: Path
+) -> None:
+    tiny.write_jsonl(tmp_path / "data", "train", [*make_texts(29, 0), "Z"])
+    (tmp_path / "a.state.npz").mkdir()
+    why = "could not be saved: a.state.npz cannot be written: Is a directory"
+    one_error(call(*failing, *SETTINGS), REASON, why)
+
+
+def test_a_device_that_fails_within_a_validation_leaves_the_iteration_saved(
+    call: Run, failing: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_jsonl(tmp_path / "data", "valid", ["Z"])
+    error = one_error(call(*failing, *SETTINGS), REASON)
+    assert error.endswith("; nothing new was saved")
+    assert not list(tmp_path.glob("*.npz"))
+    monkeypatch.setattr(Failing, "fails", False)
+    assert call(*failing, *SETTINGS, "--iters", 2).returncode == 0
+    monkeypatch.setattr(Failing, "fails", True)
+    more = ["--iters", 9, "--resume-adapter-file", "a.npz"]
+    error = one_error(call(*failing, *SETTINGS, *more), REASON)
+    assert "; iteration 4 is saved; " in error
+
+
+def test_a_device_that_fails_within_a_test_or_a_generation_is_reported(
+    call: Run, failing: list[object], tmp_path: Path
+) -> None:
+    tiny.write_jsonl(tmp_path / "data", "test", ["Z"])
+    tiny.make_adapter(tmp_path / "a.npz")
+    one_error(call(*failing, "--test"), REASON, "lower --batch-size or --max-seq-length")
+    one_error(call(*failing, "--prompt", "Z"), REASON, "shorten the prompt or lower --max-tokens")
