@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like all errors of these programs.
 
     The set `typed` among the arguments names those with a value that were typed, not defaults.
-    On Windows all there is is one, since it lacks much of what the rest imports and does.
+    On Windows there is only the error that says so.
     """
 
     def __init__(self, **options):
