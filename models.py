@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_finetune.command_line import UserError, file_checksum
+from lora_finetune.command_line import UserError
+from lora_finetune.files import file_checksum
 
 import mlx.core as mx
 import mlx.nn as nn

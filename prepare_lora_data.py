@@ -34,11 +34,11 @@ from lora_finetune.command_line import (
     in_project,
     is_unicode,
     nonempty,
-    replace_files,
     run_and_report_errors,
     warn,
     whole_number,
 )
+from lora_finetune.files import replace_files
 
 QUESTION, ANSWER = "question", "answer"  # the usual columns
 BATCH_ROWS = 1000

@@ -30,12 +30,11 @@ from lora_finetune.command_line import (
     is_unicode,
     nonempty,
     nonnegative_number,
-    real_file,
     run_and_report_errors,
-    same_file,
     warn,
     whole_number,
 )
+from lora_finetune.files import real_file, same_file
 
 # --- The command line ---------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ import warnings
 from pathlib import Path
 
 import models
-from lora_finetune.command_line import UserError, replace_files, warn
+from lora_finetune.command_line import UserError, warn
+from lora_finetune.files import replace_files
 from models import attention_places, is_linear, linear_shape, natural_order, router_places
 
 import mlx.core as mx

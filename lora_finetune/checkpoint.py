@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_finetune import adapters
-from lora_finetune.command_line import UserError, file_checksum, num_bytes, replace_files, warn
+from lora_finetune.command_line import UserError, warn
+from lora_finetune.files import file_checksum, num_bytes, replace_files
 
 import mlx.nn as nn
 import numpy as np

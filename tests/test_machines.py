@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tiny
 from conftest import ROOT, Run, one_error
-from lora_finetune import command_line
+from lora_finetune import files
 from lora_finetune.check_platform import obstacle
 
 import datasets
@@ -166,7 +166,7 @@ def test_on_a_mac_what_is_saved_is_on_the_disk_itself(
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", control)
     monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
-    with command_line.replace_files(tmp_path / "a", tmp_path / "b") as streams:
+    with files.replace_files(tmp_path / "a", tmp_path / "b") as streams:
         for stream in streams:
             stream.write(b"whole")
     assert calls == (["F_FULLFSYNC"] * 2 if able else ["F_FULLFSYNC", "fsync"] * 2)
