@@ -73,7 +73,7 @@ def group_limits(root: Path) -> Iterator[int]:
 
 def set_limits(limit: int) -> None:
     """Have MLX keep to a number of bytes, as far as it can be told to."""
-    mx.set_memory_limit(limit)
+    mx.set_memory_limit(min(limit, mx.get_memory_limit()))
     # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
     mx.set_cache_limit(limit // 8)
     maybe_set_recommended_wired_limit()  # where there is Metal, weights then stay in memory

@@ -113,6 +113,7 @@ def test_a_step_beyond_what_metal_recommends_is_an_error_before_training(
     call: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the same bound holds for what MLX takes, keeps and wires."""
+    before = mx.get_memory_limit()
     bound = 80_000_000  # one of these texts fits, two do not
     monkeypatch.setattr(mx, "device_info", lambda: M1 | {"max_recommended_working_set_size": bound})
     wired = []
@@ -129,8 +130,7 @@ def test_a_step_beyond_what_metal_recommends_is_an_error_before_training(
     assert mx.get_memory_limit() == bound
     assert mx.set_cache_limit(0) == bound // 8
     assert wired == [bound]
-    monkeypatch.undo()
-    memory.set_limits(memory.available())  # for the tests after this one
+    mx.set_memory_limit(before)  # for the tests after this one
 
 
 # --- Where the device fails ---------------------------------------------------------------------
