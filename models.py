@@ -1,4 +1,4 @@
-"""The models of train_lora.py: load one, put LoRA into it, read and write adapter files."""
+"""The models of train_lora.py: load one, put LoRA into it, and where in each architecture."""
 
 from __future__ import annotations
 
@@ -584,6 +584,7 @@ def count_trainable(model: nn.Module) -> int:
 
 # What of a model's folder decides how texts become tokens.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.jinja", "chat_template*")
+TOKENIZER_FILES += ("special_tokens*", "added_tokens*", "generation_config.json")
 
 
 def fingerprints(model: nn.Module, folder: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from lora_finetune.command_line import (
     warn,
     whole_number,
 )
-from lora_finetune.files import real_file, same_file
+from lora_finetune.files import real_file
 
 # --- The command line ---------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ if __name__ == "__main__":  # --help and a wrong flag answer at once: the import
     args = parse_arguments()
 
 import models
-from lora_finetune import adapters, checkpoint, dataset, demo_model, linux_cpu, memory
+from lora_finetune import adapters, checkpoint, dataset, demo_model, linux_cpu, memory, run_files
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -143,6 +144,8 @@ class Plan:
         iters: the iteration to train to.
         settings: what the result of training depends on, by the name to report it under.
         files: where the adapter is saved, and all that is beside it.
+        start_iter: the iteration to start from that was given, None where none was.
+        The rest are flags, under their own names.
     """
 
     data: dict[str, dataset.File]
@@ -152,7 +155,8 @@ class Plan:
     progress: checkpoint.Progress
     iters: int
     settings: dict[str, Any]
-    files: checkpoint.RunFiles
+    files: run_files.RunFiles
+    start_iter: int | None
     batch_size: int
     learning_rate: float
     seed: int
@@ -170,10 +174,10 @@ def check(args: argparse.Namespace) -> Plan:
     """
     splits = ["train", "valid"] * args.train + ["test"] * args.test
     data = {s: dataset.read(Path(args.data, f"{s}.jsonl"), args.mask_prompt) for s in splits}
-    files = checkpoint.RunFiles(real_file(Path(args.adapter_file)))
+    adapter_file = real_file(Path(args.adapter_file))
     source, state, adapter, iters = None, None, {}, 0
     if args.resume_adapter_file or not args.train:
-        source = real_file(Path(args.resume_adapter_file or args.adapter_file))
+        source = real_file(Path(args.resume_adapter_file)) if args.train else adapter_file
         if not args.train and not source.exists():
             raise UserError(f"there is no adapter file {source}; --train makes one")
         source = adapters.find_adapter(source)
@@ -183,15 +187,19 @@ def check(args: argparse.Namespace) -> Plan:
     if args.start_iter not in (None, progress.iteration):
         progress = checkpoint.Progress(args.start_iter)
     if args.train:
-        check_writable(files.adapter)
-        if files.log.exists():
-            files.lock()
+        check_writable(adapter_file)
         iters = args.iters or args.epochs * math.ceil(len(data["train"]) / args.batch_size)
         if progress.iteration > iters or (progress.iteration == iters and not state):
             raise UserError(
                 f"of {iters} iterations {progress.iteration} are done already, as --start-iter or "
-                "the file to resume from says; raise --epochs or --iters"
+                "the file to resume from says; raise --epochs or --iters, or with --start-iter 0 "
+                "begin anew from its adapter"
             )
+    files = run_files.RunFiles(adapter_file if args.train else source)
+    if args.train:
+        files.check_name()
+        if files.log.exists():
+            files.lock()
     return Plan(
         data=data,
         source=source,
@@ -209,7 +217,7 @@ def check(args: argparse.Namespace) -> Plan:
             "--mask-prompt": args.mask_prompt,
             **{file.path.name: file.checksum for split, file in data.items() if split != "test"},
         },
-        files=files,
+        files=files, start_iter=args.start_iter,
         batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed,
         val_batches=args.val_batches, steps_per_report=args.steps_per_report,
         steps_per_eval=args.steps_per_eval, save_every=args.save_every,
@@ -220,7 +228,16 @@ def check_writable(file: Path) -> None:
     """Raise UserError where the adapter could not be saved at the end of the run."""
     if file.is_dir():
         raise UserError(f"the adapter file {file} is a folder; name a file in it")
+    if adapters.mlx_lm_scale(file) != models.SCALE:
+        raise UserError(
+            f"beside the adapter file {file} an adapter_config.json says another scale than "
+            f"{models.SCALE}, for which adapters are saved here; give another --adapter-file"
+        )
+    previous = checkpoint.other_adapter(file, "previous.99")
+    longest = max((f.name for f in checkpoint.files_of_run(previous)), key=len)
     try:
+        with suppress(FileNotFoundError):
+            file.with_name(longest + ".part").lstat()  # raises where a name is too long
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
@@ -497,16 +514,12 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
 
 def start_or_resume(plan: Plan) -> None:
     """Take the files for this run; warn of what has changed since the run to resume was saved."""
-    files, progress = plan.files, plan.progress
-    files.lock()
+    plan.files.lock()
     changed = plan.source and checkpoint.warn_of_changes(plan.source, plan.state, plan.settings)
     if changed:
-        progress.reset_losses()
-    if plan.source and same_file(plan.source, files.adapter):
-        as_it_was = bool(plan.state) and progress is plan.state.progress and not changed
-        files.resume(plan.state, progress, as_it_was)
-    else:
-        files.begin()
+        plan.progress.reset_losses()
+    unchanged = plan.state is not None and plan.progress is plan.state.progress and not changed
+    plan.files.begin(plan.source, plan.state, plan.progress, unchanged)
 
 
 def training_loop(
@@ -565,7 +578,7 @@ def check_finite(number: float, what: str, plan: Plan) -> None:
         )
 
 
-def report(progress: checkpoint.Progress, files: checkpoint.RunFiles) -> None:
+def report(progress: checkpoint.Progress, files: run_files.RunFiles) -> None:
     """Report the training loss and speed since the last report, and begin new sums."""
     numbers = {
         "train_loss": progress.total / max(progress.tokens, 1),
@@ -609,13 +622,12 @@ def save(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, finished: boo
     progress = plan.progress
     progress.finished = finished
     plan.files.save(model, optimizer.state, progress, plan.settings)
+    best = checkpoint.best_file(plan.files.adapter)
     line = f"Iter {progress.iteration}: Saved adapter weights to {plan.files.adapter}."
-    if finished and progress.iteration == plan.iters:
+    if finished and progress.iteration == plan.iters and best.is_file():
         line += f" The best is of iteration {progress.best_iteration} "
-        line += (
-            f"(validation {progress.best_loss:.3f}), in {checkpoint.best_file(plan.files.adapter)}."
-        )
-    checkpoint.print_line(line)
+        line += f"(validation {progress.best_loss:.3f}), in {best}."
+    run_files.print_line(line)
 
 
 def save_unfinished(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, first: int) -> str:
@@ -632,9 +644,10 @@ def save_unfinished(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, fi
         save(model, optimizer, plan, finished=progress.finished)
     except Exception as error:  # a full disk, or a device that lets nothing be read any more
         return f"iteration {progress.iteration} could not be saved: {first_line(error)}"
+    without = "" if plan.start_iter is None else " and without --start-iter"
     return (
         f"iteration {progress.iteration} is saved; the same command with "
-        f"--resume-adapter-file {plan.files.adapter} goes on"
+        f"--resume-adapter-file {plan.files.adapter}{without} goes on"
     )
 
 

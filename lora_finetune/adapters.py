@@ -79,7 +79,7 @@ def read_adapter(file: Path) -> Adapter:
 def mlx_lm_scale(file: Path) -> float:
     """The scale of an adapter: that which mlx_lm.lora wrote beside its file, or 20."""
     config = file.with_name("adapter_config.json")
-    if file.name != "adapters.safetensors" or not config.is_file():
+    if not file.name.endswith("adapters.safetensors") or not config.is_file():
         return models.SCALE
     try:
         return float(json.loads(config.read_bytes())["lora_parameters"]["scale"])

@@ -1,27 +1,60 @@
-"""What a run leaves behind and resumes from: its progress, its log, its state."""
+"""What a run resumes from: its progress and its state, beside the adapter."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_finetune import adapters
 from lora_finetune.command_line import UserError, warn
-from lora_finetune.files import file_checksum, num_bytes, replace_files
+from lora_finetune.files import file_checksum, replace_files
 
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from tqdm import tqdm
+
+# --- Names --------------------------------------------------------------------------------------
+
+
+def beside(adapter_file: Path, ending: str) -> Path:
+    """A file beside an adapter: it bears the adapter's whole name, but for the ending .npz."""
+    return adapter_file.with_name(f"{adapter_file.name.removesuffix('.npz')}.{ending}")
+
+
+def state_file(adapter_file: Path) -> Path:
+    return beside(adapter_file, "state.npz")
+
+
+def log_file(adapter_file: Path) -> Path:
+    return beside(adapter_file, "log.jsonl")
+
+
+def other_adapter(adapter_file: Path, kind: str) -> Path:
+    """The "best" adapter of a run, that of the "previous" run, or of one "stopped" early."""
+    is_safetensors = adapter_file.suffix == ".safetensors"
+    return beside(adapter_file, kind + (".safetensors" if is_safetensors else ".npz"))
+
+
+def best_file(adapter_file: Path) -> Path:
+    return other_adapter(adapter_file, "best")
+
+
+def files_of_run(adapter_file: Path) -> list[Path]:
+    """All that a run leaves: adapter, state, best adapter and log."""
+    return [adapter_file, state_file(adapter_file), best_file(adapter_file), log_file(adapter_file)]
+
+
+def old_files_of_run(adapter_file: Path) -> list[Path]:
+    """The same as they were named before: without the ending of the adapter's name."""
+    endings = [".state.npz", f".best{adapter_file.suffix}", ".log.jsonl"]
+    return [adapter_file, *map(adapter_file.with_suffix, endings)]
+
+
+# --- Progress -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -79,203 +112,6 @@ def read_progress(saved: object) -> Progress:
     return progress
 
 
-# --- The files ----------------------------------------------------------------------------------
-
-
-def beside(adapter_file: Path, ending: str) -> Path:
-    """A file beside an adapter: it bears the adapter's whole name, but for the ending .npz."""
-    return adapter_file.with_name(f"{adapter_file.name.removesuffix('.npz')}.{ending}")
-
-
-def state_file(adapter_file: Path) -> Path:
-    return beside(adapter_file, "state.npz")
-
-
-def log_file(adapter_file: Path) -> Path:
-    return beside(adapter_file, "log.jsonl")
-
-
-def other_adapter(adapter_file: Path, kind: str) -> Path:
-    """The "best" adapter of a run, that of the "previous" run, or of one "stopped" early."""
-    is_safetensors = adapter_file.suffix == ".safetensors"
-    return beside(adapter_file, kind + (".safetensors" if is_safetensors else ".npz"))
-
-
-def best_file(adapter_file: Path) -> Path:
-    return other_adapter(adapter_file, "best")
-
-
-def files_of_run(adapter_file: Path) -> list[Path]:
-    """All that a run leaves."""
-    return [adapter_file, state_file(adapter_file), best_file(adapter_file), log_file(adapter_file)]
-
-
-class RunFiles:
-    """Where a run saves and reports; a lock keeps other runs from training the same adapter.
-
-    What an earlier run left there stays as it is until this run first saves. It is then copied to
-    NAME.previous…, all of it, before the first of its files is replaced. Until then the best
-    adapter and the log are kept in memory.
-    """
-
-    def __init__(self, adapter_file: Path):
-        self.adapter = adapter_file
-        self.log = log_file(adapter_file)
-        self.lock_stream = None
-        self.keeps_earlier = False  # until the first save
-        self.iterations_here = 0.0  # of the adapter of an earlier run
-        self.unsaved_log: str | None = None  # None: reports go to the log file
-        self.unsaved_best: dict[str, np.ndarray] = {}
-
-    def lock(self) -> None:
-        """Take the lock, which ends with the process.
-
-        Raises:
-            UserError: another run holds it, or the files of another adapter have the same names.
-        """
-        for name in {f"{self.adapter.name}.npz", self.adapter.name.removesuffix(".npz")}:
-            other = self.adapter.with_name(name)
-            if other != self.adapter and other.is_file():
-                raise UserError(
-                    f"{self.adapter} and {other} would share {state_file(other)}; give another "
-                    "--adapter-file"
-                )
-        self.lock_stream = self.lock_stream or self.log.open("ab")
-        try:
-            fcntl.flock(self.lock_stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is training this adapter (it writes {self.log}); wait for its end, "
-                "or give another --adapter-file"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-
-    def begin(self) -> None:
-        """Begin a new run here."""
-        here = [file for file in files_of_run(self.adapter) if num_bytes(file)]
-        self.keeps_earlier, self.unsaved_log = bool(here), "" if here else None
-        if self.adapter in here:
-            try:
-                state = read(self.adapter)
-            except UserError:
-                state = None
-            self.iterations_here = state.progress.iteration if state else math.inf
-
-    def resume(self, state: State | None, progress: Progress, as_it_was: bool) -> None:
-        """Go on with the run that is here; `as_it_was`: with all that its state tells of it."""
-        if not progress.iteration:
-            return self.begin()
-        self.keeps_earlier = not as_it_was
-        for old, new in zip(old_names(self.adapter), files_of_run(self.adapter), strict=True):
-            if num_bytes(old) and not num_bytes(new):
-                shutil.copyfile(old, new)
-        if state and state.unsaved_log is not None:  # a kill cut its first save short
-            self.write_best(state.unsaved_best)
-            self.log.write_text(state.unsaved_log, encoding="utf-8")
-        if progress.log_size and num_bytes(self.log) > progress.log_size:
-            os.truncate(self.log, progress.log_size)  # the rest belongs to no saved iteration
-
-    def report(self, line: str, **numbers: float) -> None:
-        """Print a line, and append its numbers, in full, to the log, a JSON Lines file."""
-        print_line(line)
-        finite = {name: n if math.isfinite(n) else None for name, n in numbers.items()}
-        entry = json.dumps(finite) + "\n"
-        if self.unsaved_log is not None:
-            self.unsaved_log += entry
-            return
-        try:
-            with self.log.open("a", encoding="utf-8") as stream:
-                stream.write(entry)
-        except OSError as error:
-            warn(f"the log {self.log} cannot be written: {error.strerror}")
-
-    def keep_best(self, model: nn.Module) -> None:
-        """Keep the adapter as it is now as the best."""
-        arrays = adapters.trainable_arrays(model)
-        if self.keeps_earlier:
-            self.unsaved_best = arrays
-        else:
-            self.write_best(arrays)
-
-    def write_best(self, arrays: dict[str, np.ndarray]) -> None:
-        if arrays:
-            adapters.write_arrays(best_file(self.adapter), arrays)
-
-    def save(
-        self, model: nn.Module, optimizer_state: dict, progress: Progress, settings: dict[str, Any]
-    ) -> None:
-        """Write the state of the run, and then the adapter file.
-
-        The state holds the adapter too, and at the first save the best adapter and the log. It
-        knows by their checksums the adapter file that it belongs to and the one that this replaces,
-        so a process that dies in between leaves no doubt, and nothing is missing.
-        """
-        if self.keeps_earlier:
-            self.copy_earlier()
-        unsaved = self.unsaved_log is not None
-        progress.log_size = len(self.unsaved_log) if unsaved else num_bytes(self.log)
-        arrays = adapters.trainable_arrays(model)
-        content = adapters.adapter_content(arrays, self.adapter.suffix)
-        digest = hashlib.sha256(content).hexdigest()
-        notes = {
-            "progress": asdict(progress),
-            "settings": settings,
-            "checksums": {"adapter": digest, "replaced": file_checksum(self.adapter)},
-            "log": self.unsaved_log,
-        }
-        arrays |= {f"best.{name}": array for name, array in self.unsaved_best.items()}
-        arrays |= {f"optimizer.{name}": np.array(a) for name, a in tree_flatten(optimizer_state)}
-        arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
-        with replace_files(state_file(self.adapter)) as [stream]:
-            np.savez(stream, **arrays)
-        self.write_best(self.unsaved_best)
-        if unsaved:  # in place, since the lock is on this file
-            self.log.write_text(self.unsaved_log, encoding="utf-8")
-        with replace_files(self.adapter) as [stream]:
-            stream.write(content)
-        self.keeps_earlier, self.unsaved_log, self.unsaved_best = False, None, {}
-
-    def copy_earlier(self) -> None:
-        """Copy the files of the earlier run to NAME.previous…, in place of those that are there."""
-        previous = other_adapter(self.adapter, "previous")
-        copies = dict(zip(files_of_run(self.adapter), files_of_run(previous), strict=True))
-        earlier = [file for file in copies if num_bytes(file)]
-        with replace_files(*(copies[file] for file in earlier)) as streams:
-            for file, stream in zip(earlier, streams, strict=True):
-                stream.write(file.read_bytes())
-        for file in copies.keys() - set(earlier):
-            copies[file].unlink(missing_ok=True)
-        warn(f"{self.adapter} held an earlier run; its files are kept as {previous} and beside it")
-
-    def stop_early(self, iteration: int) -> None:
-        """Save elsewhere from now on where the adapter that is here has more iterations."""
-        if self.keeps_earlier and iteration < self.iterations_here:
-            self.adapter = other_adapter(self.adapter, "stopped")
-            self.log = log_file(self.adapter)
-            self.keeps_earlier = any(map(num_bytes, files_of_run(self.adapter)))
-
-    def fail(self, progress: Progress) -> None:
-        """Save the best adapter of a run that cannot be saved itself."""
-        if self.unsaved_best and progress.best_iteration > 0:
-            self.stop_early(progress.iteration)
-            if self.keeps_earlier:
-                self.copy_earlier()
-            self.write_best(self.unsaved_best)
-
-
-def old_names(adapter_file: Path) -> list[Path]:
-    """`files_of_run` as they were named before: without the ending of the adapter's name."""
-    endings = [".state.npz", f".best{adapter_file.suffix}", ".log.jsonl"]
-    return [adapter_file, *map(adapter_file.with_suffix, endings)]
-
-
-def print_line(line: str) -> None:
-    """Print a line at once, above the progress bar if there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()
-
-
 # --- The state ----------------------------------------------------------------------------------
 
 
@@ -283,31 +119,86 @@ class State(NamedTuple):
     """What a run needs beside its data and its model to go on as if it had never stopped.
 
     Attributes:
+        file: where it was read.
         adapter: A and B of each adapted path.
         optimizer: Adam's moments and step, by the names that MLX gives them.
         progress: how far the run has come.
         settings: what its result depends on.
-        unsaved_best, unsaved_log: what is not in files of their own yet; {} and None mostly.
+        is_ahead: whether its save was cut short: the adapter file is still the one before.
+        best, log: what else that save had not written yet; mostly {} and None.
     """
 
+    file: Path
     adapter: adapters.Adapter
     optimizer: dict[str, np.ndarray]
     progress: Progress
     settings: dict[str, Any]
-    unsaved_best: dict[str, np.ndarray]
-    unsaved_log: str | None
+    is_ahead: bool
+    best: dict[str, np.ndarray]
+    log: str | None
 
 
-def read(file: Path) -> State | None:
+def write_state(
+    adapter_file: Path,
+    adapter: dict[str, np.ndarray],
+    optimizer: dict,
+    progress: Progress,
+    settings: dict[str, Any],
+    best: dict[str, np.ndarray],
+    log: str | None,
+) -> None:
+    """Write the state of a run, before its adapter file and the other files of the save.
+
+    It holds all that they will. It tells by checksums whether the adapter file is the one that it
+    belongs to, or still the one that this replaces, so a process that dies in between leaves
+    nothing in doubt.
+
+    Args:
+        adapter: the arrays of the adapter, by their names.
+        optimizer: Adam's state as MLX has it.
+        best, log: what of these is not in files yet.
+    """
+    content = adapters.adapter_content(adapter, adapter_file.suffix)
+    notes = {
+        "progress": asdict(progress),
+        "settings": settings,
+        "checksums": {
+            "adapter": hashlib.sha256(content).hexdigest(),
+            "replaced": file_checksum(adapter_file),
+            "replaced_at": modified(adapter_file),
+        },
+        "log": log,
+    }
+    arrays = adapter | {f"best.{name}": array for name, array in best.items()}
+    arrays |= {f"optimizer.{name}": np.array(array) for name, array in tree_flatten(optimizer)}
+    arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
+    with replace_files(state_file(adapter_file)) as [stream]:
+        np.savez(stream, **arrays)
+
+
+def modified(file: Path) -> int | None:
+    """When a file was last written, in nanoseconds; None where there is none."""
+    return file.stat().st_mtime_ns if file.is_file() else None
+
+
+def read(adapter_file: Path) -> State | None:
     """The state that belongs to an adapter file, None where there is none.
 
     Raises:
         UserError: the state file is damaged.
     """
-    for state in dict.fromkeys([state_file(file), old_names(file)[1]]):
-        if state.is_file() and (found := read_state(state, file)):
-            return found
+    for file in dict.fromkeys([state_file(adapter_file), old_files_of_run(adapter_file)[1]]):
+        if file.is_file() and (state := read_state(file, adapter_file)):
+            return state
     return None
+
+
+def read_or_none(adapter_file: Path) -> State | None:
+    """The same, where a damaged state is none."""
+    try:
+        return read(adapter_file)
+    except UserError:
+        return None
 
 
 def read_state(file: Path, adapter_file: Path | None) -> State | None:
@@ -317,12 +208,15 @@ def read_state(file: Path, adapter_file: Path | None) -> State | None:
         notes = json.loads(arrays.pop("notes").tobytes())
         sums, log = notes["checksums"], notes.get("log")
         digest = file_checksum(adapter_file) if adapter_file else sums["adapter"]
-        if digest not in (sums["adapter"], sums["replaced"]):
+        is_whole = digest == sums["adapter"]
+        if not is_whole and digest != sums["replaced"]:
             return None
+        if not is_whole and sums.get("replaced_at", at := modified(adapter_file)) != at:
+            return None  # a copy of what the save replaced was put back
         optimizer, best = take_out(arrays, "optimizer."), take_out(arrays, "best.")
         check_optimizer(optimizer, arrays)
         adapter = adapters.pair_arrays(file, arrays)
-        if digest == sums["adapter"]:
+        if is_whole:
             best, log = {}, None
         elif best:
             adapters.pair_arrays(file, best)
@@ -333,7 +227,7 @@ def read_state(file: Path, adapter_file: Path | None) -> State | None:
         raise UserError(
             f"{file} is damaged; without it (delete it) training resumes with fresh moments"
         ) from None
-    return State(adapter, optimizer, progress, settings, best, log)
+    return State(file, adapter, optimizer, progress, settings, not is_whole, best, log)
 
 
 def take_out(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -363,7 +257,13 @@ def warn_of_changes(source: Path, state: State | None, settings: dict[str, Any])
     """
     if not state:
         warn(f"{source} has no state of its run beside it, so Adam starts with fresh moments")
+        warn_of_other_model(source, settings)
         return False
+    if state.is_ahead:
+        iteration = state.progress.iteration
+        warn(
+            f"the last save of {source} was cut short; its state, of iteration {iteration}, is used"
+        )
     changed = [
         f"{name} ({state.settings[name]!r:.50}, now {value})" if name[:2] == "--" else name
         for name, value in settings.items()
@@ -377,13 +277,18 @@ def warn_of_changes(source: Path, state: State | None, settings: dict[str, Any])
     return bool(changed)
 
 
-def warn_of_other_model(source: Path, fingerprints: dict[str, str]) -> None:
+def warn_of_other_model(source: Path, settings: dict[str, Any]) -> None:
     """Warn where a state beside an adapter tells that it was trained on another model."""
+    state = read_or_none(source)
     state_of_best = source.with_name(re.sub(r"\.best\.\w+$", ".state.npz", source.name))
-    try:
-        state = read(source) if state_of_best == source else read_state(state_of_best, None)
-    except UserError:
-        return  # a damaged state tells nothing
+    if not state and state_of_best != source and state_of_best.is_file():
+        try:
+            state = read_state(state_of_best, None)
+        except UserError:
+            return  # a damaged state tells nothing
     saved = state.settings if state else {}
-    if other := [name for name, found in fingerprints.items() if saved.get(name, found) != found]:
-        warn(f"{source} was trained on another model: not the same are {', '.join(other)}")
+    names = [name for name in settings if name.startswith("the model")]
+    if other := [name for name in names if saved.get(name, settings[name]) != settings[name]]:
+        differs = ", ".join(name.removeprefix("the model's ") for name in other)
+        differs = differs.replace("the model", "weights")
+        warn(f"{source} was trained on a different model (its {differs} differ)")

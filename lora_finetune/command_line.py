@@ -6,6 +6,7 @@ Nothing here takes long to import, so that `--help` and a wrong flag answer at o
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -127,10 +128,13 @@ def in_project(path: str) -> str:
 class StandardStream(io.FileIO):
     """Standard output or error; what nobody reads any more is dropped, and the program goes on."""
 
+    error: OSError | None = None  # the first that was met
+
     def write(self, data: bytes) -> int:
         try:
-            return super().write(data)
-        except OSError:  # a pipe that was closed, a terminal that has gone, a full disk
+            return super().write(data) or len(data)  # None: a pipe that is full and does not wait
+        except OSError as error:  # a pipe that was closed, a terminal that has gone, a full disk
+            self.error = self.error or error
             return len(data)
 
 
@@ -179,6 +183,11 @@ def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    sys.stdout.flush()
+    lost = getattr(sys.stdout.buffer.raw, "error", None)
+    if lost and lost.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        print(f"error: standard output could not be written: {lost.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -18,7 +18,12 @@ def real_file(file: Path) -> Path:
 
     A Mac's file system takes either letter case and either Unicode form of a name for the same.
     """
-    file = file.resolve() if file.is_symlink() else file
+    if file.is_symlink():
+        try:
+            file = file.resolve()
+        except (RuntimeError, OSError):
+            raise UserError(f"{file} is a link that leads back to itself") from None
+    file = file if file.name else file.absolute()
     others = list(file.parent.iterdir()) if file.parent.is_dir() else []
     if file not in others:
         for other in others:
@@ -58,7 +63,7 @@ def replace_files(*files: Path) -> Iterator[list[BinaryIO]]:
     Raises:
         UserError: they cannot be written: a full disk, a folder that has gone.
     """
-    files = [file.resolve() if file.is_symlink() else file for file in files]
+    files = tuple(file.resolve() if file.is_symlink() else file for file in files)
     parts = [file.with_name(file.name + ".part") for file in files]
     try:
         with ExitStack() as stack:

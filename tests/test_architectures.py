@@ -82,7 +82,7 @@ def trainable(model: nn.Module) -> dict[str, np.ndarray]:
 
 def make_step(model: nn.Module) -> tuple[Callable, list]:
     """The program's step and its state."""
-    return train_lora.make_step(model, train_lora.make_optimizer(model, 5e-3, {}))
+    return train_lora.make_step(model, train_lora.make_optimizer(model, 1e-3, {}))
 
 
 def train(model: nn.Module, steps: int = 2) -> list[float]:

@@ -18,7 +18,8 @@ import background
 import models
 import tiny
 from conftest import ROOT, Run, one_error
-from lora_finetune import adapters, checkpoint
+from lora_finetune import adapters, run_files
+from lora_finetune.checkpoint import Progress
 from test_survival import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
 
 import mlx.core as mx
@@ -63,7 +64,7 @@ def test_a_fresh_run_stopped_early_leaves_the_earlier_one_as_it_was_and_can_go_o
     args: list[object], finished: Path, copy: Path
 ) -> None:
     slowly = ["--steps-per-eval", 1, "--val-batches", -1, "--batch-size", 1, "--save-every", 1000]
-    process = background.start(copy, *args, *slowly)
+    process = background.start(copy, *args, *slowly, "--iters", 1000)
     wait_for(copy / "out", "Iter 3: Train", process)
     os.kill(process.pid, signal.SIGINT)
     process.join()
@@ -95,10 +96,10 @@ def test_a_fresh_run_that_fails_keeps_the_best_adapter_that_it_had(
 ) -> None:
     loaded, _ = models.load(str(model))
     adapters.adapt(loaded, {}, None, 2)
-    files = checkpoint.RunFiles(Path("a.npz"))
-    files.begin()
+    files = run_files.RunFiles(Path("a.npz"))
+    files.begin(None, None, Progress(), unchanged=False)
     files.keep_best(loaded)
-    files.fail(checkpoint.Progress(iteration=5, best_iteration=4))
+    files.fail(Progress(iteration=5, best_iteration=4))
     assert contents(copy, NAMES) == contents(finished, NAMES)
     kept = np.load("a.stopped.best.npz")
     assert kept.keys() == adapters.trainable_arrays(loaded).keys()
@@ -109,7 +110,7 @@ def test_the_first_save_of_a_fresh_run_moves_all_of_the_earlier_one_and_says_so(
 ) -> None:
     ended = call(*args, "--iters", 5, "--seed", 1)
     assert ended.stderr == (
-        "warning: a.npz held an earlier run; its files are kept as a.previous.npz and beside it\n"
+        "warning: what a.npz held before is kept as a.previous.npz and beside it\n"
     )
     assert contents(copy, PREVIOUS) == contents(finished, NAMES)
     call(*args, "--iters", 5, "--seed", 1, "--adapter-file", tmp_path / "a.npz")
@@ -302,8 +303,7 @@ def test_training_goes_on_when_nobody_reads_a_stream_any_more(
 ) -> None:
     """As with `| head -1`; what is written there is lost, and nothing else."""
     other = {"stdout": "stderr", "stderr": "stdout"}[stream]
-    command = [sys.executable, ROOT / "train_lora.py", *args, "--iters", ITERS, "--epochs", 1]
-    command[-4:] = ["--iters", str(ITERS)]
+    command = [sys.executable, ROOT / "train_lora.py", *args, "--iters", ITERS]
     with (tmp_path / "other").open("wb") as file:
         streams = {stream: subprocess.PIPE, other: file}
         process = subprocess.Popen([*map(str, command)], cwd=tmp_path, **streams)
@@ -404,5 +404,5 @@ def test_an_adapter_on_another_model_of_the_same_shape_is_warned_of_once(
     assert call("--model", args[1], *ask).stderr == ""
     ended = call("--model", other, *ask)
     assert ended.stderr == (
-        f"warning: {file} was trained on another model: not the same are the model\n"
+        f"warning: {file} was trained on a different model (its weights differ)\n"
     )

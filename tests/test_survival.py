@@ -447,7 +447,7 @@ def test_what_has_changed_since_is_reported_in_one_line(
     assert ended.stderr == (
         "warning: since a.npz was saved, these have changed: --batch-size (4, now 8), train.jsonl, "
         "the model's config.json; with --start-iter 0 training begins anew from its adapter\n"
-        "warning: a.npz held an earlier run; its files are kept as a.previous.npz and beside it\n"
+        "warning: what a.npz held before is kept as a.previous.npz and beside it\n"
     )
     assert "Iter 24: Val loss" in ended.stdout
 
@@ -484,6 +484,7 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(
     tiny.write_jsonl(tmp_path / "data", "train", ["a" * 40] * 4)
     tiny.write_jsonl(tmp_path / "data", "valid", ["a" * 40, "b" * 40])
     args = [*args, "--data", "data", "--lora-layers", 4, "--steps-per-eval", 1, "--seed", 3]
+    args += ["--learning-rate", "3e-2"]
     ended = call(*args, "--iters", 45)
     validations = entries(tmp_path / "a.log.jsonl", "val_loss")
     best = min(validations, key=lambda entry: entry["val_loss"])
