@@ -12,6 +12,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import background
@@ -42,6 +43,8 @@ def finished(args: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A folder with all that a run of ITERS iterations leaves; not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
     background.start(folder, *args, "--iters", ITERS).join()
+    for name in ("out", "err"):
+        (folder / name).unlink()
     return folder
 
 
@@ -155,6 +158,83 @@ def test_resuming_from_elsewhere_keeps_what_the_adapter_file_held(
     ended = call(*args, "--iters", 2, "--resume-adapter-file", "other.npz")
     assert ended.returncode == 0
     assert contents(copy, PREVIOUS) == contents(finished, NAMES)
+
+
+def test_a_run_resumed_from_elsewhere_takes_its_best_adapter_and_log_along(
+    call: Run, args: list[object], finished: Path, copy: Path
+) -> None:
+    """As where a run was begun over it by mistake."""
+    call(*args, "--iters", 3, "--seed", 5)
+    call(*args, "--iters", ITERS + 1, "--resume-adapter-file", "a.previous.npz", "--val-batches", 1)
+    call(*args, "--iters", 3, "--seed", 5)
+    resume = ["--resume-adapter-file", "a.previous.npz", "--steps-per-eval", 100]
+    ended = call(*args, "--iters", ITERS, "--resume-adapter-file", "a.previous.2.npz", *resume[2:])
+    assert ended.returncode == 0
+    assert contents(copy, NAMES[:1] + NAMES[2:3]) == contents(finished, NAMES[:1] + NAMES[2:3])
+    assert losses(copy / "a.log.jsonl") == losses(finished / "a.log.jsonl")
+
+
+def test_no_earlier_run_is_ever_overwritten(call: Run, args: list[object], copy: Path) -> None:
+    whole = {}
+    for seed in range(4):
+        whole[seed] = contents(copy, NAMES)
+        call(*args, "--iters", 2, "--seed", seed)
+    expected = [
+        PREVIOUS,
+        *([n.replace("previous", f"previous.{i}") for n in PREVIOUS] for i in (2, 3)),
+    ]
+    assert [contents(copy, names) for names in expected] == [whole[3], whole[1], whole[2]]
+
+
+def test_an_adapter_that_is_put_back_is_the_one_that_is_resumed(
+    call: Run, args: list[object], finished: Path, copy: Path
+) -> None:
+    """And not the run whose state is beside it, which replaced that adapter."""
+    call(*args, "--iters", 2, "--seed", 5)
+    shutil.copy("a.previous.npz", "a.npz")
+    ended = call(*args, "--iters", 3, "--resume-adapter-file", "a.npz", "--learning-rate", 0)
+    assert "a.npz has no state of its run beside it" in ended.stderr
+    assert (copy / "a.npz").read_bytes() == (finished / "a.npz").read_bytes()
+
+
+def test_a_rewound_run_stopped_early_does_not_replace_the_longer_one(
+    args: list[object], finished: Path, copy: Path
+) -> None:
+    more = ["--resume-adapter-file", "a.npz", "--start-iter", 3, "--iters", 1000, "--batch-size", 1]
+    slowly = ["--steps-per-eval", 1, "--val-batches", -1, "--save-every", 1000]
+    process = background.start(copy, *args, *more, *slowly)
+    wait_for(copy / "out", "Iter 6: Train", process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert contents(copy, NAMES) == contents(finished, NAMES)
+    *_, line = (copy / "err").read_text().splitlines()
+    assert line.endswith("--resume-adapter-file a.stopped.npz and without --start-iter goes on")
+
+
+def test_a_first_run_that_never_saved_is_no_earlier_run(
+    call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    process = background.start(tmp_path, *args, "--save-every", 1000, "--iters", 1000)
+    wait_for(tmp_path / "out", "Iter 3: Train", process)
+    process.kill()
+    process.join()
+    assert entries(tmp_path / "a.log.jsonl")
+    assert call(*args, "--iters", 2).stderr == ""
+    assert [entry["iter"] for entry in entries(tmp_path / "a.log.jsonl")] == [1, 2, 2]
+
+
+def test_a_test_between_two_parts_of_a_run_stays_in_the_log(
+    call: Run, args: list[object], copy: Path
+) -> None:
+    call(*args[:6], "--test")
+    call(*args, "--iters", ITERS + 1, "--resume-adapter-file", "a.npz")
+    assert [e["iter"] if "iter" in e else "test" for e in losses(Path("a.log.jsonl"), "")][-4:] == [
+        ITERS,
+        "test",
+        ITERS + 1,
+        ITERS + 1,
+    ]
 
 
 # --- Names --------------------------------------------------------------------------------------
@@ -294,6 +374,37 @@ def test_a_folder_that_is_no_adapter_is_an_error_that_says_what_to_name(
     one_error(call(*args[:2], "--prompt", "a", "--adapter-file", tmp_path / "adapter"), reason)
 
 
+@pytest.mark.parametrize("name", ["a.best.npz", "a.state.npz", "a.previous.2.npz", "a.stopped.npz"])
+def test_an_adapter_cannot_be_named_like_a_part_of_a_run(
+    call: Run, args: list[object], tmp_path: Path, name: str
+) -> None:
+    one_error(call(*args, "--adapter-file", tmp_path / name), name, "give another --adapter-file")
+
+
+@pytest.mark.parametrize("name", ["가" * 79 + ".npz", "n" * 240])
+def test_a_name_too_long_for_what_is_beside_it_is_reported_before_training(
+    call: Run, args: list[object], tmp_path: Path, name: str
+) -> None:
+    error = one_error(call(*args, "--adapter-file", tmp_path / name), "File name too long")
+    assert error.startswith("error: the adapter file ")
+
+
+def test_a_link_to_itself_is_an_error(call: Run, args: list[object], tmp_path: Path) -> None:
+    (tmp_path / "a.npz").symlink_to("a.npz")
+    for phase in ("--train", "--test"):
+        ended = call(*args[:4], "--adapter-file", tmp_path / "a.npz", phase)
+        one_error(ended, "a link that leads back to itself")
+
+
+def test_a_file_of_another_scale_is_not_written_over(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    config = {"lora_parameters": {"scale": 2.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    file = tmp_path / "adapters.safetensors"
+    one_error(call(*args, "--adapter-file", file), "says another scale than 20")
+
+
 # --- Streams ------------------------------------------------------------------------------------
 
 
@@ -325,6 +436,37 @@ def test_streams_that_are_closed_from_the_start_do_no_harm(
     prepare = [ROOT / "prepare_lora_data.py", "--output", tmp_path / "sets"]
     assert subprocess.run([*python, *map(str, prepare)], check=False).returncode == 0
     assert len(list((tmp_path / "sets").iterdir())) == 3
+
+
+def test_a_pipe_that_is_full_and_does_not_wait_does_not_stop_training(
+    args: list[object], finished: Path, tmp_path: Path
+) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 1000)
+    command = [sys.executable, ROOT / "train_lora.py", *args, "--iters", ITERS]
+    ended = subprocess.run([*map(str, command)], cwd=tmp_path, stdout=writer, check=False)
+    os.close(reader), os.close(writer)
+    assert ended.returncode == 0
+    assert (tmp_path / "a.npz").read_bytes() == (finished / "a.npz").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_lost_on_a_full_disk_is_reported_at_the_end(
+    args: list[object], finished: Path
+) -> None:
+    ask = ["--adapter-file", finished / "a.npz", "--prompt", "a", "--max-tokens", 2]
+    command = [sys.executable, ROOT / "train_lora.py", *args[:2], *ask]
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [*map(str, command)], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "error: standard output could not be written: No space left on device\n",
+    )
 
 
 # --- The model ----------------------------------------------------------------------------------
