@@ -35,6 +35,7 @@ from lora_finetune.command_line import (
     is_unicode,
     nonempty,
     run_and_report_errors,
+    some_of,
     warn,
     whole_number,
 )
@@ -96,7 +97,7 @@ if __name__ == "__main__":  # --help and a wrong flag answer at once: the import
     begin_process()
     args = parse_arguments()
 
-from lora_finetune.dataset import join_question, parse_json, question_of
+from lora_finetune.dataset import join_question, looks_like, parse_json, question_of
 
 import datasets
 import pyarrow.parquet as pq
@@ -228,6 +229,11 @@ def read_json(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
         while some := list(islice(rows, BATCH_ROWS)):
             if not all(isinstance(row, dict) for row in some):
                 raise UserError(f"{file} holds something else than objects with named values")
+            if len(some) == 1 and some[0] and all(isinstance(v, dict) for v in some[0].values()):
+                raise UserError(
+                    f"{file} is one object of rows by their keys ({some_of(some[0])}); make it a "
+                    "list of the rows: [{…}, {…}]"
+                )
             names = dict.fromkeys(name for row in some for name in row)
             yield {name: [row.get(name) for row in some if name in wanted] for name in names}
 
@@ -237,7 +243,8 @@ def parse_line(file: Path, number: int, line: bytes) -> object:
     try:
         return parse_json(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
     except ValueError as error:
-        raise UserError(f"{file}, line {number}: {error}") from None
+        looks = looks_like(file) if number == 1 else ""
+        raise UserError(f"{file}, line {number}: {error}{looks}") from None
 
 
 # What can be read, by the suffix.
@@ -248,6 +255,10 @@ READERS = {
     ".json": read_json,
     ".csv": read_dataset,
 }
+
+
+# What some programs write into CSV files in the place of commas.
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str, str]]:
@@ -271,9 +282,14 @@ def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str,
         elif "text" in batch and (question, answer) == (QUESTION, ANSWER):
             whole = texts(file, "text", batch["text"])
         else:
+            separators = [name for mark, name in SEPARATORS.items() if mark in "".join(batch)]
             raise UserError(
-                f"{file} has no columns {question} and {answer}; it has {', '.join(batch)}, of "
-                "which --question-column and --answer-column can name two"
+                f"{file} has no columns {question} and {answer}; it has {some_of(batch)}"
+                + (
+                    f": its values are separated by {separators[0]}; save it with commas"
+                    if len(batch) == 1 and separators
+                    else ", of which --question-column and --answer-column can name two"
+                )
             )
         for text in whole:
             yield question_of(unicodedata.normalize("NFC", text)), text

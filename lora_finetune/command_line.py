@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -33,8 +33,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 def printable(text: str) -> str:
-    """A text with line ends, control characters and the like written as in Python: \\n."""
+    """A text in one line, control characters and the like written as in Python: \\n.
+
+    The middle of a long one is left out: what it is about comes first, and the way out last.
+    """
+    text = text if len(text) <= 600 else f"{text[:300]} … {text[-200:]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    names = [f"{name[:40]}…" if len(name) > 41 else name for name in names]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def first_line(error: Exception) -> str:
@@ -52,7 +62,7 @@ def is_unicode(text: str) -> bool:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         options.pop("group", self).add_argument(name, action="store_true", help=help)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {printable(message)}\n")
 
 
 class StoreTyped(argparse.Action):
@@ -174,7 +184,8 @@ def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or subject}: {error.strerror}", file=sys.stderr)
+        about = printable(str(error.filename or subject))
+        print(f"error: {about}: {error.strerror}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
         number, saved = interrupted.args

@@ -78,10 +78,44 @@ def read(path: Path, mask_prompt: bool) -> File:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path}, line {number}: {error}") from None
+        looks = "" if entries else looks_like(path)
+        looks += looks and " (prepare_lora_data.py --source does that for most kinds of files)"
+        raise UserError(f"{path}, line {number}: {error}{looks}") from None
     if not entries:
         raise UserError(f"{path} holds no texts")
     return File(path, entries, digest.hexdigest())
+
+
+# What files begin with that are no text, and what they then look like.
+MAGIC = {
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\x1f\x8b": "a gzip archive",
+    b"PK\x03\x04": "a zip archive or an Excel file",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+
+
+def looks_like(path: Path) -> str:
+    """What a file that is no JSON Lines looks like, and what to do, to end a message; else ""."""
+    with path.open("rb") as stream:
+        start = stream.read(2**16)
+    what = next((name for magic, name in MAGIC.items() if start.startswith(magic)), "")
+    text = start.decode(errors="replace").removeprefix("\ufeff").lstrip()
+    first_line = text.partition("\n")[0].rstrip()
+    separators = {"\t": "tabs", ";": "semicolons", ",": "commas"}
+    separator = next((found for found in separators if found in first_line), "")
+    if what:
+        pass
+    elif text.startswith("["):
+        what = "one JSON list"
+    elif text.startswith("{"):
+        goes_on = "\n" in text and first_line[-1] in "{[,:"
+        what = "one JSON object over several lines" if goes_on else ""
+    elif separator and "\n" in text:
+        what = f"CSV with {separators[separator]} between the values"
+    return f"; the file looks like {what}: write one JSON object in each line" if what else ""
 
 
 def parse_json(line: bytes) -> object:
@@ -107,6 +141,8 @@ def parse_line(line: bytes, mask_prompt: bool) -> Entry:
         if entry.keys() >= set(keys):
             break
     else:
+        if entry and all(isinstance(value, dict) for value in entry.values()):
+            raise ValueError("is an object of objects; write each of them in a line of its own")
         raise ValueError('has no "text", no "messages", and no "prompt" with a "completion"')
     for key in keys:
         check_value(key, entry[key])

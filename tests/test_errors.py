@@ -153,6 +153,46 @@ def test_a_file_in_utf_16_is_reported(fails: Fails, tmp_path: Path) -> None:
     fails("--train", "--data", tmp_path, mentions=("train.jsonl", "line 1", "UTF-8"))
 
 
+ROWS = [{"text": f"text {i}"} for i in range(3)]
+FILES = {  # that are no JSON Lines, and what is said of them
+    "a list": (json.dumps(ROWS), "looks like one JSON list"),
+    "a list over lines": (json.dumps(ROWS, indent=2), "looks like one JSON list"),
+    "an object over lines": (json.dumps(ROWS[0], indent=2), "one JSON object over several lines"),
+    "an object by key": (
+        json.dumps({f"key {i}": ROWS[0] for i in range(50_000)}),
+        "is an object of objects; write each of them in a line of its own",
+    ),
+    "CSV": ("text,number\na,1\n", "looks like CSV with commas"),
+    "CSV with semicolons": ("text;number\na;1\n", "looks like CSV with semicolons"),
+    "CSV with tabs": ("text\tnumber\na\t1\n", "looks like CSV with tabs"),
+    "Parquet": ("PAR1\x15", "looks like Parquet"),
+    "Excel": ("PK\x03\x04\x14", "looks like a zip archive or an Excel file"),
+    "a long line": ("x" * 100_000, "line 1: is not JSON"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), FILES.values(), ids=FILES.keys())
+def test_what_a_file_looks_like_is_reported(
+    fails: Fails, tmp_path: Path, content: str, reason: str
+) -> None:
+    (tmp_path / "train.jsonl").write_text(content)
+    error = fails("--train", "--data", tmp_path, mentions=("train.jsonl, line 1: ", reason))
+    assert len(error) < 600
+
+
+def test_no_message_is_long_whatever_it_mentions(fails: Fails, run: Run, tmp_path: Path) -> None:
+    names = {f"{'x' * 5000}.{i}": np.zeros((64, 8), np.float32) for i in range(300)}
+    (tmp_path / "bad.npz").write_bytes(npz(names))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}) + "\n" + '{"b": "' + "c" * 9999)
+    for args in (
+        ["--prompt", "a", "--adapter-file", tmp_path / "bad.npz"],
+        ["--train", "--data", tmp_path],
+        ["--train", "--iters", "9" * 5000],
+        ["--prompt", "a", "--model", "m/" * 2000],
+    ):
+        assert len(fails(*args, by=run)) < 700
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\n \r\n", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize(
     ("phase", "split"), [("--train", "train"), ("--train", "valid"), ("--test", "test")]

@@ -179,11 +179,11 @@ def test_no_earlier_run_is_ever_overwritten(call: Run, args: list[object], copy:
     for seed in range(4):
         whole[seed] = contents(copy, NAMES)
         call(*args, "--iters", 2, "--seed", seed)
-    expected = [
+    kept = [
         PREVIOUS,
-        *([n.replace("previous", f"previous.{i}") for n in PREVIOUS] for i in (2, 3)),
+        *([name.replace("previous", f"previous.{i}") for name in PREVIOUS] for i in (2, 3, 4)),
     ]
-    assert [contents(copy, names) for names in expected] == [whole[3], whole[1], whole[2]]
+    assert [contents(copy, names) for names in kept] == [whole[i] for i in (3, 0, 1, 2)]
 
 
 def test_an_adapter_that_is_put_back_is_the_one_that_is_resumed(
@@ -229,12 +229,8 @@ def test_a_test_between_two_parts_of_a_run_stays_in_the_log(
 ) -> None:
     call(*args[:6], "--test")
     call(*args, "--iters", ITERS + 1, "--resume-adapter-file", "a.npz")
-    assert [e["iter"] if "iter" in e else "test" for e in losses(Path("a.log.jsonl"), "")][-4:] == [
-        ITERS,
-        "test",
-        ITERS + 1,
-        ITERS + 1,
-    ]
+    found = [entry.get("iter", "test") for entry in losses(Path("a.log.jsonl"), "")]
+    assert found[-4:] == [ITERS, "test", ITERS + 1, ITERS + 1]
 
 
 # --- Names --------------------------------------------------------------------------------------

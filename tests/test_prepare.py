@@ -767,6 +767,33 @@ def test_columns_that_are_missing_are_reported_with_those_there_are(
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", "question;answer\nq;a\n", "separated by semicolons; save it with commas"),
+        ("a.csv", "question\tanswer\nq\ta\n", "separated by tabs; save it with commas"),
+        ("a.json", json.dumps({"question": "q"}, indent=1), "one JSON object over several lines"),
+        ("a.jsonl", "question,answer\nq,a\n", "looks like CSV with commas"),
+        (
+            "a.json",
+            json.dumps({f"key {i}": {"question": "q", "answer": "a"} for i in range(20_000)}),
+            "one object of rows by their keys (key 0, key 1, key 2, key 3, key 4 and 19995 more); "
+            "make it a list",
+        ),
+        (
+            "a.json",
+            json.dumps([{f"column {i}": 1 for i in range(20_000)}]),
+            "it has column 0, column 1, column 2, column 3, column 4 and 19995 more",
+        ),
+    ],
+)
+def test_what_a_file_looks_like_is_reported_in_few_words(
+    fails: Fails, tmp_path: Path, name: str, content: str, reason: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert len(fails(tmp_path / name, mentions=(name, reason))) < 600
+
+
+@pytest.mark.parametrize(
     "names",
     [("missing", "answer"), ("question", "missing"), ("missing", "text"), ("Question", "answer")],
 )
