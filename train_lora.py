@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -187,7 +185,7 @@ def check(args: argparse.Namespace) -> Plan:
     if args.start_iter not in (None, progress.iteration):
         progress = checkpoint.Progress(args.start_iter)
     if args.train:
-        check_writable(adapter_file)
+        run_files.check_writable(adapter_file)
         iters = args.iters or args.epochs * math.ceil(len(data["train"]) / args.batch_size)
         if progress.iteration > iters or (progress.iteration == iters and not state):
             raise UserError(
@@ -196,10 +194,8 @@ def check(args: argparse.Namespace) -> Plan:
                 "begin anew from its adapter"
             )
     files = run_files.RunFiles(adapter_file if args.train else source)
-    if args.train:
-        files.check_name()
-        if files.log.exists():
-            files.lock()
+    if args.train and files.log.exists():
+        files.lock()
     return Plan(
         data=data,
         source=source,
@@ -222,26 +218,6 @@ def check(args: argparse.Namespace) -> Plan:
         val_batches=args.val_batches, steps_per_report=args.steps_per_report,
         steps_per_eval=args.steps_per_eval, save_every=args.save_every,
     )  # fmt: skip
-
-
-def check_writable(file: Path) -> None:
-    """Raise UserError where the adapter could not be saved at the end of the run."""
-    if file.is_dir():
-        raise UserError(f"the adapter file {file} is a folder; name a file in it")
-    if adapters.mlx_lm_scale(file) != models.SCALE:
-        raise UserError(
-            f"beside the adapter file {file} an adapter_config.json says another scale than "
-            f"{models.SCALE}, for which adapters are saved here; give another --adapter-file"
-        )
-    previous = checkpoint.other_adapter(file, "previous.99")
-    longest = max((f.name for f in checkpoint.files_of_run(previous)), key=len)
-    try:
-        with suppress(FileNotFoundError):
-            file.with_name(longest + ".part").lstat()  # raises where a name is too long
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"the adapter file {file} cannot be written: {error.strerror}") from None
 
 
 # --- Loss and evaluation ------------------------------------------------------------------------

@@ -9,10 +9,13 @@ import os
 import re
 import shutil
 import sys
+import tempfile
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import models
 from lora_finetune import adapters, checkpoint
 from lora_finetune.checkpoint import Progress, State, best_file, files_of_run, log_file, state_file
 from lora_finetune.command_line import UserError, warn
@@ -47,22 +50,6 @@ class RunFiles:
         self.unsaved_best: dict[str, np.ndarray] = {}
         self.lock_stream = None
         self.log_failed = False
-
-    def check_name(self) -> None:
-        """Raise UserError where files of this run would be those of another."""
-        if RESERVED.search(self.adapter.name):
-            raise UserError(
-                f"{self.adapter} is named like what a run keeps beside its adapter; give another "
-                "--adapter-file"
-            )
-        for name in (f"{self.adapter.name}.npz", self.adapter.name.removesuffix(".npz")):
-            other = self.adapter.with_name(name)
-            shared = other != self.adapter and state_file(other) == state_file(self.adapter)
-            if shared and other.is_file() and checkpoint.read_or_none(other):
-                raise UserError(
-                    f"{self.adapter} and {other} would share {state_file(other)}; give another "
-                    "--adapter-file"
-                )
 
     def lock(self) -> None:
         """Take the lock, which ends with the process; raises UserError if another run has it."""
@@ -186,6 +173,45 @@ class RunFiles:
             best = best_file(self.adapter)
             adapters.write_arrays(best, self.unsaved_best)
             warn(f"the best adapter, of iteration {progress.best_iteration}, is in {best}")
+
+
+def check_writable(adapter_file: Path) -> None:
+    """Check that a run can save there, before it trains.
+
+    Raises:
+        UserError: it cannot, or its files would be those of another run.
+    """
+    if adapter_file.is_dir():
+        raise UserError(f"the adapter file {adapter_file} is a folder; name a file in it")
+    if adapters.mlx_lm_scale(adapter_file) != models.SCALE:
+        raise UserError(
+            f"beside the adapter file {adapter_file} an adapter_config.json says another scale "
+            f"than {models.SCALE}, for which adapters are saved; give another --adapter-file"
+        )
+    if RESERVED.search(adapter_file.name):
+        raise UserError(
+            f"{adapter_file} is named like what a run keeps beside its adapter; give another "
+            "--adapter-file"
+        )
+    for name in (f"{adapter_file.name}.npz", adapter_file.name.removesuffix(".npz")):
+        other = adapter_file.with_name(name)
+        shared = other != adapter_file and state_file(other) == state_file(adapter_file)
+        if shared and other.is_file() and checkpoint.read_or_none(other):
+            raise UserError(
+                f"{adapter_file} and {other} would share {state_file(other)}; give another "
+                "--adapter-file"
+            )
+    kept = files_of_run(checkpoint.other_adapter(adapter_file, "previous.99"))
+    longest = max((file.name for file in kept), key=len)
+    try:
+        with suppress(FileNotFoundError):
+            adapter_file.with_name(longest + ".part").lstat()  # raises where a name is too long
+        with tempfile.TemporaryFile(dir=adapter_file.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the adapter file {adapter_file} cannot be written: {error.strerror}"
+        ) from None
 
 
 def files_there(adapter_file: Path, state: State | None) -> list[Path]:
