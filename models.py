@@ -47,8 +47,10 @@ HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 # What the numbers of layers are called in configurations, and other settings that are numbers.
-LAYER_NUMBERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-NUMBERS = re.compile("(num|n)_.*|(hidden|intermediate|vocab)_size|head_dim|rope_theta|rms_norm_eps")
+NUM_LAYERS_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+NUMERIC_KEYS = re.compile(
+    "(num|n)_.*|(hidden|intermediate|vocab)_size|head_dim|rope_theta|rms_norm_eps"
+)
 
 
 def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
@@ -76,7 +78,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             model.set_dtype(mx.float32)
         mx.eval(model.parameters())
         find_limits(model)
-    except (Exception, SystemExit) as error:  # mlx-lm raises what it likes; to import olmo exits
+    except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
         check_settings(folder)
         raise UserError(
             f"the model {folder} cannot be loaded as mlx-lm's {model_type} ({shortened(error)}); "
@@ -111,7 +113,7 @@ def check_files(folder: Path) -> str:
 
     Raises:
         UserError: a file is missing, damaged, or a Git LFS pointer; or the configuration has more
-            layers than there are arrays in the weights, which to build may fill the memory.
+            layers than there are arrays in the weights, and building them could exhaust memory.
     """
     for needed in ("config.json", "tokenizer*", "model*.safetensors"):
         if not any(folder.glob(needed)):
@@ -139,9 +141,9 @@ def check_files(folder: Path) -> str:
         )
     arrays = check_weights(folder)
     for name, value in text_settings(config):
-        if isinstance(value, str) and NUMBERS.fullmatch(name):
+        if isinstance(value, str) and NUMERIC_KEYS.fullmatch(name):
             wrong = "which is not a number"
-        elif isinstance(value, int) and name in LAYER_NUMBERS and value > len(arrays):
+        elif isinstance(value, int) and name in NUM_LAYERS_KEYS and value > len(arrays):
             wrong = f"and the weights beside it are only {len(arrays)} arrays"
         else:
             continue
@@ -228,19 +230,19 @@ def find_model(path_or_repo: str | Path) -> Path:
     raise UserError(f"there is no model folder {path_or_repo}, and {why}")
 
 
-# --- How far the tables of a model reach --------------------------------------------------------
+# --- Vocabulary and positions -------------------------------------------------------------------
 
 
 class Limits(NamedTuple):
-    """What a model may be given. Beyond an embedding's rows, MLX reads memory that is not its own.
+    """What a model may be given; MLX does not check the bounds of embedding lookups.
 
     Attributes:
-        tokens: the ids from 0 to one less have all their embeddings and a place among the logits.
-        positions: how many positions have an embedding; infinite where none are looked up.
+        vocab_size: each id below it has all its embeddings and a logit.
+        max_positions: how many positions have an embedding; infinite where none are looked up.
     """
 
-    tokens: int
-    positions: float
+    vocab_size: int
+    max_positions: float
 
 
 def find_limits(model: nn.Module) -> Limits:
@@ -274,17 +276,17 @@ def find_limits(model: nn.Module) -> Limits:
 
 
 # What the longest length of a text is called in configurations.
-LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
-def trained_length(folder: Path) -> float:
-    """The most tokens of a text that a model was made for, by its config.json; infinite if unsaid.
+def context_length(folder: Path) -> float:
+    """The context length that a model was trained for, by its config.json; infinite if unknown.
 
     Rotary positions can be scaled to a multiple of what the configuration says, or of what the
     scaling itself calls the original, as the documentation of transformers has it.
     """
     settings = dict(text_settings(read_object(folder / "config.json")))
-    said = [settings[name] for name in LENGTHS if isinstance(settings.get(name), int)]
+    said = [settings[name] for name in CONTEXT_KEYS if isinstance(settings.get(name), int)]
     scaling = settings.get("rope_scaling") or settings.get("rope_parameters")
     if not said or not isinstance(scaling, dict):
         return said[0] if said else math.inf
@@ -446,7 +448,7 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "attn_out")  # what re
 ROUTERS = ("gate", "router")
 
 # DeepSeek's sparse attention chooses tokens with a small attention of its own, which is left alone.
-LEFT_ALONE = ("indexer", "compressor")
+EXCLUDED = ("indexer", "compressor")
 
 
 def find_targets(model: nn.Module, num_layers: int) -> dict[str, tuple[int, int]]:
@@ -462,8 +464,8 @@ def find_targets(model: nn.Module, num_layers: int) -> dict[str, tuple[int, int]
         UserError: there is no attention in those layers.
     """
     last = tuple(f"{path}." for path in layer_paths(model)[-num_layers:])
-    attention = {path: s for path, s in attention_places(model) if path.startswith(last)}
-    routers = {path: s for path, s in router_places(model) if path.startswith(last)}
+    attention = {path: s for path, s in attention_projections(model) if path.startswith(last)}
+    routers = {path: s for path, s in router_projections(model) if path.startswith(last)}
     if not attention:
         raise UserError(
             f"the last {min(num_layers, len(model.layers))} layers of this model "
@@ -473,10 +475,10 @@ def find_targets(model: nn.Module, num_layers: int) -> dict[str, tuple[int, int]
     return {path: found[path] for path in sorted(found, key=natural_order)}
 
 
-def attention_places(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+def attention_projections(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     """The query and value projections of all attention modules, and their (d_out, d_in)."""
     for path, attention in model.named_modules():
-        if any(part in LEFT_ALONE for part in path.split(".")):
+        if any(part in EXCLUDED for part in path.split(".")):
             continue
         linears = {name for name, child in attention.items() if is_linear(child)}
         fused = [name for name in (*CONTIGUOUS, *GROUPED) if name in linears]
@@ -519,7 +521,7 @@ def fused_layout(model: nn.Module, attention: nn.Module, name: str) -> Layout:
     return Layout(groups, q // groups, k // groups, v // groups)
 
 
-def router_places(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+def router_projections(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     """The routers of all mixtures of experts, and their (d_out, d_in).
 
     The router is a linear layer, or holds one, or holds a bare weight (experts, d_in).

@@ -3,7 +3,7 @@
     python prepare_lora_data.py
 
 reads data/korean_textbooks_qa and writes lora_finetune/data/{train,valid,test}.jsonl. The file
-tells the work in its order: the command line, finding and reading the source, splitting it,
+follows the work: the command line, finding and reading the source, splitting it,
 writing the sets, and `main`, which does it.
 """
 
@@ -29,17 +29,17 @@ from typing import BinaryIO
 from lora_finetune.command_line import (
     Parser,
     UserError,
+    abbreviated,
     begin_process,
     first_line,
     in_project,
     is_unicode,
     nonempty,
     run_and_report_errors,
-    some_of,
     warn,
     whole_number,
 )
-from lora_finetune.files import replace_files
+from lora_finetune.files import atomic_write
 
 QUESTION, ANSWER = "question", "answer"  # the usual columns
 BATCH_ROWS = 1000
@@ -81,7 +81,7 @@ def build_parser() -> Parser:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; a default path is one in this project, wherever one stands."""
+    """Parse the command line; a default path is one in this project, wherever it is called from."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.question_column == args.answer_column:
@@ -229,10 +229,12 @@ def read_json(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
         while some := list(islice(rows, BATCH_ROWS)):
             if not all(isinstance(row, dict) for row in some):
                 raise UserError(f"{file} holds something else than objects with named values")
-            if len(some) == 1 and some[0] and all(isinstance(v, dict) for v in some[0].values()):
+            values = some[0].values() if len(some) == 1 else []
+            if values and all(isinstance(value, dict) for value in values):
+                keys = abbreviated(some[0])
                 raise UserError(
-                    f"{file} is one object of rows by their keys ({some_of(some[0])}); make it a "
-                    "list of the rows: [{…}, {…}]"
+                    f"{file} is one object of rows by their keys ({keys}); make it a list of the "
+                    "rows: [{…}, {…}]"
                 )
             names = dict.fromkeys(name for row in some for name in row)
             yield {name: [row.get(name) for row in some if name in wanted] for name in names}
@@ -284,7 +286,7 @@ def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str,
         else:
             separators = [name for mark, name in SEPARATORS.items() if mark in "".join(batch)]
             raise UserError(
-                f"{file} has no columns {question} and {answer}; it has {some_of(batch)}"
+                f"{file} has no columns {question} and {answer}; it has {abbreviated(batch)}"
                 + (
                     f": its values are separated by {separators[0]}; save it with commas"
                     if len(batch) == 1 and separators
@@ -326,7 +328,7 @@ def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
     return sorted(named, key=lambda pair: SPLITS.index(pair[1]), reverse=True)
 
 
-def draw_split(question: str, seed: int, shares: dict[str, float]) -> str:
+def assign_split(question: str, seed: int, shares: dict[str, float]) -> str:
     """The split of a question, by these alone: more rows around it do not move it.
 
     Args:
@@ -352,7 +354,7 @@ class Seen:
         self.database.execute("PRAGMA cache_size = -64000")  # KB
         self.database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY, note) WITHOUT ROWID")
 
-    def first_note(self, text: str, note: int | str) -> int | str:
+    def setdefault(self, text: str, note: int | str) -> int | str:
         """The note with which a text came first: this one where it is new."""
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         insert = "INSERT OR IGNORE INTO seen VALUES (?, ?)"
@@ -376,7 +378,7 @@ def replace_sets(folder: Path) -> Iterator[dict[str, BinaryIO]]:
         if file.is_dir():
             raise UserError(f"{file} is a folder; --output can name another place")
     try:
-        with replace_files(*files) as streams:
+        with atomic_write(*files) as streams:
             yield dict(zip(SPLITS, streams, strict=True))
     finally:
         with suppress(OSError):  # which is raised where they hold something, as they should
@@ -422,9 +424,9 @@ def prepare(
                 split = draw(asked) if source == "train" else source
                 if not text:
                     counts["empty"] += 1
-                elif texts.first_note(text, counts["rows"]) != counts["rows"]:
+                elif texts.setdefault(text, counts["rows"]) != counts["rows"]:
                     counts["duplicate"] += 1
-                elif questions.first_note(asked, split) != split:
+                elif questions.setdefault(asked, split) != split:
                     counts["elsewhere"] += 1
                 else:
                     taken[source] += 1
@@ -464,7 +466,7 @@ def run(args: argparse.Namespace) -> None:
             sources,
             args.question_column,
             args.answer_column,
-            partial(draw_split, seed=args.seed, shares=shares),
+            partial(assign_split, seed=args.seed, shares=shares),
             args.limit,
             write,
         )

@@ -107,7 +107,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take seconds
+if __name__ == "__main__":  # parsed before the imports, which take seconds: --help answers at once
     begin_process()
     args = parse_arguments()
 
@@ -173,29 +173,22 @@ def check(args: argparse.Namespace) -> Plan:
     splits = ["train", "valid"] * args.train + ["test"] * args.test
     data = {s: dataset.read(Path(args.data, f"{s}.jsonl"), args.mask_prompt) for s in splits}
     adapter_file = real_file(Path(args.adapter_file))
-    source, state, adapter, iters = None, None, {}, 0
-    if args.resume_adapter_file or not args.train:
-        source = real_file(Path(args.resume_adapter_file)) if args.train else adapter_file
-        if not args.train and not source.exists():
-            raise UserError(f"there is no adapter file {source}; --train makes one")
-        source = adapters.find_adapter(source)
-        state = checkpoint.read(source) if args.train else None
-        adapter = state.adapter if state else adapters.read_adapter(source)
+    source, state, adapter = read_start(args, adapter_file)
     progress = state.progress if state else checkpoint.Progress()
     if args.start_iter not in (None, progress.iteration):
         progress = checkpoint.Progress(args.start_iter)
+    files, iters = run_files.RunFiles(adapter_file if args.train else source), 0
     if args.train:
         run_files.check_writable(adapter_file)
+        if files.log.exists():
+            files.lock()  # a run that is training this adapter is reported at once
         iters = args.iters or args.epochs * math.ceil(len(data["train"]) / args.batch_size)
         if progress.iteration > iters or (progress.iteration == iters and not state):
             raise UserError(
-                f"of {iters} iterations {progress.iteration} are done already, as --start-iter or "
-                "the file to resume from says; raise --epochs or --iters, or with --start-iter 0 "
-                "begin anew from its adapter"
+                f"iteration {progress.iteration} of {iters} is done already (--start-iter, or the "
+                "run to resume); raise --epochs or --iters, or begin anew from its adapter with "
+                "--start-iter 0"
             )
-    files = run_files.RunFiles(adapter_file if args.train else source)
-    if args.train and files.log.exists():
-        files.lock()
     return Plan(
         data=data,
         source=source,
@@ -220,10 +213,28 @@ def check(args: argparse.Namespace) -> Plan:
     )  # fmt: skip
 
 
+def read_start(
+    args: argparse.Namespace, adapter_file: Path
+) -> tuple[Path | None, checkpoint.State | None, adapters.Adapter]:
+    """The adapter to start from: its file, the state of its run, its A's and B's; or none of them.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    if args.train and not args.resume_adapter_file:
+        return None, None, {}
+    source = real_file(Path(args.resume_adapter_file)) if args.train else adapter_file
+    if not args.train and not source.exists():
+        raise UserError(f"there is no adapter file {source}; --train makes one")
+    source = adapters.find_adapter(source)
+    state = checkpoint.read(source) if args.train else None
+    return source, state, state.adapter if state else adapters.read_adapter(source)
+
+
 # --- Loss and evaluation ------------------------------------------------------------------------
 
 # The log-sum-exp is taken over as many rows at a time as make a float32 copy of 256 MB.
-COPIED_NUMBERS = 2**26
+LOGITS_PER_CHUNK = 2**26
 
 
 @mx.custom_function
@@ -239,7 +250,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     Returns:
         float32 (rows,), in nats.
     """
-    rows = max(1, COPIED_NUMBERS // logits.shape[1])
+    rows = max(1, LOGITS_PER_CHUNK // logits.shape[1])
     parts = mx.split(logits, range(rows, len(logits), rows))
     log_sums = mx.concatenate([mx.logsumexp(p.astype(mx.float32), axis=-1) for p in parts])
     return log_sums - target_logits(logits, targets)
@@ -249,7 +260,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 def cross_entropy_vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, losses: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Softmax − one-hot, times the cotangent: elementwise, so it compiles to a single kernel."""
+    """Softmax − one-hot, times the cotangent: elementwise, so it fuses into one kernel."""
     logits, targets = primals
     log_sums = losses + target_logits(logits, targets)
     softmax = mx.exp(logits.astype(mx.float32) - log_sums[:, None])
@@ -370,12 +381,12 @@ def make_step(
     def compiled(*batch: mx.array) -> tuple[mx.array, ...]:
         try:
             return update(*batch)
-        except ValueError:  # raised from here, it would leave placeholders of MLX in the state
+        except ValueError:  # raised from here, it would leave MLX's placeholders in the state
             return ()
 
     def step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         try:
-            # A model that looks at numbers as it runs, as dbrx at the experts, is not compiled.
+            # Data-dependent control flow (dbrx reads its router's choice) cannot be compiled.
             return compiled(*batch) or update(*batch)
         except ValueError as error:  # of an operation that MLX has no gradient of
             raise UserError(f"this architecture cannot be trained: {first_line(error)}") from error
@@ -383,18 +394,18 @@ def make_step(
     return step, state
 
 
-def make_whole_step(
+def make_atomic_step(
     model: nn.Module, optimizer: optim.Optimizer
 ) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
-    """A step as of `make_step` that is evaluated, and done as a whole or not at all.
+    """A step of `make_step` that is evaluated, all or nothing.
 
     Where the device fails it raises one of memory.FAILURES, and the trainable parameters and the
-    optimizer's state are those of before. They are kept for this while it runs, which takes
-    memory for the parameters and Adam's two moments once more.
+    optimizer's state are rolled back. The copies for this take the memory of the parameters and of
+    Adam's two moments once more.
     """
     step, state = make_step(model, optimizer)
 
-    def whole_step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def atomic_step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         parameters, moments = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
         try:
             outputs = step(*batch)
@@ -405,45 +416,45 @@ def make_whole_step(
             raise
         return outputs
 
-    return whole_step
+    return atomic_step
 
 
-SMALLER_STEPS = "lower --batch-size, --max-seq-length or --lora-layers"
+MEMORY_ADVICE = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
 def check_memory(model: nn.Module, examples: dataset.Examples, batch_size: int) -> None:
-    """Do a step on the largest batch that can come, and undo it, to see what memory it takes.
+    """Do a step on the largest batch there is, and undo it, to see how much memory it takes.
 
-    Some systems kill a process that runs out of memory without a word. So where the whole batch
-    might be too much, what it takes is first extrapolated from one and two of its texts.
+    Some systems kill a process that runs out of memory. So where the whole batch might be too much,
+    its memory is first extrapolated from one and two of its texts.
 
     Raises:
         UserError: it takes more than there is.
     """
     longest = np.argsort(examples.lengths)[-batch_size:]
     before = model.trainable_parameters()
-    step = make_whole_step(model, make_optimizer(model, 0.0, {}))
+    step = make_atomic_step(model, make_optimizer(model, 0.0, {}))
 
-    def peak_memory(rows: np.ndarray) -> int:
+    def peak_memory(indices: np.ndarray) -> int:
         mx.reset_peak_memory()
-        step(*map(mx.array, examples.batch(rows)))
+        step(*map(mx.array, examples.batch(indices)))
         return mx.get_peak_memory()
 
-    total, base, rows = memory.available(), mx.get_active_memory(), len(longest)
+    available, base, rows = memory.available(), mx.get_active_memory(), len(longest)
     what = f"a batch of {rows} texts, the longest of {examples.lengths.max()} tokens,"
     try:
         one = expected = peak_memory(longest[-1:])
-        if base + (one - base) * rows > total and rows > 2:
+        if base + (one - base) * rows > available and rows > 2:
             expected = one + (peak_memory(longest[-2:]) - one) * (rows - 1)
-        if expected <= total and rows > 1:
+        if expected <= available and rows > 1:
             expected = peak_memory(longest)
     except memory.FAILURES as error:
-        peak, why = mx.get_peak_memory() / 1e9, memory.explain(error, SMALLER_STEPS)
+        peak, why = mx.get_peak_memory() / 1e9, memory.explain(error, MEMORY_ADVICE)
         raise UserError(f"{what} is too much after {peak:.1f} GB: {why}") from None
-    if expected > total:
+    if expected > available:
         raise UserError(
-            f"{what} would take {expected / 1e9:.1f} GB of memory, and there are "
-            f"{total / 1e9:.1f} GB; {SMALLER_STEPS}"
+            f"{what} would take {expected / 1e9:.3g} GB of memory, and there are "
+            f"{available / 1e9:.3g} GB; {MEMORY_ADVICE}"
         )
     model.update(before)
 
@@ -460,7 +471,7 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
         Interrupted: a signal asked for a stop; the last whole iteration is saved.
     """
     training, first = examples["train"], plan.progress.iteration
-    start_or_resume(plan)
+    optimizer = start_or_resume(model, plan)
     padding = dataset.padding_share(
         training.lengths, plan.batch_size, plan.seed, training.max_length
     )
@@ -469,33 +480,39 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
         f"{training.lengths.max()}, {training.num_truncated} cut, {padding:.1%} padding an epoch",
         flush=True,
     )
-    saved = plan.state.optimizer if plan.state else {}
-    optimizer = make_optimizer(model, plan.learning_rate, saved)
     model.train()  # before the step is traced: some layers have kernels without a gradient else
     with StopSignals() as stop:
         try:
-            with memory.device_errors(SMALLER_STEPS):
+            with memory.device_errors(MEMORY_ADVICE):
                 check_memory(model, training, plan.batch_size)
                 training_loop(model, optimizer, examples, plan, stop.check)
         except Interrupted as interrupted:
-            saved = save_unfinished(model, optimizer, plan, first)
-            raise Interrupted(interrupted.args[0], saved) from None
+            outcome = save_unfinished(model, optimizer, plan, first)
+            raise Interrupted(interrupted.signal, outcome) from None
         except memory.DeviceError as error:
-            saved = save_unfinished(model, optimizer, plan, first)
-            raise UserError(f"{error}; {saved}") from error
+            outcome = save_unfinished(model, optimizer, plan, first)
+            raise UserError(f"{error}; {outcome}") from error
         except UserError:
-            plan.files.fail(plan.progress)
+            plan.files.save_best_after_error(plan.progress)
             raise
 
 
-def start_or_resume(plan: Plan) -> None:
-    """Take the files for this run; warn of what has changed since the run to resume was saved."""
+def start_or_resume(model: nn.Module, plan: Plan) -> optim.Adam:
+    """Begin a new run, or take up the one to resume, with a warning of what has changed since.
+
+    Returns:
+        The optimizer, with the moments of the run to resume.
+    """
     plan.files.lock()
-    changed = plan.source and checkpoint.warn_of_changes(plan.source, plan.state, plan.settings)
+    changed = bool(plan.source) and checkpoint.warn_of_changes(
+        plan.source, plan.state, plan.settings
+    )
     if changed:
         plan.progress.reset_losses()
     unchanged = plan.state is not None and plan.progress is plan.state.progress and not changed
     plan.files.begin(plan.source, plan.state, plan.progress, unchanged)
+    saved_moments = plan.state.optimizer if plan.state else {}
+    return make_optimizer(model, plan.learning_rate, saved_moments)
 
 
 def training_loop(
@@ -511,7 +528,7 @@ def training_loop(
     one left undone. `check_stop` raises Interrupted where a stop is asked for.
     """
     progress = plan.progress
-    step = make_whole_step(model, optimizer)
+    step = make_atomic_step(model, optimizer)
     batches = dataset.training_batches(
         examples["train"], plan.batch_size, plan.seed, progress.iteration
     )
@@ -616,7 +633,7 @@ def save_unfinished(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, fi
     if progress.iteration == first:
         return "nothing new was saved"
     try:
-        plan.files.stop_early(progress.iteration)
+        plan.files.save_elsewhere_if_shorter(progress.iteration)
         save(model, optimizer, plan, finished=progress.finished)
     except Exception as error:  # a full disk, or a device that lets nothing be read any more
         return f"iteration {progress.iteration} could not be saved: {first_line(error)}"
@@ -649,17 +666,17 @@ def encode_prompt(
     [tokens] = dataset.encode(tokenizer, [text])
     if not tokens:
         raise UserError("the prompt holds no tokens")
-    dataset.check_tokens(tokens, limits.tokens, "the prompt")
-    room = limits.positions - len(tokens)
+    dataset.check_tokens(tokens, limits.vocab_size, "the prompt")
+    room = limits.max_positions - len(tokens)
     if room < 1:
         raise UserError(
-            f"the prompt has {len(tokens)} tokens, and the model {limits.positions} positions, "
+            f"the prompt has {len(tokens)} tokens, and the model {limits.max_positions} positions, "
             "which leaves none for a token after it; shorten the prompt"
         )
     if room < max_tokens:
         warn(
-            f"the prompt has {len(tokens)} tokens, and the model {limits.positions} positions, so "
-            f"at most {room} tokens are generated and not {max_tokens} (--max-tokens)"
+            f"the prompt has {len(tokens)} tokens, and the model {limits.max_positions} positions, "
+            f"so at most {room} tokens are generated and not {max_tokens} (--max-tokens)"
         )
     return Prompt(text, tokens, min(max_tokens, room))
 
@@ -692,7 +709,7 @@ def stream(
 
     Some models have logits for more tokens than they have embeddings; those others never come.
     """
-    sample, num_tokens = make_sampler(temp=temperature), models.find_limits(model).tokens
+    sample, num_tokens = make_sampler(temp=temperature), models.find_limits(model).vocab_size
     try:
         with memory.device_errors("shorten the prompt or lower --max-tokens"):
             yield from stream_generate(
@@ -706,31 +723,32 @@ def stream(
 # --- The run ------------------------------------------------------------------------------------
 
 
-def longest_text(args: argparse.Namespace, limits: models.Limits) -> int:
+def max_text_length(args: argparse.Namespace, limits: models.Limits) -> int:
     """What texts are cut to: --max-seq-length, or all that the model has positions for.
 
     Raises:
         UserError: --max-seq-length was given, and is more than that.
     """
-    if "max_seq_length" in args.typed and args.max_seq_length > limits.positions:
+    if "max_seq_length" in args.typed and args.max_seq_length > limits.max_positions:
         raise UserError(
-            f"--max-seq-length {args.max_seq_length} is more than the {limits.positions} positions "
-            f"that this model has embeddings for; give at most {limits.positions}"
+            f"--max-seq-length {args.max_seq_length} is more than the {limits.max_positions} "
+            f"positions that this model has embeddings for; give at most {limits.max_positions}"
         )
-    return min(args.max_seq_length, limits.positions)
+    return min(args.max_seq_length, limits.max_positions)
 
 
-def warn_of_length(
-    examples: dict[str, dataset.Examples], prompt: Prompt | None, trained: float
+def warn_beyond_context(
+    examples: dict[str, dataset.Examples], prompt: Prompt | None, context_length: float
 ) -> None:
-    """Warn where a text, or a prompt with what follows it, is longer than a model was made for."""
+    """Warn where a text, or a prompt with its continuation, exceeds the model's context length."""
     lengths = [max(split.lengths) for split in examples.values()]
     lengths += [len(prompt.tokens) + prompt.max_tokens] if prompt else []
-    if max(lengths) > trained:
+    if max(lengths) > context_length:
         warn(
-            f"the longest text, or the prompt with --max-tokens, comes to {max(lengths)} tokens, "
-            f"and the model was made for {trained:.0f} (max_position_embeddings or the like in its "
-            "config.json): it may be worse beyond; lower --max-seq-length or --max-tokens"
+            f"the longest text, or the prompt with --max-tokens, has {max(lengths)} tokens, and "
+            f"the model's context length is {context_length:.0f} (max_position_embeddings or the "
+            "like in its config.json); quality may degrade beyond: lower --max-seq-length or "
+            "--max-tokens"
         )
 
 
@@ -758,10 +776,10 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt is not None:
         prompt = encode_prompt(tokenizer, args.prompt, args.max_tokens, limits)
     examples = dataset.load(
-        plan.data, tokenizer, limits.tokens, bool(args.add_eos_token), args.mask_prompt,
-        longest_text(args, limits),
+        plan.data, tokenizer, limits.vocab_size, bool(args.add_eos_token), args.mask_prompt,
+        max_text_length(args, limits),
     )  # fmt: skip
-    warn_of_length(examples, prompt, models.trained_length(folder))
+    warn_beyond_context(examples, prompt, models.context_length(folder))
     if args.train:
         plan.settings.update(fingerprints)
         train(model, examples, plan)

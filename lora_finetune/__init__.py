@@ -1,3 +1,3 @@
-"""The rooms behind the scripts. Import this before mlx: on a Linux CPU it loads a fast BLAS."""
+"""The modules behind the scripts. Import this before mlx: it loads a fast BLAS on a Linux CPU."""
 
 from lora_finetune import linux_cpu  # noqa: F401

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import models
 from lora_finetune.command_line import UserError, warn
-from lora_finetune.files import replace_files
-from models import attention_places, is_linear, linear_shape, natural_order, router_places
+from lora_finetune.files import atomic_write
+from models import attention_projections, is_linear, linear_shape, natural_order, router_projections
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,7 +40,7 @@ def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
 
 def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the arrays of an adapter, whole or not at all."""
-    with replace_files(file) as [stream]:
+    with atomic_write(file) as [stream]:
         stream.write(adapter_content(arrays, file.suffix))
 
 
@@ -134,7 +134,7 @@ def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
         UserError: some of it has not; names the first few.
     """
     shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
-    shapes |= dict([*attention_places(model), *router_places(model)])
+    shapes |= dict([*attention_projections(model), *router_projections(model)])
     wrong = []
     for path, (a, b) in adapter.items():
         if path not in shapes:

@@ -7,7 +7,7 @@ import platform
 import sys
 
 
-def obstacle(python, system, machine, release):
+def unsupported_reason(python, system, machine, release):
     """What is in the way of an installation, "" where nothing is.
 
     Args:
@@ -40,7 +40,7 @@ def main():
     elif library != "glibc":
         version = ""
     release = tuple(int(part) for part in version.split(".") if part.isdigit())
-    why = obstacle(sys.version_info[:2], system, platform.machine(), release)
+    why = unsupported_reason(sys.version_info[:2], system, platform.machine(), release)
     sys.exit("error: " + why if why else 0)
 
 

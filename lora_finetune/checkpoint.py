@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lora_finetune import adapters
 from lora_finetune.command_line import UserError, warn
-from lora_finetune.files import file_checksum, replace_files
+from lora_finetune.files import atomic_write, file_checksum
 
 import numpy as np
 from mlx.utils import tree_flatten
@@ -20,27 +20,27 @@ from mlx.utils import tree_flatten
 # --- Names --------------------------------------------------------------------------------------
 
 
-def beside(adapter_file: Path, ending: str) -> Path:
-    """A file beside an adapter: it bears the adapter's whole name, but for the ending .npz."""
+def sibling(adapter_file: Path, ending: str) -> Path:
+    """NAME.ending beside an adapter, where NAME is the adapter's file name without .npz."""
     return adapter_file.with_name(f"{adapter_file.name.removesuffix('.npz')}.{ending}")
 
 
 def state_file(adapter_file: Path) -> Path:
-    return beside(adapter_file, "state.npz")
+    return sibling(adapter_file, "state.npz")
 
 
 def log_file(adapter_file: Path) -> Path:
-    return beside(adapter_file, "log.jsonl")
+    return sibling(adapter_file, "log.jsonl")
 
 
-def other_adapter(adapter_file: Path, kind: str) -> Path:
+def variant(adapter_file: Path, kind: str) -> Path:
     """The "best" adapter of a run, that of the "previous" run, or of one "stopped" early."""
     is_safetensors = adapter_file.suffix == ".safetensors"
-    return beside(adapter_file, kind + (".safetensors" if is_safetensors else ".npz"))
+    return sibling(adapter_file, kind + (".safetensors" if is_safetensors else ".npz"))
 
 
 def best_file(adapter_file: Path) -> Path:
-    return other_adapter(adapter_file, "best")
+    return variant(adapter_file, "best")
 
 
 def files_of_run(adapter_file: Path) -> list[Path]:
@@ -48,7 +48,7 @@ def files_of_run(adapter_file: Path) -> list[Path]:
     return [adapter_file, state_file(adapter_file), best_file(adapter_file), log_file(adapter_file)]
 
 
-def old_files_of_run(adapter_file: Path) -> list[Path]:
+def legacy_files_of_run(adapter_file: Path) -> list[Path]:
     """The same as they were named before: without the ending of the adapter's name."""
     endings = [".state.npz", f".best{adapter_file.suffix}", ".log.jsonl"]
     return [adapter_file, *map(adapter_file.with_suffix, endings)]
@@ -83,7 +83,7 @@ class Progress:
     log_size: int = 0
 
     def add_step(self, total: float, tokens: int, seconds: float) -> None:
-        """Count one more iteration, and the sum of its loss over so many target tokens."""
+        """Count one iteration: the sum of its loss, and its target tokens."""
         self.iteration, self.finished = self.iteration + 1, False
         self.total += total
         self.tokens += tokens
@@ -94,7 +94,7 @@ class Progress:
         self.total, self.tokens, self.steps, self.seconds = 0.0, 0, 0, 0.0
 
     def reset_losses(self) -> None:
-        """Keep the place alone: the losses of before are not comparable with those to come."""
+        """Keep only the iteration: earlier losses are not comparable."""
         self.reset_sums()
         self.finished, self.validated = True, -1
         self.best_loss, self.best_iteration = math.inf, 0
@@ -124,7 +124,7 @@ class State(NamedTuple):
         optimizer: Adam's moments and step, by the names that MLX gives them.
         progress: how far the run has come.
         settings: what its result depends on.
-        is_ahead: whether its save was cut short: the adapter file is still the one before.
+        save_interrupted: whether its save was cut short: the adapter file is still the one before.
         best, log: what else that save had not written yet; mostly {} and None.
     """
 
@@ -133,7 +133,7 @@ class State(NamedTuple):
     optimizer: dict[str, np.ndarray]
     progress: Progress
     settings: dict[str, Any]
-    is_ahead: bool
+    save_interrupted: bool
     best: dict[str, np.ndarray]
     log: str | None
 
@@ -149,9 +149,8 @@ def write_state(
 ) -> None:
     """Write the state of a run, before its adapter file and the other files of the save.
 
-    It holds all that they will. It tells by checksums whether the adapter file is the one that it
-    belongs to, or still the one that this replaces, so a process that dies in between leaves
-    nothing in doubt.
+    It holds all that they will, and the checksums of the adapter file that it belongs to and of the
+    one that this replaces, so a crash between the writes is detected and nothing is missing.
 
     Args:
         adapter: the arrays of the adapter, by their names.
@@ -165,18 +164,18 @@ def write_state(
         "checksums": {
             "adapter": hashlib.sha256(content).hexdigest(),
             "replaced": file_checksum(adapter_file),
-            "replaced_at": modified(adapter_file),
+            "replaced_at": mtime_ns(adapter_file),
         },
         "log": log,
     }
     arrays = adapter | {f"best.{name}": array for name, array in best.items()}
     arrays |= {f"optimizer.{name}": np.array(array) for name, array in tree_flatten(optimizer)}
     arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
-    with replace_files(state_file(adapter_file)) as [stream]:
+    with atomic_write(state_file(adapter_file)) as [stream]:
         np.savez(stream, **arrays)
 
 
-def modified(file: Path) -> int | None:
+def mtime_ns(file: Path) -> int | None:
     """When a file was last written, in nanoseconds; None where there is none."""
     return file.stat().st_mtime_ns if file.is_file() else None
 
@@ -187,7 +186,7 @@ def read(adapter_file: Path) -> State | None:
     Raises:
         UserError: the state file is damaged.
     """
-    for file in dict.fromkeys([state_file(adapter_file), old_files_of_run(adapter_file)[1]]):
+    for file in dict.fromkeys([state_file(adapter_file), legacy_files_of_run(adapter_file)[1]]):
         if file.is_file() and (state := read_state(file, adapter_file)):
             return state
     return None
@@ -206,14 +205,15 @@ def read_state(file: Path, adapter_file: Path | None) -> State | None:
     try:
         arrays = adapters.read_arrays(file)
         notes = json.loads(arrays.pop("notes").tobytes())
-        sums, log = notes["checksums"], notes.get("log")
-        digest = file_checksum(adapter_file) if adapter_file else sums["adapter"]
-        is_whole = digest == sums["adapter"]
-        if not is_whole and digest != sums["replaced"]:
+        checksums, log = notes["checksums"], notes.get("log")
+        digest = file_checksum(adapter_file) if adapter_file else checksums["adapter"]
+        is_whole = digest == checksums["adapter"]
+        mtime = mtime_ns(adapter_file) if adapter_file else None
+        if not is_whole and digest != checksums["replaced"]:
             return None
-        if not is_whole and sums.get("replaced_at", at := modified(adapter_file)) != at:
+        if not is_whole and checksums.get("replaced_at", mtime) != mtime:
             return None  # a copy of what the save replaced was put back
-        optimizer, best = take_out(arrays, "optimizer."), take_out(arrays, "best.")
+        optimizer, best = pop_prefix(arrays, "optimizer."), pop_prefix(arrays, "best.")
         check_optimizer(optimizer, arrays)
         adapter = adapters.pair_arrays(file, arrays)
         if is_whole:
@@ -224,13 +224,11 @@ def read_state(file: Path, adapter_file: Path | None) -> State | None:
             raise TypeError
         progress, settings = read_progress(notes["progress"]), dict(notes["settings"])
     except (UserError, KeyError, ValueError, TypeError, RecursionError):
-        raise UserError(
-            f"{file} is damaged; without it (delete it) training resumes with fresh moments"
-        ) from None
+        raise UserError(f"{file} is damaged; delete it to resume with fresh Adam moments") from None
     return State(file, adapter, optimizer, progress, settings, not is_whole, best, log)
 
 
-def take_out(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def pop_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """Remove the arrays whose names start with a prefix, and return them without it."""
     names = [name for name in arrays if name.startswith(prefix)]
     return {name.removeprefix(prefix): arrays.pop(name) for name in names}
@@ -256,10 +254,10 @@ def warn_of_changes(source: Path, state: State | None, settings: dict[str, Any])
         Whether something has changed.
     """
     if not state:
-        warn(f"{source} has no state of its run beside it, so Adam starts with fresh moments")
+        warn(f"{source} has no training state beside it, so Adam starts with fresh moments")
         warn_of_other_model(source, settings)
         return False
-    if state.is_ahead:
+    if state.save_interrupted:
         iteration = state.progress.iteration
         warn(
             f"the last save of {source} was cut short; its state, of iteration {iteration}, is used"

@@ -25,14 +25,18 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """In one line, whatever names of files, arrays and settings it mentions."""
-        return printable(super().__str__())
+        return one_line(super().__str__())
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal stopped the run; its arguments are the signal's number and what is saved."""
+    """A signal stopped the run, with this outcome."""
+
+    def __init__(self, signal: int, outcome: str):
+        super().__init__(signal, outcome)
+        self.signal, self.outcome = signal, outcome
 
 
-def printable(text: str) -> str:
+def one_line(text: str) -> str:
     """A text in one line, control characters and the like written as in Python: \\n.
 
     The middle of a long one is left out: what it is about comes first, and the way out last.
@@ -41,7 +45,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def some_of(names: Iterable[str]) -> str:
+def abbreviated(names: Iterable[str]) -> str:
     """The first few of many names."""
     names = [f"{name[:40]}…" if len(name) > 41 else name for name in names]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -62,7 +66,7 @@ def is_unicode(text: str) -> bool:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+    print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,7 +93,7 @@ class Parser(argparse.ArgumentParser):
         options.pop("group", self).add_argument(name, action="store_true", help=help)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {printable(message)}\n")
+        self.exit(2, f"error: {one_line(message)}\n")
 
 
 class StoreTyped(argparse.Action):
@@ -123,7 +127,8 @@ def whole_number(least: int, also: int | None = None, below: float = 2**31) -> C
         number = int(text)
         if not least <= number < below and number != also:
             other = "" if also is None else f" or {also}"
-            raise argparse.ArgumentTypeError(f"must be at least {least}{other}, not {text}")
+            most = f" and below {below}" if number >= below else ""
+            raise argparse.ArgumentTypeError(f"must be at least {least}{most}{other}, not {text}")
         return number
 
     parse.__name__ = "whole number"  # for argparse's "invalid … value"
@@ -148,7 +153,7 @@ class StandardStream(io.FileIO):
             return len(data)
 
 
-def lasting_stream(stream: TextIO | None, number: int) -> TextIO:
+def tolerant_stream(stream: TextIO | None, number: int) -> TextIO:
     """A standard stream like the given one, in which no writing fails."""
     raw = StandardStream(stream.fileno() if stream else number, "w", closefd=False)
     encoding = stream.encoding if stream else "utf-8"  # which some text may not fit
@@ -161,7 +166,7 @@ def begin_process() -> None:
     while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # streams that were closed lead nowhere
         pass
     os.close(opened)
-    sys.stdout, sys.stderr = lasting_stream(sys.stdout, 1), lasting_stream(sys.stderr, 2)
+    sys.stdout, sys.stderr = tolerant_stream(sys.stdout, 1), tolerant_stream(sys.stderr, 2)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -184,13 +189,12 @@ def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        about = printable(str(error.filename or subject))
+        about = one_line(str(error.filename or subject))
         print(f"error: {about}: {error.strerror}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
-        number, saved = interrupted.args
-        print(f"interrupted: {saved}", file=sys.stderr)
-        return 128 + number
+        print(f"interrupted: {interrupted.outcome}", file=sys.stderr)
+        return 128 + interrupted.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -203,9 +207,9 @@ def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
 
 
 class StopSignals:
-    """While it is entered, Ctrl-C and its like only ask for a stop; a second Ctrl-C ends all.
+    """A context in which SIGINT, SIGTERM and SIGHUP request a stop; a second SIGINT exits at once.
 
-    A thread attends to them, since MLX keeps the main one busy for as long as a step takes.
+    A thread waits for them, since MLX keeps the main one busy for as long as a step takes.
     """
 
     def __init__(self) -> None:
@@ -220,7 +224,7 @@ class StopSignals:
             if signal.getsignal(number) is not signal.SIG_IGN  # as nohup has it
         }
         signal.set_wakeup_fd(self.writer)
-        threading.Thread(target=self.attend, daemon=True).start()
+        threading.Thread(target=self.watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -229,7 +233,7 @@ class StopSignals:
             signal.signal(number, handler)
         os.close(self.writer)
 
-    def attend(self) -> None:
+    def watch(self) -> None:
         from tqdm import tqdm  # not above, where it would slow down --help
 
         while received := os.read(self.reader, 1):

@@ -98,20 +98,20 @@ MAGIC = {
 
 
 def looks_like(path: Path) -> str:
-    """What a file that is no JSON Lines looks like, and what to do, to end a message; else ""."""
+    """A guess at the format of a file that is not JSON Lines, to end an error with; or ""."""
     with path.open("rb") as stream:
         start = stream.read(2**16)
     what = next((name for magic, name in MAGIC.items() if start.startswith(magic)), "")
     text = start.decode(errors="replace").removeprefix("\ufeff").lstrip()
-    first_line = text.partition("\n")[0].rstrip()
+    head = text.partition("\n")[0].rstrip()
     separators = {"\t": "tabs", ";": "semicolons", ",": "commas"}
-    separator = next((found for found in separators if found in first_line), "")
+    separator = next((found for found in separators if found in head), "")
     if what:
         pass
     elif text.startswith("["):
         what = "one JSON list"
     elif text.startswith("{"):
-        goes_on = "\n" in text and first_line[-1] in "{[,:"
+        goes_on = "\n" in text and head[-1] in "{[,:"
         what = "one JSON object over several lines" if goes_on else ""
     elif separator and "\n" in text:
         what = f"CSV with {separators[separator]} between the values"
@@ -220,7 +220,7 @@ def render(entry: Entry, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Text
         if mask_prompt and messages[:-1]:
             answers = messages[-1].get("role") == "assistant"
             prompt = apply(messages[:-1], add_generation_prompt=answers)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise anything
         why = first_line(error)
         raise ValueError(f"the model's chat template does not take it: {why}") from None
     if not is_unicode(whole):
@@ -267,8 +267,8 @@ def check_tokens(tokens: Iterable[float], vocabulary_size: int, source: object) 
     for token in tokens:
         if not 0 <= token < vocabulary_size:
             raise UserError(
-                f"the tokenizer makes token {token} of {source}, and the model knows only "
-                f"{vocabulary_size} tokens: they do not belong together; download the model again"
+                f"token {token} of {source} is outside the model's vocabulary of "
+                f"{vocabulary_size}: tokenizer and model do not match; download the model again"
             )
 
 

@@ -1,4 +1,4 @@
-"""Where a path leads, and files that are replaced whole or not at all."""
+"""Where a path leads, and atomic writing: to a temporary file that is renamed when it is whole."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def real_file(file: Path) -> Path:
         try:
             file = file.resolve()
         except (RuntimeError, OSError):
-            raise UserError(f"{file} is a link that leads back to itself") from None
+            raise UserError(f"{file} is a loop of links") from None
     file = file if file.name else file.absolute()
     others = list(file.parent.iterdir()) if file.parent.is_dir() else []
     if file not in others:
         for other in others:
-            if composed(other.name) == composed(file.name) or same_file(other, file):
+            if nfc(other.name) == nfc(file.name) or same_file(other, file):
                 return other
     return file
 
 
-def composed(name: str) -> str:
+def nfc(name: str) -> str:
     """A name in Unicode's composed form (NFC); a Mac decomposes Hangul in some places."""
     return unicodedata.normalize("NFC", name)
 
@@ -49,13 +49,13 @@ def file_checksum(file: Path) -> str | None:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def num_bytes(file: Path) -> int:
+def file_size(file: Path) -> int:
     """The size of a file, 0 where there is none."""
     return file.stat().st_size if file.is_file() else 0
 
 
 @contextmanager
-def replace_files(*files: Path) -> Iterator[list[BinaryIO]]:
+def atomic_write(*files: Path) -> Iterator[list[BinaryIO]]:
     """A stream for each file; together they take the files' places when all is written, or vanish.
 
     Where a file is a link, what it leads to is replaced.

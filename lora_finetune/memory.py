@@ -1,4 +1,4 @@
-"""How much memory a run may take, and what it means that the device fails in the middle of one."""
+"""How much memory a run may take, and how errors of the device are reported."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 def available() -> int:
     """Bytes that a run may take on MLX's default device, what it holds already included."""
-    held = mx.get_active_memory() + mx.get_cache_memory()
-    return limit_of(mx.device_info(), machine_memory(), held)
+    in_use = mx.get_active_memory() + mx.get_cache_memory()
+    return device_limit(mx.device_info(), machine_memory(), in_use)
 
 
-def limit_of(device: Mapping[str, str | int], machine: int, held: int) -> int:
+def device_limit(device: Mapping[str, str | int], machine: int, in_use: int) -> int:
     """Bytes that a run may take on a device.
 
     With Metal that is the recommended working set: beyond it a Mac swaps, and dies instead of
@@ -32,23 +32,23 @@ def limit_of(device: Mapping[str, str | int], machine: int, held: int) -> int:
     Args:
         device: what `mx.device_info` says of it.
         machine: bytes that the process may take of the machine's memory, which a CPU shares.
-        held: bytes that MLX holds already; CUDA does not count them as free.
+        in_use: bytes that MLX holds already; CUDA does not count them as free.
     """
     if recommended := device.get("max_recommended_working_set_size"):
         return recommended
-    return device["free_memory"] + held if "free_memory" in device else machine
+    return device["free_memory"] + in_use if "free_memory" in device else machine
 
 
 def machine_memory(root: Path = Path("/")) -> int:
     """Bytes that this process may take of the machine's memory: all, or what its container may."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([installed, *group_limits(root)])
+    return min([installed, *cgroup_limits(root)])
 
 
-def group_limits(root: Path) -> Iterator[int]:
-    """The memory limits, in bytes, of the control groups that this process is in, of Linux.
+def cgroup_limits(root: Path) -> Iterator[int]:
+    """The memory limits, in bytes, of this process's cgroups (v1 and v2) and their ancestors.
 
-    Those above a group limit it too. In a container, what is mounted may begin at its own group,
+     In a container, what is mounted may begin at its own group,
     so that the path in /proc/self/cgroup leads nowhere, and the limit is at the top.
     """
     try:
@@ -72,7 +72,7 @@ def group_limits(root: Path) -> Iterator[int]:
 
 
 def set_limits(limit: int) -> None:
-    """Have MLX keep to a number of bytes, as far as it can be told to."""
+    """Set MLX's memory, cache and (Metal) wired limits, in bytes."""
     mx.set_memory_limit(min(limit, mx.get_memory_limit()))
     # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
     mx.set_cache_limit(limit // 8)
@@ -96,11 +96,11 @@ TOO_LONG = re.compile(r"impacting ?interactivity|time(d )?out|gpu hang", re.I)
 
 
 @contextmanager
-def device_errors(way_out: str) -> Iterator[None]:
+def device_errors(advice: str) -> Iterator[None]:
     """Turn an error of MLX or its device in the middle of a computation into a DeviceError.
 
     Args:
-        way_out: what the user can do for a smaller computation.
+        advice: what the user can do for a smaller computation.
     """
     try:
         yield
@@ -108,17 +108,17 @@ def device_errors(way_out: str) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # they hold what the computation has taken
         with suppress(*FAILURES):
             mx.clear_cache()
-        raise DeviceError(explain(error, way_out)) from error
+        raise DeviceError(explain(error, advice)) from error
 
 
-def explain(error: Exception, way_out: str) -> str:
+def explain(error: Exception, advice: str) -> str:
     """Why a computation failed, and the ways out."""
     why = f"({first_line(error):.200})"
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
-        return f"out of memory {why}; {way_out}, or close other programs"
+        return f"out of memory {why}; {advice}, or close other programs"
     if TOO_LONG.search(str(error)):
         return (
-            f"the system stopped a computation that kept the display waiting {why}; {way_out}, or "
+            f"the system stopped a computation that kept the display waiting {why}; {advice}, or "
             "leave the display off meanwhile (on a Mac, under caffeinate -s)"
         )
-    return f"the computation failed {why}; try again, and if it fails again, {way_out}"
+    return f"the computation failed {why}; try again, and if it fails again, {advice}"

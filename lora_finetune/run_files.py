@@ -19,7 +19,7 @@ import models
 from lora_finetune import adapters, checkpoint
 from lora_finetune.checkpoint import Progress, State, best_file, files_of_run, log_file, state_file
 from lora_finetune.command_line import UserError, warn
-from lora_finetune.files import num_bytes, replace_files, same_file
+from lora_finetune.files import atomic_write, file_size, same_file
 
 import mlx.nn as nn
 import numpy as np
@@ -38,16 +38,16 @@ class RunFiles:
 
     Attributes:
         adapter: the adapter file.
-        earlier: iterations of the adapter that is here and still to be kept, infinite if unknown;
-            None where nothing is.
+        earlier: iterations of the previous adapter as long as it is not backed up, infinite if
+            unknown; None where there is none.
     """
 
     def __init__(self, adapter_file: Path):
         self.adapter = adapter_file
         self.log = log_file(adapter_file)
         self.earlier: float | None = None
-        self.unsaved_log: str | None = None  # None: reports go to the file
-        self.unsaved_best: dict[str, np.ndarray] = {}
+        self.pending_log: str | None = None  # None: reports go to the file
+        self.pending_best: dict[str, np.ndarray] = {}
         self.lock_stream = None
         self.log_failed = False
 
@@ -75,33 +75,35 @@ class RunFiles:
             progress: where to start.
             unchanged: whether all that the state tells of that run still holds.
         """
-        here = source is not None and (source == self.adapter or same_file(source, self.adapter))
-        old = files_there(source, state) if source else []
-        if here and unchanged:
+        in_place = source is not None and (
+            source == self.adapter or same_file(source, self.adapter)
+        )
+        old = existing_names(source, state) if source else []
+        if in_place and unchanged:
             for file, new in zip(old, files_of_run(self.adapter), strict=True):
                 if file != new and file.is_file():
                     shutil.copyfile(file, new)
-            self.unsaved_best = state.best
-            log = saved_part(self.log, progress.log_size)
+            self.pending_best = state.best
+            log = committed_log(self.log, progress.log_size)
             self.write_log(log if state.log is None else state.log)  # a kill cut its save short
             return
         self.earlier = iterations_of(self.adapter)
-        if unchanged or (here and progress.iteration):
-            self.unsaved_log = saved_part(old[3], progress.log_size)
+        if unchanged or (in_place and progress.iteration):
+            self.pending_log = committed_log(old[3], progress.log_size)
         elif self.earlier is not None:
-            self.unsaved_log = ""
+            self.pending_log = ""
         else:
             self.write_log("")  # what is there is of a run that never saved
         if unchanged:
-            self.unsaved_best = state.best or best_of(old[2])
+            self.pending_best = state.best or best_of(old[2])
 
     def report(self, line: str, **numbers: float) -> None:
         """Print a line, and append its numbers, in full, to the log, a JSON Lines file."""
         print_line(line)
         finite = {name: n if math.isfinite(n) else None for name, n in numbers.items()}
         entry = json.dumps(finite) + "\n"
-        if self.unsaved_log is not None:
-            self.unsaved_log += entry
+        if self.pending_log is not None:
+            self.pending_log += entry
             return
         try:
             with self.log.open("a", encoding="utf-8") as stream:
@@ -124,54 +126,54 @@ class RunFiles:
 
     def keep_best(self, model: nn.Module) -> None:
         """Keep the adapter as it is now as the best, to be written with the next save."""
-        self.unsaved_best = adapters.trainable_arrays(model)
+        self.pending_best = adapters.trainable_arrays(model)
 
     def save(
         self, model: nn.Module, optimizer: dict, progress: Progress, settings: dict[str, Any]
     ) -> None:
         """Save the run: first its state, which holds all, and the adapter file last."""
         if self.earlier is not None:
-            self.keep_earlier()
-        in_memory = self.unsaved_log is not None
-        progress.log_size = len(self.unsaved_log) if in_memory else num_bytes(self.log)
+            self.back_up_previous()
+        in_memory = self.pending_log is not None
+        progress.log_size = len(self.pending_log) if in_memory else file_size(self.log)
         arrays = adapters.trainable_arrays(model)
-        unsaved = self.unsaved_best, self.unsaved_log
+        unsaved = self.pending_best, self.pending_log
         checkpoint.write_state(self.adapter, arrays, optimizer, progress, settings, *unsaved)
-        if self.unsaved_best:
-            adapters.write_arrays(best_file(self.adapter), self.unsaved_best)
+        if self.pending_best:
+            adapters.write_arrays(best_file(self.adapter), self.pending_best)
         if in_memory:
-            self.write_log(self.unsaved_log)
+            self.write_log(self.pending_log)
         adapters.write_arrays(self.adapter, arrays)
-        self.earlier, self.unsaved_log, self.unsaved_best = None, None, {}
+        self.earlier, self.pending_log, self.pending_best = None, None, {}
 
-    def keep_earlier(self) -> None:
+    def back_up_previous(self) -> None:
         """Copy the files of the other run to NAME.previous…; what is there goes to previous.2 …"""
-        previous = checkpoint.other_adapter(self.adapter, "previous")
-        if any(map(num_bytes, files_of_run(previous))):
-            numbered = (checkpoint.other_adapter(self.adapter, f"previous.{n}") for n in count(2))
+        previous = checkpoint.variant(self.adapter, "previous")
+        if any(map(file_size, files_of_run(previous))):
+            numbered = (checkpoint.variant(self.adapter, f"previous.{n}") for n in count(2))
             copy_run(
-                previous, next(p for p in numbered if not any(map(num_bytes, files_of_run(p))))
+                previous, next(p for p in numbered if not any(map(file_size, files_of_run(p))))
             )
         copy_run(self.adapter, previous)
         self.earlier = None
-        warn(f"what {self.adapter} held before is kept as {previous} and beside it")
+        warn(f"the run that {self.adapter} was of is kept as {previous}, with all its files")
 
-    def stop_early(self, iteration: float) -> None:
+    def save_elsewhere_if_shorter(self, iteration: float) -> None:
         """Save as NAME.stopped… from now on, where the adapter that is here has more iterations."""
         if self.earlier is not None and iteration < self.earlier:
-            self.adapter = checkpoint.other_adapter(self.adapter, "stopped")
+            self.adapter = checkpoint.variant(self.adapter, "stopped")
             self.log = log_file(self.adapter)
             self.earlier = iterations_of(self.adapter)
 
-    def fail(self, progress: Progress) -> None:
+    def save_best_after_error(self, progress: Progress) -> None:
         """Save at least the best adapter of a run that ends in an error; never beside another."""
-        if self.unsaved_best and progress.best_iteration > 0:
+        if self.pending_best and progress.best_iteration > 0:
             if iterations_of(self.adapter) is not None:
-                self.adapter = checkpoint.other_adapter(self.adapter, "stopped")
-                if any(map(num_bytes, files_of_run(self.adapter))):
-                    self.keep_earlier()
+                self.adapter = checkpoint.variant(self.adapter, "stopped")
+                if any(map(file_size, files_of_run(self.adapter))):
+                    self.back_up_previous()
             best = best_file(self.adapter)
-            adapters.write_arrays(best, self.unsaved_best)
+            adapters.write_arrays(best, self.pending_best)
             warn(f"the best adapter, of iteration {progress.best_iteration}, is in {best}")
 
 
@@ -185,13 +187,13 @@ def check_writable(adapter_file: Path) -> None:
         raise UserError(f"the adapter file {adapter_file} is a folder; name a file in it")
     if adapters.mlx_lm_scale(adapter_file) != models.SCALE:
         raise UserError(
-            f"beside the adapter file {adapter_file} an adapter_config.json says another scale "
-            f"than {models.SCALE}, for which adapters are saved; give another --adapter-file"
+            f"the adapter_config.json beside {adapter_file} sets another scale than "
+            f"{models.SCALE}, for which adapters are saved; give another --adapter-file"
         )
     if RESERVED.search(adapter_file.name):
         raise UserError(
-            f"{adapter_file} is named like what a run keeps beside its adapter; give another "
-            "--adapter-file"
+            f"{adapter_file} is a name reserved for the files of a run (.best, .state, .stopped, "
+            ".previous); give another --adapter-file"
         )
     for name in (f"{adapter_file.name}.npz", adapter_file.name.removesuffix(".npz")):
         other = adapter_file.with_name(name)
@@ -201,7 +203,7 @@ def check_writable(adapter_file: Path) -> None:
                 f"{adapter_file} and {other} would share {state_file(other)}; give another "
                 "--adapter-file"
             )
-    kept = files_of_run(checkpoint.other_adapter(adapter_file, "previous.99"))
+    kept = files_of_run(checkpoint.variant(adapter_file, "previous.99"))
     longest = max((file.name for file in kept), key=len)
     try:
         with suppress(FileNotFoundError):
@@ -214,10 +216,10 @@ def check_writable(adapter_file: Path) -> None:
         ) from None
 
 
-def files_there(adapter_file: Path, state: State | None) -> list[Path]:
+def existing_names(adapter_file: Path, state: State | None) -> list[Path]:
     """The files of a run under the names that they have, as its state shows."""
     is_old = state is not None and state.file != state_file(adapter_file)
-    names = checkpoint.old_files_of_run if is_old else files_of_run
+    names = checkpoint.legacy_files_of_run if is_old else files_of_run
     return names(adapter_file)
 
 
@@ -239,17 +241,17 @@ def iterations_of(adapter_file: Path) -> float | None:
 
 def copy_run(adapter_file: Path, target: Path) -> None:
     """Copy all that a run has left under another name, in place of what has it."""
-    there = files_there(adapter_file, checkpoint.read_or_none(adapter_file))
+    there = existing_names(adapter_file, checkpoint.read_or_none(adapter_file))
     copies = dict(zip(there, files_of_run(target), strict=True))
-    existing = [file for file in there if num_bytes(file)]
-    with replace_files(*(copies[file] for file in existing)) as streams:
+    existing = [file for file in there if file_size(file)]
+    with atomic_write(*(copies[file] for file in existing)) as streams:
         for file, stream in zip(existing, streams, strict=True):
             stream.write(file.read_bytes())
     for file in copies.keys() - set(existing):
         copies[file].unlink(missing_ok=True)
 
 
-def saved_part(log: Path, num_saved: int) -> str:
+def committed_log(log: Path, num_saved: int) -> str:
     """The first bytes of a log, 0 for all of it, and the lines of tests behind them.
 
     What training reported behind them belongs to no saved iteration, and will come again.

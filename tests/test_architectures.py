@@ -73,7 +73,7 @@ def noise(array: mx.array) -> mx.array:
 
 def adapt(model: nn.Module) -> None:
     mx.random.seed(1)
-    models.add_lora(model, dict.fromkeys(models.find_targets(model, LAYERS), models.RANK))
+    adapters.adapt(model, {}, None, LAYERS)
 
 
 def trainable(model: nn.Module) -> dict[str, np.ndarray]:

@@ -188,6 +188,6 @@ def test_padding_adds_less_than_a_step_and_at_most_a_quarter(length: int) -> Non
     assert padded <= dataset.padded_length(length + 1)
 
 
-def test_few_widths_occur() -> None:
+def test_bucketing_limits_the_number_of_widths() -> None:
     """Since the compiled step is made anew for each of them."""
     assert len({dataset.padded_length(length) for length in range(1, 2049)}) <= 24

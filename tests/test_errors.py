@@ -424,12 +424,12 @@ def copied(model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "copied"))
 
 
-def spoil_config(folder: Path, **changes: object) -> None:
+def damage_config(folder: Path, **changes: object) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def spoil_weights(folder: Path, change: Callable[[dict[str, mx.array]], object]) -> None:
+def damage_weights(folder: Path, change: Callable[[dict[str, mx.array]], object]) -> None:
     weights = mx.load(str(folder / "model.safetensors"))
     mx.eval(weights)
     change(weights)
@@ -504,7 +504,7 @@ NOT_WHOLE_JSON = "config.json is not a whole JSON object; download it again"
 DAMAGED_WEIGHTS = "model.safetensors is damaged or cut short"
 NO_WEIGHTS = "has no model*.safetensors (no pickle such as pytorch_model.bin is loaded); download"
 IS_POINTER = "is not the file itself but a Git LFS pointer to it; `git lfs pull` in"
-SPOILT = {  # and the reason that is reported
+DAMAGED = {  # and the reason that is reported
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json; download"),
     "an empty config": (lambda folder: (folder / "config.json").write_text(""), NOT_WHOLE_JSON),
     "half a config": (lambda folder: (folder / "config.json").write_text("{"), NOT_WHOLE_JSON),
@@ -517,31 +517,31 @@ SPOILT = {  # and the reason that is reported
         "config.json has no model_type, which names the architecture",
     ),
     "an unknown model type": (
-        lambda folder: spoil_config(folder, model_type="frobnicator"),
+        lambda folder: damage_config(folder, model_type="frobnicator"),
         "as mlx-lm's frobnicator (Model type frobnicator not supported.); download",
     ),
     "a model type that is a module": (
-        lambda folder: spoil_config(folder, model_type="base"),
+        lambda folder: damage_config(folder, model_type="base"),
         "as mlx-lm's base (module 'mlx_lm.models.base' has no attribute 'Model'); download",
     ),
     "a model type that ends the process": (
-        lambda folder: spoil_config(folder, model_type="olmo"),
+        lambda folder: damage_config(folder, model_type="olmo"),
         "as mlx-lm's olmo (SystemExit 1)",
     ),
     "a config of nonsense": (
-        lambda folder: spoil_config(folder, hidden_size="many"),
+        lambda folder: damage_config(folder, hidden_size="many"),
         "config.json has hidden_size 'many', which is not a number; download",
     ),
     "a config without a number": (
-        lambda folder: spoil_config(folder, rms_norm_eps=None),
+        lambda folder: damage_config(folder, rms_norm_eps=None),
         "as mlx-lm's llama (",
     ),
     "another number of layers": (
-        lambda folder: spoil_config(folder, num_hidden_layers=5),
+        lambda folder: damage_config(folder, num_hidden_layers=5),
         "(Missing 9 parameters: model.layers.4.input_layernorm.weight, model.layers.4.mlp.down_",
     ),
     "more layers than arrays": (
-        lambda folder: spoil_config(folder, num_hidden_layers=50),
+        lambda folder: damage_config(folder, num_hidden_layers=50),
         "config.json has num_hidden_layers 50, and the weights beside it are only 39 arrays",
     ),
     "generation settings that are an array": (
@@ -571,15 +571,15 @@ SPOILT = {  # and the reason that is reported
     "half of the weights": (lambda folder: cut_weights(folder, 300_000), DAMAGED_WEIGHTS),
     "weights cut in their header": (lambda folder: cut_weights(folder, 1000), DAMAGED_WEIGHTS),
     "a weight too few": (
-        lambda folder: spoil_weights(folder, lambda weights: weights.pop(f"{FIRST}.weight")),
+        lambda folder: damage_weights(folder, lambda weights: weights.pop(f"{FIRST}.weight")),
         f"as mlx-lm's llama (Missing 1 parameters: {FIRST}.weight.); download",
     ),
     "a weight too many": (
-        lambda folder: spoil_weights(folder, lambda weights: weights.update(more=mx.zeros(3))),
+        lambda folder: damage_weights(folder, lambda weights: weights.update(more=mx.zeros(3))),
         "as mlx-lm's llama (Received 1 parameters not in model: more.); download",
     ),
     "a weight of another shape": (
-        lambda folder: spoil_weights(
+        lambda folder: damage_weights(
             folder, lambda weights: weights.update({f"{FIRST}.weight": mx.zeros((64, 32))})
         ),
         f"Expected shape (64, 64) but received shape (64, 32) for parameter {FIRST}.weight",
@@ -602,7 +602,7 @@ SPOILT = {  # and the reason that is reported
 }
 
 
-@pytest.mark.parametrize(("spoil", "reason"), SPOILT.values(), ids=SPOILT.keys())
+@pytest.mark.parametrize(("spoil", "reason"), DAMAGED.values(), ids=DAMAGED.keys())
 def test_the_reason_is_reported_why_a_model_folder_cannot_be_loaded(
     run: Run, fails: Fails, copied: Path, spoil: Callable[[Path], object], reason: str
 ) -> None:

@@ -102,7 +102,7 @@ def test_a_fresh_run_that_fails_keeps_the_best_adapter_that_it_had(
     files = run_files.RunFiles(Path("a.npz"))
     files.begin(None, None, Progress(), unchanged=False)
     files.keep_best(loaded)
-    files.fail(Progress(iteration=5, best_iteration=4))
+    files.save_best_after_error(Progress(iteration=5, best_iteration=4))
     assert contents(copy, NAMES) == contents(finished, NAMES)
     kept = np.load("a.stopped.best.npz")
     assert kept.keys() == adapters.trainable_arrays(loaded).keys()
@@ -113,14 +113,14 @@ def test_the_first_save_of_a_fresh_run_moves_all_of_the_earlier_one_and_says_so(
 ) -> None:
     ended = call(*args, "--iters", 5, "--seed", 1)
     assert ended.stderr == (
-        "warning: what a.npz held before is kept as a.previous.npz and beside it\n"
+        "warning: the run that a.npz was of is kept as a.previous.npz, with all its files\n"
     )
     assert contents(copy, PREVIOUS) == contents(finished, NAMES)
     call(*args, "--iters", 5, "--seed", 1, "--adapter-file", tmp_path / "a.npz")
     assert contents(copy, ["a.npz", "a.best.npz"]) == contents(tmp_path, ["a.npz", "a.best.npz"])
     assert [entry["iter"] for entry in entries(copy / "a.log.jsonl")] == [1, 3, 4, 5, 5]
     ended = call(*args, "--resume-adapter-file", "a.previous.npz", "--adapter-file", "c.npz")
-    assert ended.returncode == 2 and f" {ITERS} are done already" in ended.stderr
+    assert ended.returncode == 2 and f"iteration {ITERS} of" in ended.stderr
 
 
 def test_a_kill_within_the_move_loses_neither_run(
@@ -193,7 +193,7 @@ def test_an_adapter_that_is_put_back_is_the_one_that_is_resumed(
     call(*args, "--iters", 2, "--seed", 5)
     shutil.copy("a.previous.npz", "a.npz")
     ended = call(*args, "--iters", 3, "--resume-adapter-file", "a.npz", "--learning-rate", 0)
-    assert "a.npz has no state of its run beside it" in ended.stderr
+    assert "a.npz has no training state beside it" in ended.stderr
     assert (copy / "a.npz").read_bytes() == (finished / "a.npz").read_bytes()
 
 
@@ -273,7 +273,7 @@ def test_names_that_would_share_a_state_are_refused(
         ),
     ],
 )
-def test_a_run_under_the_names_of_before_resumes_as_if_it_had_never_stopped(
+def test_a_run_under_legacy_names_resumes_as_if_it_had_never_stopped(
     call: Run,
     args: list[object],
     tmp_path: Path,
@@ -389,7 +389,7 @@ def test_a_link_to_itself_is_an_error(call: Run, args: list[object], tmp_path: P
     (tmp_path / "a.npz").symlink_to("a.npz")
     for phase in ("--train", "--test"):
         ended = call(*args[:4], "--adapter-file", tmp_path / "a.npz", phase)
-        one_error(ended, "a link that leads back to itself")
+        one_error(ended, "a loop of links")
 
 
 def test_a_file_of_another_scale_is_not_written_over(
@@ -398,7 +398,7 @@ def test_a_file_of_another_scale_is_not_written_over(
     config = {"lora_parameters": {"scale": 2.0}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     file = tmp_path / "adapters.safetensors"
-    one_error(call(*args, "--adapter-file", file), "says another scale than 20")
+    one_error(call(*args, "--adapter-file", file), "sets another scale than 20")
 
 
 # --- Streams ------------------------------------------------------------------------------------

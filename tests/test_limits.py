@@ -149,7 +149,7 @@ def test_texts_longer_than_a_model_was_made_for_are_warned_of_once(
     assert ended.returncode == 0, ended.stderr
     warnings = [line for line in ended.stderr.splitlines() if "max_position_embeddings" in line]
     assert len(warnings) == (longest is not None)
-    assert all(f"comes to {longest} tokens" in line for line in warnings)
+    assert all(f"has {longest} tokens" in line for line in warnings)
 
 
 def test_a_prompt_and_its_generation_beyond_what_a_model_was_made_for_are_warned_of(
@@ -160,7 +160,7 @@ def test_a_prompt_and_its_generation_beyond_what_a_model_was_made_for_are_warned
     args = ["--model", model, "--adapter-file", tmp_path / "a.npz", "--prompt", "a" * 15]
     assert call(*args, "--max-tokens", 5).stderr == ""
     [line] = call(*args, "--max-tokens", 6).stderr.splitlines()
-    assert "comes to 21 tokens, and the model was made for 20 (max_position_embeddings" in line
+    assert "has 21 tokens, and the model's context length is 20 (max_position_embeddings" in line
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -186,7 +186,7 @@ def test_the_length_a_model_was_made_for_is_that_of_its_configuration(
     tmp_path: Path, config: dict, length: float
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert models.trained_length(tmp_path) == length
+    assert models.context_length(tmp_path) == length
 
 
 # --- Tokens -------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_an_end_of_text_token_that_the_model_lacks_is_an_error(call: Run, tmp_pa
     data = write_texts(tmp_path, TEXTS)
     error = one_error(train(call, small, data, "--iters", 1))
     assert "token 256" in error
-    assert "the model knows only 256 tokens" in error
+    assert "is outside the model's vocabulary of 256" in error
     assert train(call, small, data, "--iters", 1, "--add-eos-token", 0).returncode == 0
 
 
@@ -221,7 +221,7 @@ def test_a_token_of_a_prompt_that_the_model_lacks_is_an_error_before_training(
     small = tiny.make_model(tmp_path / "model", vocab_size=200, num_hidden_layers=1)
     data = write_texts(tmp_path, TEXTS)
     error = one_error(train(call, small, data, "--add-eos-token", 0, "--prompt", "가"))
-    assert "of the prompt, and the model knows only 200 tokens" in error
+    assert "of the prompt is outside the model's vocabulary of 200" in error
     assert not (tmp_path / "a.npz").exists()
 
 
@@ -234,7 +234,7 @@ def test_of_several_tables_the_shortest_counts_for_texts_prompts_and_what_is_gen
     call: Run, tmp_path: Path
 ) -> None:
     model = tiny.make_model(tmp_path / "model", **GEMMA4)
-    assert models.find_limits(models.load(model)[0]).tokens == 99
+    assert models.find_limits(models.load(model)[0]).vocab_size == 99
     args = ["--iters", 1, "--add-eos-token", 0, "--prompt"]
     data = write_texts(tmp_path, [text.upper() for text in TEXTS])
     assert "token 122" in one_error(train(call, model, data, *args, "z"))

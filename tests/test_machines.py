@@ -14,7 +14,7 @@ from pathlib import Path
 import tiny
 from conftest import ROOT, Run, one_error
 from lora_finetune import files
-from lora_finetune.check_platform import obstacle
+from lora_finetune.check_platform import unsupported_reason
 
 import datasets
 import mlx.core as mx
@@ -113,7 +113,7 @@ def test_windows_is_referred_to_wsl2(run: Run, script: str, args: list[str]) -> 
     ],
 )
 def test_what_mlx_cannot_be_installed_on_is_named(machine: tuple, mentions: list[str]) -> None:
-    message = obstacle(*machine)
+    message = unsupported_reason(*machine)
     assert bool(message) == bool(mentions), message
     assert all(mention in message for mention in mentions)
 
@@ -166,7 +166,7 @@ def test_on_a_mac_what_is_saved_is_on_the_disk_itself(
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", control)
     monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
-    with files.replace_files(tmp_path / "a", tmp_path / "b") as streams:
+    with files.atomic_write(tmp_path / "a", tmp_path / "b") as streams:
         for stream in streams:
             stream.write(b"whole")
     assert calls == (["F_FULLFSYNC"] * 2 if able else ["F_FULLFSYNC", "fsync"] * 2)

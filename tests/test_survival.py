@@ -17,7 +17,7 @@ from pathlib import Path
 
 import background
 import tiny
-from conftest import ROOT, Run, make_texts
+from conftest import ROOT, Run, make_texts, one_error
 from lora_finetune import adapters, checkpoint, command_line
 
 import mlx.core as mx
@@ -151,11 +151,11 @@ def test_a_signal_ends_the_run_after_its_iteration_and_resuming_goes_on(
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == 128 + number
-    *_, told = (tmp_path / "err").read_text().splitlines()
+    *_, last = (tmp_path / "err").read_text().splitlines()
     *_, saved = (tmp_path / "out").read_text().splitlines()
     iteration = int(saved.split(":")[0].removeprefix("Iter "))
     assert saved == f"Iter {iteration}: Saved adapter weights to a.npz."
-    assert told == (
+    assert last == (
         f"interrupted: iteration {iteration} is saved; the same command with "
         "--resume-adapter-file a.npz goes on"
     )
@@ -219,7 +219,7 @@ def test_a_signal_that_was_ignored_stays_so() -> None:
         with command_line.StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.1)
-            stop.check()
+            assert stop.signal is None
     finally:
         signal.signal(signal.SIGHUP, old)
 
@@ -289,8 +289,8 @@ def test_too_little_memory_for_the_largest_batch_is_reported_before_training(
     assert "Iter" not in ended.stdout
     assert re.fullmatch(
         r"error: a batch of 5000 texts, the longest of 2048 tokens, "
-        r"would take \d+\.\d GB of memory, "
-        r"and there are \d+\.\d GB; lower --batch-size, --max-seq-length or --lora-layers\n",
+        r"would take [\d.e+]+ GB of memory, "
+        r"and there are [\d.]+ GB; lower --batch-size, --max-seq-length or --lora-layers\n",
         ended.stderr,
     )
     assert not (tmp_path / "a.npz").exists()
@@ -325,9 +325,8 @@ def test_a_tokenizer_of_another_model_is_reported_before_training(
         tiny.make_adapter(Path("a.npz"))
         more = ["가"] if phase == "--prompt" else []
         ended = call("--model", folder, "--data", args[3], "--adapter-file", "a.npz", phase, *more)
-        assert ended.returncode == 2
-        assert ended.stderr.splitlines()[-1].startswith("error: the ")
-        assert "know" in ended.stderr
+        assert "Iter" not in ended.stdout
+        one_error(ended, "is outside the model's vocabulary of 200")
 
 
 def test_a_model_whose_loss_is_not_finite_is_reported_before_the_first_iteration(
@@ -407,8 +406,7 @@ def test_an_adapter_from_elsewhere_starts_with_fresh_moments_and_says_so(
         adapter = ["--resume-adapter-file", name, "--adapter-file", f"after-{name}"]
         ended = call(*args, "--iters", 2, *adapter)
         assert ended.stderr == (
-            f"warning: {name} has no state of its run beside it, "
-            "so Adam starts with fresh moments\n"
+            f"warning: {name} has no training state beside it, so Adam starts with fresh moments\n"
         )
         assert ended.stdout.count("Iter 1: ") == 1
 
@@ -447,13 +445,13 @@ def test_what_has_changed_since_is_reported_in_one_line(
     assert ended.stderr == (
         "warning: since a.npz was saved, these have changed: --batch-size (4, now 8), train.jsonl, "
         "the model's config.json; with --start-iter 0 training begins anew from its adapter\n"
-        "warning: what a.npz held before is kept as a.previous.npz and beside it\n"
+        "warning: the run that a.npz was of is kept as a.previous.npz, with all its files\n"
     )
     assert "Iter 24: Val loss" in ended.stdout
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "an adapter"])
-def test_a_damaged_state_is_reported_with_the_way_out(
+def test_a_damaged_state_is_reported_with_a_remedy(
     call: Run, args: list[object], copy: Path, damage: str
 ) -> None:
     state = Path("a.state.npz")
@@ -468,8 +466,7 @@ def test_a_damaged_state_is_reported_with_the_way_out(
     ended = call(*args, "--iters", 30, "--resume-adapter-file", "a.npz")
     assert ended.returncode == 2
     assert ended.stderr == (
-        "error: a.state.npz is damaged; "
-        "without it (delete it) training resumes with fresh moments\n"
+        "error: a.state.npz is damaged; delete it to resume with fresh Adam moments\n"
     )
 
 

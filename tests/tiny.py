@@ -109,9 +109,9 @@ def write_model(
 
 def build_tokenizer(appends_eos: bool) -> Tokenizer:
     """A byte-level BPE without merges, so that each byte of a text's UTF-8 is one token."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted(set(range(256)) - set(printable))  # stand as the characters from 256 on
-    vocabulary = {chr(byte): byte for byte in printable}
+    one_line = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = sorted(set(range(256)) - set(one_line))  # stand as the characters from 256 on
+    vocabulary = {chr(byte): byte for byte in one_line}
     vocabulary |= {chr(256 + place): byte for place, byte in enumerate(others)}
     tokenizer = Tokenizer(BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
