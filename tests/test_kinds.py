@@ -347,7 +347,7 @@ def test_a_text_without_an_answer_is_reported_before_the_model_is_loaded(
 def test_texts_beyond_a_batch_of_the_tokenizer_stay_in_order(
     without_template: TokenizerWrapper,
 ) -> None:
-    words = [f"{i} {'가' * (i % 7)}" for i in range(2 * dataset.CHUNK_TEXTS + 3)]
+    words = [f"{i} {'가' * (i % 7)}" for i in range(dataset.CHUNK_CHARACTERS // 3)]
     found = dataset.tokenize(map(dataset.Text, words), without_template, False, 9999)
     assert found.tokens.tolist() == [*"".join(words).encode()]
     assert found.lengths.tolist() == [len(word.encode()) for word in words]
