@@ -112,7 +112,16 @@ if __name__ == "__main__":  # parsed before the imports, which take seconds: --h
     args = parse_arguments()
 
 import models
-from lora_finetune import adapters, checkpoint, dataset, demo_model, linux_cpu, memory, run_files
+from lora_finetune import (
+    adapters,
+    checkpoint,
+    dataset,
+    demo_model,
+    encoding,
+    linux_cpu,
+    memory,
+    run_files,
+)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -663,7 +672,7 @@ def encode_prompt(
     Raises:
         UserError: it has no tokens, some that the model does not have, or too many.
     """
-    [tokens] = dataset.encode(tokenizer, [text])
+    [tokens] = encoding.encode(tokenizer, [text])
     if not tokens:
         raise UserError("the prompt holds no tokens")
     dataset.check_tokens(tokens, limits.vocab_size, "the prompt")

@@ -1,0 +1,188 @@
+"""Texts to token ids: whole, or only the start of a long text, with the ids of the whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+def encode(
+    tokenizer: TokenizerWrapper, texts: list[str], templated: bool = False
+) -> list[list[int]]:
+    """The tokens of texts, without the end-of-text token that some tokenizers append.
+
+    A fast tokenizer works in parallel. Texts of a chat template hold their special tokens already.
+    """
+    if is_plain(tokenizer):
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=not templated)
+        ids = [encoding.ids for encoding in encodings]
+    else:
+        ids = [tokenizer.encode(text, add_special_tokens=not templated) for text in texts]
+    if not templated and tokenizer.encode("a")[-1:] == [tokenizer.eos_token_id]:
+        ids = [tokens[:-1] for tokens in ids]
+    return ids
+
+
+def is_plain(tokenizer: TokenizerWrapper) -> bool:
+    """Whether a tokenizer does what the `tokenizers` library does, and nothing before that.
+
+    mlx-lm and transformers have classes that change the text first, in an `encode` of their own.
+    """
+    from transformers import PreTrainedTokenizerBase  # not above: it takes a second
+
+    return tokenizer.is_fast and tokenizer.encode.__func__ is PreTrainedTokenizerBase.encode
+
+
+def end_with_eos(ids: list[int], tokenizer: TokenizerWrapper, templated: bool) -> None:
+    """Make tokens end in exactly one end-of-text token; a template's own serves as well.
+
+    What a template puts after it, mostly a line end, is dropped.
+    """
+    if templated:
+        end = len(ids)
+        while end and not tokenizer.decode(ids[end - 1 : end]).strip():
+            end -= 1
+        if end and ids[end - 1] in tokenizer.eos_token_ids:
+            del ids[end:]
+            return
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    ids.append(tokenizer.eos_token_id)
+
+
+# --- The start of a long text -------------------------------------------------------------------
+
+# A long text is cut after so many characters for each token that is wanted of it, more than most
+# tokens have. WordPiece makes one unknown token of a word of more than LONGEST_WORD characters.
+CHARACTERS_PER_TOKEN = 6
+LONGEST_WORD = 100
+# The last tokens of a part may be others in the whole text: some tokenizers look a little ahead,
+# and some put a token at the end.
+UNSURE_TOKENS = 8
+# The end of a word that has a space and another word after it.
+WORD_END = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
+
+
+def encode_starts(
+    tokenizer: TokenizerWrapper, texts: list[str], templated: bool, number: int
+) -> list[list[int]]:
+    """The tokens of each text as `encode` has them: all, or at least the first `number`.
+
+    What is far beyond them is not tokenized, since that takes memory, hundreds of bytes a
+    character.
+    """
+    least = LONGEST_WORD + number * CHARACTERS_PER_TOKEN
+    ends = [word_end(tokenizer, text, least) for text in texts]
+    parts = [text[:end] for text, end in zip(texts, ends, strict=True)]
+    ids = encode(tokenizer, parts, templated)
+    for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
+        if end < len(text):
+            del ids[i][-UNSURE_TOKENS:]
+            if len(ids[i]) < number:
+                ids[i] = encode_start(tokenizer, text, templated, number)
+    return ids
+
+
+def encode_start(tokenizer: TokenizerWrapper, text: str, templated: bool, number: int) -> list[int]:
+    """As `encode_starts` for a single text, in longer and longer parts."""
+    wanted = number + UNSURE_TOKENS
+    least = LONGEST_WORD + wanted
+    while least < len(text):
+        if end := word_end(tokenizer, text, least):
+            [tokens] = encode(tokenizer, [text[:end]], templated)
+        else:
+            tokens = shared_tokens(tokenizer, text, templated, least, wanted)
+        if len(tokens) >= wanted:
+            return tokens[:-UNSURE_TOKENS]
+        least *= 2
+    [tokens] = encode(tokenizer, [text], templated)
+    return tokens
+
+
+def word_end(tokenizer: TokenizerWrapper, text: str, least: int) -> int:
+    """How many characters of a text, `least` or more, end where a token of it does for certain.
+
+    That is at its end, and at the end of a word where no token goes beyond that.
+
+    Returns:
+        0 where no such place is near.
+    """
+    if len(text) <= least:
+        return len(text)
+    found = ends_tokens_with_words(tokenizer) and WORD_END.search(text, least, 2 * least)
+    return found.end() if found else 0
+
+
+@lru_cache(maxsize=1)
+def ends_tokens_with_words(tokenizer: TokenizerWrapper) -> bool:
+    """Whether no token goes on from a letter to a space.
+
+    Either words are taken apart before they are made tokens, or no token of the vocabulary has a
+    letter and then what stands for a space, " ", "▁" or "Ġ".
+    """
+    if not is_plain(tokenizer):
+        return False
+    backend, pieces = tokenizer.backend_tokenizer, "a b"
+    if backend.normalizer:
+        pieces = backend.normalizer.normalize_str(pieces)
+    if backend.pre_tokenizer:
+        pieces = "\n".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(pieces))
+    if not (seen := re.search("a(.?)", pieces)):
+        return False
+    spaces = re.escape(" " + seen[1])
+    # What is beyond ASCII may be a letter, or a byte of one.
+    letter_and_space = re.compile(f"(?![{spaces}])[a-zA-Z\x80-\U0010ffff][{spaces}]")
+    return not any(map(letter_and_space.search, tokenizer.get_vocab()))
+
+
+def shared_tokens(
+    tokenizer: TokenizerWrapper, text: str, templated: bool, least: int, number: int
+) -> list[int]:
+    """What the tokens of all parts of a text that end within a certain stretch of it begin with.
+
+    The stretch is longer than any token, so some token of the whole text ends in it; and in BPE,
+    Unigram and WordPiece a text has, up to where one of its tokens ends, the tokens of the part
+    that ends there. So the whole text begins with what all those parts begin with.
+
+    Returns:
+        [] where that is fewer than `number`, or takes longer than to tokenize the whole text.
+    """
+    stretch = to_come = longest_token(tokenizer)
+    if least * stretch > len(text):
+        return []
+    shared, previous = None, None
+    for end in range(least, least + 4 * stretch):
+        [tokens] = encode(tokenizer, [text[:end]], templated)
+        shared = tokens if shared is None else os.path.commonprefix([shared, tokens])
+        if len(shared) < number:
+            return []
+        # Characters of which any number may become a single one, or vanish, do not count.
+        to_come -= tokens != previous and not joins(text[end])
+        if not to_come:
+            return shared
+        previous = tokens
+    return []
+
+
+@lru_cache(maxsize=1)
+def longest_token(tokenizer: TokenizerWrapper) -> int:
+    """Characters of the longest token or word, or bytes."""
+    return max(LONGEST_WORD, *map(len, tokenizer.get_vocab()))
+
+
+def joins(character: str) -> bool:
+    """Whether a character is of those that may become one with any number of others around it.
+
+    Unicode composes and reorders marks and the parts of Hangul; tokenizers drop what is not to be
+    seen, or make spaces of it, and a special token can take up the spaces around it.
+    """
+    return unicodedata.category(character)[0] in "MZC" or "\u1160" <= character <= "\u11ff"
