@@ -68,14 +68,20 @@ OUT_OF_RANGE = {
 }
 
 
+NOT_A_NUMBER = {"x", "", "1.5", "2.5", "1e3", "0.5", "all", "1.0", "yes"}  # or not a whole one
+
+
 @pytest.mark.parametrize(
     ("flag", "value"), [(flag, value) for flag, values in OUT_OF_RANGE.items() for value in values]
 )
-def test_a_number_out_of_range_is_reported_at_once_with_its_flag(
+def test_a_number_out_of_range_is_reported_at_once_with_its_flag_and_the_reason(
     run: Run, flag: str, value: str
 ) -> None:
     """With the standard library alone, and so before anything is imported, read or fetched."""
-    one_error(run("--train", flag, value, python=("-S", "-E")), flag)
+    is_invalid = value in NOT_A_NUMBER or flag == "--add-eos-token"
+    reason = "invalid " if is_invalid else "must be "
+    bound = ["below 2147483648"] if value == "99999999999" else []
+    one_error(run("--train", flag, value, python=("-S", "-E")), flag, reason, value, *bound)
 
 
 @pytest.mark.parametrize(
