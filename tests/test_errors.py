@@ -81,7 +81,8 @@ def test_a_number_out_of_range_is_reported_at_once_with_its_flag_and_the_reason(
     is_invalid = value in NOT_A_NUMBER or flag == "--add-eos-token"
     reason = "invalid " if is_invalid else "must be "
     bound = ["below 2147483648"] if value == "99999999999" else []
-    one_error(run("--train", flag, value, python=("-S", "-E")), flag, reason, value, *bound)
+    given = [f"{flag}={value}"] if flag.startswith("--") else [flag, value]
+    one_error(run("--train", *given, python=("-S", "-E")), flag, reason, value, *bound)
 
 
 @pytest.mark.parametrize(
