@@ -839,7 +839,7 @@ def test_a_json_column_of_text_and_other_things_is_reported(
     fails(tmp_path / f"a.{suffix}", mentions=(f"a.{suffix}",))
 
 
-DAMAGED: dict[str, Callable[[bytes], bytes]] = {
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
     "half": lambda content: content[: len(content) // 2],
     "without its end": lambda content: content[:-20],
@@ -854,7 +854,7 @@ DAMAGED: dict[str, Callable[[bytes], bytes]] = {
 DAMAGED = [
     (suffix, how)
     for suffix in WRITERS
-    for how in DAMAGED
+    for how in DAMAGES
     if (suffix, how) not in {("csv", "half"), ("csv", "without its end")}  # a shorter CSV file
 ]
 
@@ -864,7 +864,7 @@ def test_a_file_that_is_damaged_is_reported(
     fails: Fails, tmp_path: Path, suffix: str, how: str
 ) -> None:
     content = write(tmp_path, f"good.{suffix}", FILLERS).read_bytes()
-    (tmp_path / f"a.{suffix}").write_bytes(DAMAGED[how](content))
+    (tmp_path / f"a.{suffix}").write_bytes(DAMAGES[how](content))
     fails(tmp_path / f"a.{suffix}", mentions=(f"a.{suffix}",))
 
 

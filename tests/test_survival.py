@@ -17,7 +17,7 @@ from pathlib import Path
 
 import background
 import tiny
-from conftest import ROOT, Run, make_texts, one_error
+from conftest import ROOT, Run, make_texts
 from lora_finetune import adapters, checkpoint, command_line
 
 import mlx.core as mx
@@ -326,7 +326,9 @@ def test_a_tokenizer_of_another_model_is_reported_before_training(
         more = ["가"] if phase == "--prompt" else []
         ended = call("--model", folder, "--data", args[3], "--adapter-file", "a.npz", phase, *more)
         assert "Iter" not in ended.stdout
-        one_error(ended, "is outside the model's vocabulary of 200")
+        *_, error = ended.stderr.splitlines()
+        assert error.startswith("error: token ")
+        assert "is outside the model's vocabulary of 200" in error
 
 
 def test_a_model_whose_loss_is_not_finite_is_reported_before_the_first_iteration(
