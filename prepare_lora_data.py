@@ -97,7 +97,7 @@ if __name__ == "__main__":  # --help and a wrong flag answer at once: the import
     begin_process()
     args = parse_arguments()
 
-from lora_finetune.dataset import join_question, looks_like, parse_json, question_of
+from lora_finetune.dataset import binary_format, join_question, looks_like, parse_json, question_of
 
 import datasets
 import pyarrow.parquet as pq
@@ -175,6 +175,10 @@ def read_batches(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
         UserError: the file cannot be read; says why.
     """
     try:
+        with file.open("rb") as stream:
+            what = binary_format(stream.read(8))
+        if what and file.suffix.lower() not in (".parquet", ".arrow"):
+            raise UserError(f"{file} cannot be read: it looks like {what}")
         yield from READERS[file.suffix.lower()](file, wanted)
     except UserError:
         raise

@@ -80,36 +80,41 @@ def read(path: Path, mask_prompt: bool) -> File:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         looks = "" if entries else looks_like(path)
-        looks += looks and " (prepare_lora_data.py --source does that for most kinds of files)"
+        looks += " (prepare_lora_data.py does that)" if looks.endswith("in each line") else ""
         raise UserError(f"{path}, line {number}: {error}{looks}") from None
     if not entries:
         raise UserError(f"{path} holds no texts")
     return File(path, entries, digest.hexdigest())
 
 
-# What files begin with that are no text, and what they then look like.
+# What files begin with that are no UTF-8 text, what they then are, and what to do.
 MAGIC = {
-    b"PAR1": "Parquet",
-    b"ARROW1": "Arrow",
-    b"\x1f\x8b": "a gzip archive",
-    b"PK\x03\x04": "a zip archive or an Excel file",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
+    b"PAR1": "Parquet: name it .parquet for prepare_lora_data.py",
+    b"ARROW1": "Arrow: name it .arrow for prepare_lora_data.py",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+    b"PK\x03\x04": "a zip archive or an Excel file: unpack it, or save it as CSV",
+    b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
 }
+
+
+def binary_format(start: bytes) -> str:
+    """What a file that begins so is, if it is no UTF-8 text, and what to do; else ""."""
+    return next((what for magic, what in MAGIC.items() if start.startswith(magic)), "")
 
 
 def looks_like(path: Path) -> str:
     """A guess at the format of a file that is not JSON Lines, to end an error with; or ""."""
     with path.open("rb") as stream:
         start = stream.read(2**16)
-    what = next((name for magic, name in MAGIC.items() if start.startswith(magic)), "")
+    if what := binary_format(start):
+        return f"; the file looks like {what}"
     text = start.decode(errors="replace").removeprefix("\ufeff").lstrip()
     head = text.partition("\n")[0].rstrip()
     separators = {"\t": "tabs", ";": "semicolons", ",": "commas"}
     separator = next((found for found in separators if found in head), "")
-    if what:
-        pass
-    elif text.startswith("["):
+    what = ""
+    if text.startswith("["):
         what = "one JSON list"
     elif text.startswith("{"):
         goes_on = "\n" in text and head[-1] in "{[,:"

@@ -773,6 +773,7 @@ def test_columns_that_are_missing_are_reported_with_those_there_are(
         ("a.csv", "question\tanswer\nq\ta\n", "separated by tabs; save it with commas"),
         ("a.json", json.dumps({"question": "q"}, indent=1), "one JSON object over several lines"),
         ("a.jsonl", "question,answer\nq,a\n", "looks like CSV with commas"),
+        ("a.csv", "PK\x03\x04", "looks like a zip archive or an Excel file: unpack it, or save it"),
         (
             "a.json",
             json.dumps({f"key {i}": {"question": "q", "answer": "a"} for i in range(20_000)}),
