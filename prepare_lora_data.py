@@ -97,7 +97,15 @@ if __name__ == "__main__":  # --help and a wrong flag answer at once: the import
     begin_process()
     args = parse_arguments()
 
-from lora_finetune.dataset import binary_format, join_question, looks_like, parse_json, question_of
+from lora_finetune.dataset import (
+    check_format,
+    holds_rows,
+    join_question,
+    looks_like,
+    parse_json,
+    question_of,
+    separators,
+)
 
 import datasets
 import pyarrow.parquet as pq
@@ -176,9 +184,7 @@ def read_batches(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
     """
     try:
         with file.open("rb") as stream:
-            what = binary_format(stream.read(8))
-        if what and file.suffix.lower() not in (".parquet", ".arrow"):
-            raise UserError(f"{file} cannot be read: it looks like {what}")
+            check_format(file, stream.read(100))
         yield from READERS[file.suffix.lower()](file, wanted)
     except UserError:
         raise
@@ -201,7 +207,12 @@ def read_parquet(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
 def read_dataset(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
     """An Arrow or CSV file, by `datasets`; all of a CSV file's values stay as they are written."""
     format, options = file.suffix.lower().removeprefix("."), {}
-    if format == "csv":  # where 007 would become a number, and NA nothing
+    if format == "csv":
+        with file.open(encoding="utf-8-sig") as stream:
+            marks = separators(stream.read(2**16))
+        if marks not in ("", "commas"):
+            raise UserError(f"{file} has its values separated by {marks}; save it with commas")
+        # Or 007 would become a number, and NA nothing.
         options = {"converters": dict.fromkeys(wanted, str), "keep_default_na": False}
     options["cache_dir"] = "memory://"  # it makes a folder for it, though streaming puts nothing in
     pattern = glob.escape(str(file))
@@ -233,12 +244,11 @@ def read_json(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
         while some := list(islice(rows, BATCH_ROWS)):
             if not all(isinstance(row, dict) for row in some):
                 raise UserError(f"{file} holds something else than objects with named values")
-            values = some[0].values() if len(some) == 1 else []
-            if values and all(isinstance(value, dict) for value in values):
+            if len(some) == 1 and holds_rows(some[0]):
                 keys = abbreviated(some[0])
                 raise UserError(
-                    f"{file} is one object of rows by their keys ({keys}); make it a list of the "
-                    "rows: [{…}, {…}]"
+                    f"{file} is one object that holds others by their keys ({keys}); make it a "
+                    "list of rows: [{…}, {…}]"
                 )
             names = dict.fromkeys(name for row in some for name in row)
             yield {name: [row.get(name) for row in some if name in wanted] for name in names}
@@ -263,10 +273,6 @@ READERS = {
 }
 
 
-# What some programs write into CSV files in the place of commas.
-SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-
-
 def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str, str]]:
     """The question and the whole text of each row, trimmed; the text is "" where a side is empty.
 
@@ -288,14 +294,9 @@ def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str,
         elif "text" in batch and (question, answer) == (QUESTION, ANSWER):
             whole = texts(file, "text", batch["text"])
         else:
-            separators = [name for mark, name in SEPARATORS.items() if mark in "".join(batch)]
             raise UserError(
-                f"{file} has no columns {question} and {answer}; it has {abbreviated(batch)}"
-                + (
-                    f": its values are separated by {separators[0]}; save it with commas"
-                    if len(batch) == 1 and separators
-                    else ", of which --question-column and --answer-column can name two"
-                )
+                f"{file} has no columns {question} and {answer}; it has {abbreviated(batch)}, of "
+                "which --question-column and --answer-column can name two"
             )
         for text in whole:
             yield question_of(unicodedata.normalize("NFC", text)), text

@@ -10,6 +10,7 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -39,10 +40,17 @@ class Interrupted(KeyboardInterrupt):
 def one_line(text: str) -> str:
     """A text in one line, control characters and the like written as in Python: \\n.
 
-    The middle of a long one is left out: what it is about comes first, and the way out last.
+    What is too long, a path or a name in it or all of it, is without its middle: a path ends in the
+    file's name, and a message in the way out.
     """
-    text = text if len(text) <= 600 else f"{text[:300]} … {text[-200:]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = re.sub(r"\S{251,}", lambda word: without_middle(word[0], 250), text)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in without_middle(text, 600))
+    return without_middle(text, 600)
+
+
+def without_middle(text: str, most: int) -> str:
+    """A text of at most so many characters and a few."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 def abbreviated(names: Iterable[str]) -> str:
@@ -193,7 +201,7 @@ def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
         print(f"error: {about}: {error.strerror}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
-        print(f"interrupted: {interrupted.outcome}", file=sys.stderr)
+        print(f"interrupted: {one_line(interrupted.outcome)}", file=sys.stderr)
         return 128 + interrupted.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

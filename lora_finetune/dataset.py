@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_finetune.command_line import UserError, first_line, is_unicode, warn
+from lora_finetune.command_line import UserError, abbreviated, first_line, is_unicode, warn
 from lora_finetune.encoding import encode, encode_starts, end_with_eos
 
 import numpy as np
@@ -59,12 +59,13 @@ def read(path: Path, mask_prompt: bool) -> File:
     """Read a JSON Lines file; a byte-order mark, Windows line ends and blank lines are ignored.
 
     Raises:
-        UserError: no such file, no lines in it, a line that `parse_line` refuses, or of another
-            kind than the first; names the line.
+        UserError: no such file, one of another format, no lines in it, a line that `parse_line`
+            refuses, or of another kind than the first; names the line.
     """
     entries, digest, first_kind = deque(), hashlib.sha256(), None
     try:
         with path.open("rb") as lines:
+            check_format(path, lines.peek())
             for number, line in enumerate(lines, 1):
                 digest.update(line)
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -80,48 +81,76 @@ def read(path: Path, mask_prompt: bool) -> File:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         looks = "" if entries else looks_like(path)
-        looks += " (prepare_lora_data.py does that)" if looks.endswith("in each line") else ""
         raise UserError(f"{path}, line {number}: {error}{looks}") from None
     if not entries:
         raise UserError(f"{path} holds no texts")
     return File(path, entries, digest.hexdigest())
 
 
-# What files begin with that are no UTF-8 text, what they then are, and what to do.
-MAGIC = {
+# How files of other formats begin, and what to do with them.
+FORMATS = {
     b"PAR1": "Parquet: name it .parquet for prepare_lora_data.py",
     b"ARROW1": "Arrow: name it .arrow for prepare_lora_data.py",
     b"\x1f\x8b": "a gzip archive: unpack it",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive: unpack it",
     b"PK\x03\x04": "a zip archive or an Excel file: unpack it, or save it as CSV",
+    b"\xd0\xcf\x11\xe0": "an old Excel file: save it as CSV",
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
+    b"version https://git-lfs": "a Git LFS pointer to the file: `git lfs pull` fetches it",
+    b"<!": "a web page: download the file itself",
+    b"<html": "a web page: download the file itself",
 }
 
 
-def binary_format(start: bytes) -> str:
-    """What a file that begins so is, if it is no UTF-8 text, and what to do; else ""."""
-    return next((what for magic, what in MAGIC.items() if start.startswith(magic)), "")
+def check_format(path: Path, start: bytes) -> None:
+    """Raise UserError where a file begins as one of another format than its name says."""
+    for begin, what in FORMATS.items():
+        if start.startswith(begin) and path.suffix.lower() not in what:
+            raise UserError(f"{path} looks like {what}")
+
+
+# What stands between the values of a CSV file, commas or something else.
+SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
+
+
+def separators(text: str) -> str:
+    """The name of what separates the values in the first two lines of a CSV file; "" if nothing."""
+    head, _, rest = text.partition("\n")
+    mark = max(SEPARATORS, key=head.count)
+    return SEPARATORS[mark] if mark in head and mark in rest.partition("\n")[0] else ""
 
 
 def looks_like(path: Path) -> str:
-    """A guess at the format of a file that is not JSON Lines, to end an error with; or ""."""
+    """A guess at the layout of a file that is not JSON Lines, to end an error with; or ""."""
     with path.open("rb") as stream:
-        start = stream.read(2**16)
-    if what := binary_format(start):
-        return f"; the file looks like {what}"
-    text = start.decode(errors="replace").removeprefix("\ufeff").lstrip()
-    head = text.partition("\n")[0].rstrip()
-    separators = {"\t": "tabs", ";": "semicolons", ",": "commas"}
-    separator = next((found for found in separators if found in head), "")
-    what = ""
+        text = stream.read(2**16).decode(errors="replace").removeprefix("\ufeff").lstrip()
     if text.startswith("["):
-        what = "one JSON list"
+        what = "one JSON list: write each of its objects in a line of its own (jq -c '.[]' does)"
     elif text.startswith("{"):
-        goes_on = "\n" in text and head[-1] in "{[,:"
-        what = "one JSON object over several lines" if goes_on else ""
-    elif separator and "\n" in text:
-        what = f"CSV with {separators[separator]} between the values"
-    return f"; the file looks like {what}: write one JSON object in each line" if what else ""
+        if not breaks_off(text):
+            return ""
+        what = "one JSON object over several lines: write each object in one line (jq -c . does)"
+    elif not (values := separators(text)):
+        return ""
+    elif values == "commas":
+        what = "CSV with commas: name it .csv for prepare_lora_data.py"
+    else:
+        what = f"CSV with {values}: save it with commas, as ….csv, for prepare_lora_data.py"
+    return f"; the file looks like {what}"
+
+
+def breaks_off(text: str) -> bool:
+    """Whether the first line of a text is the start of JSON that goes on in the next."""
+    line, newline, _ = text.partition("\n")
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        unfinished = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated")
+        return bool(newline) and unfinished
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def parse_json(line: bytes) -> object:
@@ -130,8 +159,13 @@ def parse_json(line: bytes) -> object:
         return json.loads(line.decode())
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        if "\0" in error.doc:
+            raise ValueError("is not text in UTF-8; save the file as UTF-8") from None
+        what = error.msg.removesuffix(" at")
+        raise ValueError(f"is not JSON: {what} at character {error.pos + 1}") from None
     except (ValueError, RecursionError):
-        raise ValueError("is not JSON") from None
+        raise ValueError("is not JSON that can be read: too deep, or too long a number") from None
 
 
 def parse_line(line: bytes, mask_prompt: bool) -> Entry:
@@ -147,9 +181,15 @@ def parse_line(line: bytes, mask_prompt: bool) -> Entry:
         if entry.keys() >= set(keys):
             break
     else:
-        if entry and all(isinstance(value, dict) for value in entry.values()):
-            raise ValueError("is an object of objects; write each of them in a line of its own")
-        raise ValueError('has no "text", no "messages", and no "prompt" with a "completion"')
+        names = abbreviated(entry) or "nothing"
+        if holds_rows(entry):
+            raise ValueError(
+                f"is one object that holds others by their keys ({names}); write each of them in a "
+                "line of its own (jq -c '.[]' does)"
+            )
+        raise ValueError(
+            f'has no "text", no "messages", and no "prompt" with a "completion"; it has {names}'
+        )
     for key in keys:
         check_value(key, entry[key])
     if mask_prompt and keys == ("text",) and not UP_TO_ANSWER.match(entry["text"]):
@@ -159,13 +199,19 @@ def parse_line(line: bytes, mask_prompt: bool) -> Entry:
     return {key: entry[key] for key in (*keys, "tools") if key in entry}
 
 
+def holds_rows(entry: Entry) -> bool:
+    """Whether an object holds lists and objects alone, as a whole data set in one object does."""
+    return bool(entry) and all(isinstance(value, dict | list) for value in entry.values())
+
+
 def check_value(key: str, value: object) -> None:
     """Raise ValueError where the value of a key cannot be trained on."""
     if key == "messages":
         if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
             raise ValueError('its "messages" are not a list of objects')
     elif not isinstance(value, str):
-        raise ValueError(f'its "{key}" is not a string')
+        found = {dict: ", but an object", list: ", but a list"}.get(type(value), "")
+        raise ValueError(f'its "{key}" is not a string{found}')
     if not value or not str(value).strip():
         raise ValueError(f'its "{key}" is empty')
     if not is_unicode(json.dumps(value, ensure_ascii=False)):

@@ -770,15 +770,22 @@ def test_columns_that_are_missing_are_reported_with_those_there_are(
     ("name", "content", "reason"),
     [
         ("a.csv", "question;answer\nq;a\n", "separated by semicolons; save it with commas"),
+        ("a.csv", "question;answer\nq, q;a, a, a\n", "separated by semicolons; save it with"),
         ("a.csv", "question\tanswer\nq\ta\n", "separated by tabs; save it with commas"),
+        ("a.csv", "question|answer\nq|a\n", "separated by bars; save it with commas"),
+        ("a.csv", "PK\x03\x04\x14", "looks like a zip archive or an Excel file: unpack it, or"),
+        ("a.json", "\x1f\0", "is not text in UTF-8; save the file as UTF-8"),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer to the"),
+        ("a.arrow", "<!DOCTYPE html>", "looks like a web page: download the file itself"),
+        ("a.jsonl", "PAR1\x15", "looks like Parquet: name it .parquet for"),
+        ("a.json", json.dumps({"data": [{"question": "q"}]}), "others by their keys (data); make"),
         ("a.json", json.dumps({"question": "q"}, indent=1), "one JSON object over several lines"),
         ("a.jsonl", "question,answer\nq,a\n", "looks like CSV with commas"),
-        ("a.csv", "PK\x03\x04", "looks like a zip archive or an Excel file: unpack it, or save it"),
         (
             "a.json",
             json.dumps({f"key {i}": {"question": "q", "answer": "a"} for i in range(20_000)}),
-            "one object of rows by their keys (key 0, key 1, key 2, key 3, key 4 and 19995 more); "
-            "make it a list",
+            "holds others by their keys (key 0, key 1, key 2, key 3, key 4 and 19995 more); make "
+            "it a list of rows",
         ),
         (
             "a.json",
