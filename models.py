@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_finetune import memory
 from lora_finetune.command_line import UserError
 from lora_finetune.files import file_checksum
 
@@ -49,7 +50,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 # What the numbers of layers are called in configurations, and other settings that are numbers.
 NUM_LAYERS_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 NUMERIC_KEYS = re.compile(
-    "(num|n)_.*|(hidden|intermediate|vocab)_size|head_dim|rope_theta|rms_norm_eps"
+    "(num|n)_.*|(hidden|intermediate|vocab)_size|head_dim|rope_theta|rms_norm_eps|"
+    "max_position_embeddings|(bos|eos)_token_id"
 )
 
 
@@ -69,6 +71,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     """
     folder = find_model(path_or_repo)
     model_type = check_files(folder)
+    check_memory(folder)
     try:
         # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit.
         with contextlib.chdir(folder):
@@ -79,6 +82,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
         mx.eval(model.parameters())
         find_limits(model)
     except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
+        check_memory(folder, error)
         check_settings(folder)
         raise UserError(
             f"the model {folder} cannot be loaded as mlx-lm's {model_type} ({shortened(error)}); "
@@ -90,6 +94,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
         )
         tokenizer.encode("a")  # what is wrong with some settings shows only in use
     except Exception as error:  # and so does transformers
+        check_memory(folder, error)
         check_settings(folder)
         why = "" if (folder / "tokenizer.json").exists() else "there is no tokenizer.json: "
         raise UserError(
@@ -97,6 +102,19 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             "download tokenizer.json, tokenizer_config.json and the like again"
         ) from error
     return model, tokenizer
+
+
+def check_memory(folder: Path, error: BaseException | None = None) -> None:
+    """Raise UserError where the weights are more than the memory, or `error` tells so."""
+    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    available = memory.available()
+    if size > available or (error and memory.is_lacking(error)):
+        why = f" ({shortened(error)})" if error else ""
+        raise UserError(
+            f"the weights of the model {folder} take {size / 1e9:.3g} GB, and there are "
+            f"{available / 1e9:.3g} GB of memory{why}; take a smaller or a quantized model, or "
+            "close other programs"
+        )
 
 
 def shortened(error: BaseException) -> str:
@@ -159,11 +177,21 @@ def text_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
     return [*config.items(), *(inner.items() if isinstance(inner, dict) else ())]
 
 
+# The files of settings that mlx-lm and transformers read, besides config.json.
+SETTINGS = ("generation_config.json", "hf_quant_config.json", "tokenizer.json", "vocab.json")
+SETTINGS += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
 def check_settings(folder: Path) -> None:
     """Raise UserError where a file of settings is damaged, which may be why loading failed."""
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in SETTINGS:
         if (folder / name).exists():
             read_object(folder / name)
+    for file in folder.glob("*.jinja"):
+        try:
+            file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not UTF-8; download it again") from None
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -177,6 +205,10 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
+# A part of the weights: its number and how many there are.
+SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+
+
 def check_weights(folder: Path) -> set[str]:
     """The names of all arrays in the weights; raises UserError where some are missing.
 
@@ -188,19 +220,29 @@ def check_weights(folder: Path) -> set[str]:
             with safetensors.safe_open(file, "numpy") as opened:
                 arrays.update(opened.keys())
         except Exception as error:  # safetensors' own, which is no ValueError
+            check_memory(folder, error)
             raise UserError(
                 f"{file} is damaged or cut short ({shortened(error)}); download it again"
             ) from None
     index = folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():
         listed = read_object(index).get("weight_map")
-        listed = listed if isinstance(listed, dict) else {}
+        if not isinstance(listed, dict):
+            raise UserError(f"{index} has no weight_map; download it again")
         files = sorted({str(file) for array, file in listed.items() if array not in arrays})
         if files:
             raise UserError(
                 f"{index} lists weights that are missing, those of {', '.join(files[:3])}"
                 f"{f' and {len(files) - 3} more files' if files[3:] else ''}; download them again"
             )
+    shards = [SHARD.fullmatch(file.name) for file in folder.glob("model*.safetensors")]
+    found = {(int(shard[2]), int(shard[1])) for shard in shards if shard}
+    missing = [n for total, _ in found for n in range(1, total + 1) if (total, n) not in found]
+    if missing:
+        raise UserError(
+            f"the model folder {folder} lacks part {min(missing)} of its weights "
+            f"(model-{min(missing):05}-of-{max(found)[0]:05}.safetensors); download it again"
+        )
     return arrays
 
 
@@ -286,7 +328,8 @@ def context_length(folder: Path) -> float:
     scaling itself calls the original, as the documentation of transformers has it.
     """
     settings = dict(text_settings(read_object(folder / "config.json")))
-    said = [settings[name] for name in CONTEXT_KEYS if isinstance(settings.get(name), int)]
+    named = [settings.get(name) for name in CONTEXT_KEYS]
+    said = [length for length in named if isinstance(length, int) and length > 0]
     scaling = settings.get("rope_scaling") or settings.get("rope_parameters")
     if not said or not isinstance(scaling, dict):
         return said[0] if said else math.inf

@@ -163,6 +163,7 @@ def find_files(source: Path) -> dict[Path, str | None]:
 def read_names(file: Path, pick: Callable[[dict], list[str]]) -> list[str]:
     """Names of files or folders beside a JSON file that datasets' save_to_disk wrote."""
     try:
+        check_format(file, file.read_bytes())
         names = pick(json.loads(file.read_text(encoding="utf-8")))
         if not isinstance(names, list) or not all(
             Path(name).name == name != ".." and (file.parent / name).exists() for name in names

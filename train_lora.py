@@ -775,12 +775,12 @@ def run(args: argparse.Namespace) -> None:
     folder = models.find_model(args.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(folder)
-    limits = models.find_limits(model)
-    print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
-    fingerprints = models.fingerprints(model, folder)
-    mx.random.seed(args.seed)
-    adapters.adapt(model, plan.adapter, plan.source, args.lora_layers if args.train else None)
-    print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
+    with memory.device_errors("take a smaller or a quantized model"):
+        limits, fingerprints = models.find_limits(model), models.fingerprints(model, folder)
+        print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
+        mx.random.seed(args.seed)
+        adapters.adapt(model, plan.adapter, plan.source, args.lora_layers if args.train else None)
+        print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
     prompt = None
     if args.prompt is not None:
         prompt = encode_prompt(tokenizer, args.prompt, args.max_tokens, limits)

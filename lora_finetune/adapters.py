@@ -99,6 +99,9 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
             raise TypeError
         return arrays
     except Exception:  # zipfile, zlib and NumPy each raise in their own way on a damaged file
+        with file.open("rb") as stream:
+            if stream.read(len(models.LFS_POINTER)) == models.LFS_POINTER:
+                raise UserError(f"{file} is a Git LFS pointer; `git lfs pull` fetches it") from None
         kind = file.suffix if file.suffix == ".safetensors" else ".npz"
         raise UserError(f"{file} is not a whole {kind} file of plain arrays") from None
 

@@ -145,7 +145,10 @@ def whole_number(least: int, also: int | None = None, below: float = 2**31) -> C
 
 def in_project(path: str) -> str:
     """A default path: one in this project, wherever the program is called from."""
-    return os.path.relpath(ROOT / path)
+    try:
+        return os.path.relpath(ROOT / path)
+    except FileNotFoundError:  # the working folder was deleted
+        return str(ROOT / path)
 
 
 class StandardStream(io.FileIO):

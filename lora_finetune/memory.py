@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import traceback
@@ -48,15 +49,15 @@ def machine_memory(root: Path = Path("/")) -> int:
 def cgroup_limits(root: Path) -> Iterator[int]:
     """The memory limits, in bytes, of this process's cgroups (v1 and v2) and their ancestors.
 
-     In a container, what is mounted may begin at its own group,
+    In a container, what is mounted may begin at its own group,
     so that the path in /proc/self/cgroup leads nowhere, and the limit is at the top.
     """
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
     except OSError:  # not Linux
         return
     for line in groups:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "", "/")
         if not controllers:  # version 2
             folder, names = root / "sys/fs/cgroup", ("memory.max", "memory.high")
         elif "memory" in controllers.split(","):  # version 1
@@ -95,6 +96,14 @@ NO_MEMORY = re.compile(
 TOO_LONG = re.compile(r"impacting ?interactivity|time(d )?out|gpu hang", re.I)
 
 
+def is_lacking(error: BaseException) -> bool:
+    """Whether an error tells that memory could not be had."""
+    errnos = (errno.ENOMEM, errno.EAGAIN)
+    is_errno = isinstance(error, OSError) and error.errno in errnos
+    is_said = NO_MEMORY.search(str(error)) or any(os.strerror(n) in str(error) for n in errnos)
+    return isinstance(error, MemoryError) or is_errno or bool(is_said)
+
+
 @contextmanager
 def device_errors(advice: str) -> Iterator[None]:
     """Turn an error of MLX or its device in the middle of a computation into a DeviceError.
@@ -114,7 +123,7 @@ def device_errors(advice: str) -> Iterator[None]:
 def explain(error: Exception, advice: str) -> str:
     """Why a computation failed, and the ways out."""
     why = f"({first_line(error):.200})"
-    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+    if is_lacking(error):
         return f"out of memory {why}; {advice}, or close other programs"
     if TOO_LONG.search(str(error)):
         return (

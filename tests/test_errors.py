@@ -412,6 +412,14 @@ def test_the_reason_is_reported_why_an_adapter_cannot_be_used(
     fails(*resume, mentions=("bad.npz", reason))
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors"])
+def test_a_git_lfs_pointer_in_place_of_an_adapter_is_reported(
+    fails: Fails, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    fails("--prompt", "a", "--adapter-file", tmp_path / name, mentions=(name, "`git lfs pull`"))
+
+
 class Payload:
     """Makes the folder `ran` in the working directory when it is unpickled."""
 
@@ -540,6 +548,27 @@ DAMAGED_WEIGHTS = "model.safetensors is damaged or cut short"
 NO_WEIGHTS = "has no model*.safetensors (no pickle such as pytorch_model.bin is loaded); download"
 IS_POINTER = "is not the file itself but a Git LFS pointer to it; `git lfs pull` in"
 DAMAGED = {  # and the reason that is reported
+    "a part missing, and no index": (
+        lambda folder: (folder / "model.safetensors").rename(
+            folder / "model-00001-of-00002.safetensors"
+        ),
+        "lacks part 2 of its weights (model-00002-of-00002.safetensors); download it again",
+    ),
+    "an index without a map": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"),
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+        ),
+        "model.safetensors.index.json has no weight_map; download it again",
+    ),
+    "half of the special tokens": (
+        lambda folder: (folder / "special_tokens_map.json").write_text('{"a": '),
+        "special_tokens_map.json is not a whole JSON object; download it again",
+    ),
+    "an end of text that is a text": (
+        lambda folder: damage_config(folder, eos_token_id="end"),
+        "config.json has eos_token_id 'end', which is not a number",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json; download"),
     "an empty config": (lambda folder: (folder / "config.json").write_text(""), NOT_WHOLE_JSON),
     "half a config": (lambda folder: (folder / "config.json").write_text("{"), NOT_WHOLE_JSON),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 import types
 from pathlib import Path
 
+import models
 import tiny
 from conftest import TEXTS, Run, make_texts, one_error
 from lora_finetune import memory
+from lora_finetune.command_line import UserError
 
 import mlx.core as mx
 import pytest
@@ -107,6 +110,40 @@ def test_the_memory_limit_of_a_container_counts(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{content}\n")
     assert memory.machine_memory(tmp_path) == limit
+
+
+def test_weights_beyond_the_memory_are_an_error_before_they_are_loaded(
+    call: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = mx.get_memory_limit()
+    small = M1 | {"max_recommended_working_set_size": 100_000}
+    monkeypatch.setattr(mx, "device_info", lambda: small)
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: None)
+    tiny.make_adapter(tmp_path / "a.npz")
+    args = ["--model", model, "--adapter-file", tmp_path / "a.npz", "--prompt", "a"]
+    try:
+        one_error(call(*args), str(model), "and there are 0.0001 GB of memory; take a smaller")
+    finally:
+        mx.set_memory_limit(before)
+        mx.set_cache_limit(before // 8)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"),
+        RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
+        Exception("safetensors: Cannot allocate memory (os error 12)"),
+    ],
+)
+def test_memory_that_lacks_in_loading_is_not_taken_for_a_damaged_file(
+    model: Path, error: Exception
+) -> None:
+    with pytest.raises(UserError, match="take a smaller or a quantized model"):
+        models.check_memory(model, error)
+    models.check_memory(model, ValueError("Missing 1 parameters: a"))
 
 
 def test_a_step_beyond_what_metal_recommends_is_an_error_before_training(
