@@ -97,15 +97,8 @@ if __name__ == "__main__":  # --help and a wrong flag answer at once: the import
     begin_process()
     args = parse_arguments()
 
-from lora_finetune.dataset import (
-    check_format,
-    holds_rows,
-    join_question,
-    looks_like,
-    parse_json,
-    question_of,
-    separators,
-)
+from lora_finetune.dataset import join_question, question_of
+from lora_finetune.formats import check_format, holds_rows, looks_like, parse_json, separators
 
 import datasets
 import pyarrow.parquet as pq

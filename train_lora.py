@@ -282,25 +282,20 @@ def target_logits(logits: mx.array, targets: mx.array) -> mx.array:
     return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32)
 
 
-def loss(
-    model: nn.Module, tokens: mx.array, lengths: mx.array, prompt_lengths: mx.array
-) -> tuple[mx.array, mx.array]:
+def loss(model: nn.Module, tokens: mx.array, is_target: mx.array) -> tuple[mx.array, mx.array]:
     """Sum of the cross-entropy over the target tokens of a batch that count, in float32.
 
     The sum and not the mean, whose gradients would be too small for the layers of a float16 model.
 
     Args:
         tokens: int32 (rows, width), padded on the right; token t predicts token t + 1.
-        lengths: int32 (rows,), real tokens of each row; targets beyond them do not count.
-        prompt_lengths: int32 (rows,), tokens at the start of each row that are no targets.
+        is_target: bool (rows, width), whether a token counts; padding and prompts do not.
 
     Returns:
         The sum in nats, and the number of targets that count; both scalars.
     """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    inputs, targets, mask = tokens[:, :-1], tokens[:, 1:], is_target[:, 1:]
     losses = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-    positions = mx.arange(1, tokens.shape[1])
-    mask = (positions >= prompt_lengths[:, None]) & (positions < lengths[:, None])
     return (losses * mask.flatten()).sum(), mask.sum()
 
 

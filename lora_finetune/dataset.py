@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_finetune.command_line import UserError, abbreviated, first_line, is_unicode, warn
-from lora_finetune.encoding import encode, encode_starts, end_with_eos
+from lora_finetune.chat import Message, Template, read_messages, read_tools, type_name
+from lora_finetune.command_line import UserError, abbreviated, is_unicode, warn
+from lora_finetune.encoding import encode, encode_starts, end_with_eos, tokens_before
+from lora_finetune.formats import check_format, holds_rows, looks_like, parse_json
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # The kinds of examples by their keys; the first that an object has counts, as in mlx-lm.
-KINDS = (("prompt", "completion"), ("messages",), ("text",))
+KINDS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
 
 # A text of a question and its answer, each below its heading.
 QUESTION_HEADING, ANSWER_HEADING = "### 질문:", "### 답변:"
@@ -87,87 +88,6 @@ def read(path: Path, mask_prompt: bool) -> File:
     return File(path, entries, digest.hexdigest())
 
 
-# How files of other formats begin, and what to do with them.
-FORMATS = {
-    b"PAR1": "Parquet: name it .parquet for prepare_lora_data.py",
-    b"ARROW1": "Arrow: name it .arrow for prepare_lora_data.py",
-    b"\x1f\x8b": "a gzip archive: unpack it",
-    b"\x28\xb5\x2f\xfd": "a Zstandard archive: unpack it",
-    b"PK\x03\x04": "a zip archive or an Excel file: unpack it, or save it as CSV",
-    b"\xd0\xcf\x11\xe0": "an old Excel file: save it as CSV",
-    b"\xff\xfe": "UTF-16: save it as UTF-8",
-    b"\xfe\xff": "UTF-16: save it as UTF-8",
-    b"version https://git-lfs": "a Git LFS pointer to the file: `git lfs pull` fetches it",
-    b"<!": "a web page: download the file itself",
-    b"<html": "a web page: download the file itself",
-}
-
-
-def check_format(path: Path, start: bytes) -> None:
-    """Raise UserError where a file begins as one of another format than its name says."""
-    for begin, what in FORMATS.items():
-        if start.startswith(begin) and path.suffix.lower() not in what:
-            raise UserError(f"{path} looks like {what}")
-
-
-# What stands between the values of a CSV file, commas or something else.
-SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
-
-
-def separators(text: str) -> str:
-    """The name of what separates the values in the first two lines of a CSV file; "" if nothing."""
-    head, _, rest = text.partition("\n")
-    mark = max(SEPARATORS, key=head.count)
-    return SEPARATORS[mark] if mark in head and mark in rest.partition("\n")[0] else ""
-
-
-def looks_like(path: Path) -> str:
-    """A guess at the layout of a file that is not JSON Lines, to end an error with; or ""."""
-    with path.open("rb") as stream:
-        text = stream.read(2**16).decode(errors="replace").removeprefix("\ufeff").lstrip()
-    if text.startswith("["):
-        what = "one JSON list: write each of its objects in a line of its own (jq -c '.[]' does)"
-    elif text.startswith("{"):
-        if not breaks_off(text):
-            return ""
-        what = "one JSON object over several lines: write each object in one line (jq -c . does)"
-    elif not (values := separators(text)):
-        return ""
-    elif values == "commas":
-        what = "CSV with commas: name it .csv for prepare_lora_data.py"
-    else:
-        what = f"CSV with {values}: save it with commas, as ….csv, for prepare_lora_data.py"
-    return f"; the file looks like {what}"
-
-
-def breaks_off(text: str) -> bool:
-    """Whether the first line of a text is the start of JSON that goes on in the next."""
-    line, newline, _ = text.partition("\n")
-    try:
-        json.loads(line)
-    except json.JSONDecodeError as error:
-        unfinished = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated")
-        return bool(newline) and unfinished
-    except (ValueError, RecursionError):
-        pass
-    return False
-
-
-def parse_json(line: bytes) -> object:
-    """What a line of a JSON Lines file holds; raises ValueError that says what is wrong."""
-    try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError:
-        raise ValueError("is not UTF-8; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        if "\0" in error.doc:
-            raise ValueError("is not text in UTF-8; save the file as UTF-8") from None
-        what = error.msg.removesuffix(" at")
-        raise ValueError(f"is not JSON: {what} at character {error.pos + 1}") from None
-    except (ValueError, RecursionError):
-        raise ValueError("is not JSON that can be read: too deep, or too long a number") from None
-
-
 def parse_line(line: bytes, mask_prompt: bool) -> Entry:
     """The object of one line of a JSON Lines file, with the keys of its kind alone, and "tools".
 
@@ -190,32 +110,29 @@ def parse_line(line: bytes, mask_prompt: bool) -> Entry:
         raise ValueError(
             f'has no "text", no "messages", and no "prompt" with a "completion"; it has {names}'
         )
-    for key in keys:
-        check_value(key, entry[key])
+    tools = read_tools(entry.get("tools"))
+    if keys in (("messages",), ("conversations",)):
+        kept = {"messages": read_messages(entry)}
+    else:
+        kept = {key: entry[key] for key in keys}
+        for key, value in kept.items():
+            check_value(key, value)
     if mask_prompt and keys == ("text",) and not UP_TO_ANSWER.match(entry["text"]):
         raise ValueError(
             f'for --mask-prompt its "text" needs a "{QUESTION_HEADING}" and a "{ANSWER_HEADING}"'
         )
-    return {key: entry[key] for key in (*keys, "tools") if key in entry}
-
-
-def holds_rows(entry: Entry) -> bool:
-    """Whether an object holds lists and objects alone, as a whole data set in one object does."""
-    return bool(entry) and all(isinstance(value, dict | list) for value in entry.values())
+    kept |= {"tools": tools} if tools else {}
+    if not is_unicode(json.dumps(kept, ensure_ascii=False)):
+        raise ValueError("holds an unpaired surrogate")
+    return kept
 
 
 def check_value(key: str, value: object) -> None:
     """Raise ValueError where the value of a key cannot be trained on."""
-    if key == "messages":
-        if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
-            raise ValueError('its "messages" are not a list of objects')
-    elif not isinstance(value, str):
-        found = {dict: ", but an object", list: ", but a list"}.get(type(value), "")
-        raise ValueError(f'its "{key}" is not a string{found}')
-    if not value or not str(value).strip():
+    if not isinstance(value, str):
+        raise ValueError(f'its "{key}" is not a string, but {type_name(value)}')
+    if not value.strip():
         raise ValueError(f'its "{key}" is empty')
-    if not is_unicode(json.dumps(value, ensure_ascii=False)):
-        raise ValueError(f'its "{key}" holds an unpaired surrogate')
 
 
 def join_question(question: str, answer: str) -> str:
@@ -233,17 +150,22 @@ class Text(NamedTuple):
 
     Attributes:
         whole: all of it.
-        prompt: its start that the loss leaves out; "" where all of it counts.
+        answers: where the parts that the loss counts start and end, in characters; None where all
+            of it counts.
         templated: whether a chat template made it, special tokens included.
+        cut: whether the template left out part of a message.
+        last_only: whether of several answers only the last could be found.
     """
 
     whole: str
-    prompt: str = ""
+    answers: list[tuple[int, int]] | None = None
     templated: bool = False
+    cut: bool = False
+    last_only: bool = False
 
 
-def render(entry: Entry, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Text:
-    """The text of an entry: messages go through the tokenizer's chat template.
+def render(entry: Entry, template: Template | None, mask_prompt: bool) -> Text:
+    """The text of an entry: messages go through the chat template.
 
     So do a prompt and a completion, as messages of a user and an assistant. Where there is no
     template, the completion follows its prompt directly.
@@ -252,32 +174,36 @@ def render(entry: Entry, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Text
         ValueError: there is no template for messages, or it does not take them.
     """
     if "text" in entry:
-        up_to_answer = UP_TO_ANSWER.match(entry["text"]) if mask_prompt else None
-        return Text(entry["text"], up_to_answer[0] if up_to_answer else "")
-    if "messages" in entry:
-        messages = entry["messages"]
-    elif tokenizer.has_chat_template:
-        messages = [
-            {"role": "user", "content": entry["prompt"]},
-            {"role": "assistant", "content": entry["completion"]},
-        ]
+        whole, prompt = entry["text"], UP_TO_ANSWER.match(entry["text"])
+    elif "messages" in entry or template:
+        return render_chat(as_messages(entry), entry.get("tools"), template, mask_prompt)
     else:
-        prompt = entry["prompt"]
-        return Text(prompt + entry["completion"], prompt if mask_prompt else "")
-    if not tokenizer.has_chat_template:
+        whole, prompt = entry["prompt"] + entry["completion"], [entry["prompt"]]
+    return Text(whole, [(len(prompt[0]), len(whole))] if mask_prompt else None)
+
+
+def as_messages(entry: Entry) -> list[Message]:
+    """The messages of an entry; a prompt and its completion are those of user and assistant."""
+    if "messages" in entry:
+        return entry["messages"]
+    return [
+        {"role": "user", "content": entry["prompt"]},
+        {"role": "assistant", "content": entry["completion"]},
+    ]
+
+
+def render_chat(
+    messages: list[Message], tools: list[dict] | None, template: Template | None, mask_prompt: bool
+) -> Text:
+    """The text of messages, with all answers of the assistant; raises ValueError as `render`."""
+    if not template:
         raise ValueError("this model has no chat template for messages; write a text instead")
-    apply = partial(tokenizer.apply_chat_template, tools=entry.get("tools"), tokenize=False)
-    try:
-        whole, prompt = apply(messages), ""
-        if mask_prompt and messages[:-1]:
-            answers = messages[-1].get("role") == "assistant"
-            prompt = apply(messages[:-1], add_generation_prompt=answers)
-    except Exception as error:  # a template may raise anything
-        why = first_line(error)
-        raise ValueError(f"the model's chat template does not take it: {why}") from None
-    if not is_unicode(whole):
-        raise ValueError("the model's chat template makes an unpaired surrogate of it")
-    return Text(whole, prompt, templated=True)
+    whole = template.render(messages, tools)
+    cut = template.leaves_out(messages, tools, whole)
+    answers, all_found = None, True
+    if mask_prompt:
+        answers, all_found = template.find_answers(messages, tools, whole)
+    return Text(whole, answers, True, cut, not all_found)
 
 
 # --- Tokens -------------------------------------------------------------------------------------
@@ -340,13 +266,33 @@ def check_lengths(examples: Examples, path: Path, max_length: int) -> None:
 
 
 def render_entries(file: File, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Iterator[Text]:
-    """Take the entries out of a file, one by one, as texts; raises UserError for bad ones."""
+    """Take the entries out of a file, as texts; warn once of what the template does not show.
+
+    Raises:
+        UserError: an entry cannot be rendered.
+    """
+    template = Template(tokenizer) if tokenizer.has_chat_template else None
+    cut, last_only, total = [], [], len(file)
     while file.entries:
         number, entry = file.entries.popleft()
         try:
-            yield render(entry, tokenizer, mask_prompt)
+            text = render(entry, template, mask_prompt)
         except ValueError as error:
             raise UserError(f"{file.path}, line {number}: {error}") from None
+        cut += [number] * text.cut
+        last_only += [number] * text.last_only
+        yield text
+    if cut:
+        warn(
+            f"{file.path}: the model's chat template leaves out part of a message in {len(cut)} of "
+            f"{total} texts, the first in line {cut[0]}"
+        )
+    if last_only:
+        warn(
+            f"{file.path}: of {len(last_only)} of {total} chats, the first in line {last_only[0]}, "
+            "the model's chat template changes earlier messages when more follow, so --mask-prompt "
+            "counts only the last answer of each"
+        )
 
 
 @dataclass(frozen=True)
@@ -356,14 +302,15 @@ class Examples:
     Attributes:
         tokens: int32 (total number of tokens,).
         starts: int64 (number of texts + 1,): where each text starts, and where the last ends.
-        prompt_lengths: int32 (number of texts,): tokens at the start of each that are no targets.
+        is_target: bool (total number of tokens,): whether the loss counts a token; the first of a
+            text never counts.
         num_truncated: how many of the texts were longer.
         max_length: what they were cut to, and the most inputs in a batch, padding included.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
-    prompt_lengths: np.ndarray
+    is_target: np.ndarray
     num_truncated: int = 0
     max_length: float = math.inf
 
@@ -377,20 +324,22 @@ class Examples:
 
     @property
     def num_targets(self) -> np.ndarray:
-        """Tokens of each text that the loss counts; the first never does."""
-        return self.lengths - np.maximum(self.prompt_lengths, 1)
+        """Tokens of each text that the loss counts, int64 (number of texts,)."""
+        return np.diff(np.append(0, np.cumsum(self.is_target))[self.starts])
 
-    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The given texts, padded on the right, as `loss` takes them.
 
         Returns:
-            Tokens int32 (rows, width), lengths and prompt lengths int32 (rows,).
+            Tokens int32 (rows, width), and whether each is a target, bool (rows, width).
         """
         lengths = self.lengths[rows]
-        tokens = np.zeros((len(rows), padded_width(lengths, self.max_length)), np.int32)
-        for row, start, length in zip(tokens, self.starts[rows], lengths, strict=True):
-            row[:length] = self.tokens[start : start + length]
-        return tokens, lengths.astype(np.int32), self.prompt_lengths[rows]
+        shape = len(rows), padded_width(lengths, self.max_length)
+        tokens, is_target = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for row, (start, length) in enumerate(zip(self.starts[rows], lengths, strict=True)):
+            tokens[row, :length] = self.tokens[start : start + length]
+            is_target[row, :length] = self.is_target[start : start + length]
+        return tokens, is_target
 
 
 # A fast tokenizer shares a chunk of texts out among the cores, and takes up to 500 bytes of memory
@@ -403,7 +352,7 @@ def chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
     chunk, characters = [], 0
     for text in texts:
         chunk.append(text)
-        characters += len(text.whole) + len(text.prompt)
+        characters += len(text.whole)
         if characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -419,34 +368,51 @@ def tokenize(
     With `add_eos`, each ends in exactly one end-of-text token, unless it is truncated. The one
     that a chat template puts after the last message serves, and what follows it is dropped.
     """
-    tokens, starts, prompt_lengths, num_truncated = array("i"), array("q", [0]), array("i"), 0
+    tokens, starts, is_target, num_truncated = array("i"), array("q", [0]), bytearray(), 0
     for chunk in chunks(texts):
         templated = chunk[0].templated
-        for ids, prompt_ids, text in zip(
-            encode_starts(tokenizer, [text.whole for text in chunk], templated, max_length + 1),
-            encode_starts(tokenizer, [text.prompt for text in chunk], templated, max_length),
-            chunk,
-            strict=True,
-        ):
+        wholes = [text.whole for text in chunk]
+        chunk_ids = encode_starts(tokenizer, wholes, templated, max_length + 1)
+        for ids, text in zip(chunk_ids, chunk, strict=True):
             if add_eos:
                 longer = len(ids) > max_length
                 end_with_eos(ids, tokenizer, templated)
                 if longer and len(ids) <= max_length:  # a long run of ends: up to where?
-                    [ids] = encode(tokenizer, [text.whole], templated)
+                    ids[:] = encode(tokenizer, [text.whole], templated)[0]
                     end_with_eos(ids, tokenizer, templated)
-            # A token that holds the end of the prompt and the start of the answer is a target.
-            shared = len(os.path.commonprefix([ids, prompt_ids])) if text.prompt else 0
             num_truncated += len(ids) > max_length
-            tokens.extend(ids[:max_length])
+            del ids[min(max_length, len(ids)) :]
+            tokens.extend(ids)
             starts.append(len(tokens))
-            prompt_lengths.append(min(shared, max_length))
+        for marks in mark_targets(chunk, chunk_ids, tokenizer):
+            is_target += marks
     return Examples(
         np.frombuffer(tokens, np.int32),
         np.frombuffer(starts, np.int64),
-        np.frombuffer(prompt_lengths, np.int32),
+        np.frombuffer(is_target, bool),
         num_truncated,
         max_length,
     )
+
+
+def mark_targets(
+    texts: list[Text], ids: list[list[int]], tokenizer: TokenizerWrapper
+) -> Iterator[bytes]:
+    """For each token of each text 1 where the loss counts it, 0 where not.
+
+    A token that holds the end of a prompt and the start of an answer counts; the first token of a
+    text never does. A last answer takes in the end-of-text token behind it.
+    """
+    places = [[place for answer in text.answers or [] for place in answer] for text in texts]
+    counts = tokens_before(tokenizer, [t.whole for t in texts], ids, places, texts[0].templated)
+    for text, tokens, bounds in zip(texts, ids, counts, strict=True):
+        marks = bytearray(len(tokens))
+        if text.answers is None:
+            bounds = [0, len(tokens)]
+        for start, end in zip(bounds[::2], bounds[1::2], strict=True):
+            marks[start:end] = b"\1" * (end - start)
+        marks[:1] = bytes(len(marks[:1]))
+        yield marks
 
 
 # --- Batches ------------------------------------------------------------------------------------
@@ -490,7 +456,7 @@ def epoch_batches(
 
 def training_batches(
     examples: Examples, batch_size: int, seed: int, start: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The batches from iteration start + 1 on, endlessly; each depends on the seed alone."""
     per_epoch = math.ceil(len(examples) / batch_size)
     for epoch in count(start // per_epoch):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers import Encoding
 
 
 def encode(
@@ -17,7 +18,9 @@ def encode(
 ) -> list[list[int]]:
     """The tokens of texts, without the end-of-text token that some tokenizers append.
 
-    A fast tokenizer works in parallel. Texts of a chat template hold their special tokens already.
+    Texts of a chat template hold their special tokens already. To others the tokenizer may add one
+    for the beginning of a text, but not to a text that is written with it. A fast tokenizer works
+    in parallel.
     """
     if is_plain(tokenizer):
         backend = tokenizer.backend_tokenizer
@@ -27,8 +30,12 @@ def encode(
         ids = [encoding.ids for encoding in encodings]
     else:
         ids = [tokenizer.encode(text, add_special_tokens=not templated) for text in texts]
-    if not templated and tokenizer.encode("a")[-1:] == [tokenizer.eos_token_id]:
-        ids = [tokens[:-1] for tokens in ids]
+    if not templated:
+        own, bos = tokenizer.encode("a"), tokenizer.bos_token_id
+        if own[-1:] == [tokenizer.eos_token_id]:
+            ids = [tokens[:-1] for tokens in ids]
+        if own[:1] == [bos]:
+            ids = [tokens[1:] if tokens[:2] == [bos, bos] else tokens for tokens in ids]
     return ids
 
 
@@ -59,12 +66,61 @@ def end_with_eos(ids: list[int], tokenizer: TokenizerWrapper, templated: bool) -
     ids.append(tokenizer.eos_token_id)
 
 
+def tokens_before(
+    tokenizer: TokenizerWrapper,
+    texts: list[str],
+    ids: list[list[int]],
+    places: list[list[int]],
+    templated: bool,
+) -> list[list[int]]:
+    """How many of the tokens of each text stand before each of some places in it.
+
+    A token that goes on beyond a place is not before it.
+
+    Args:
+        ids: the first tokens of each text, all that count.
+        places: in characters.
+    """
+    inner = [[p for p in some if p < len(text)] for text, some in zip(texts, places, strict=True)]
+    ends = [
+        LONGEST_WORD + min(max(some, default=0), max(SHORT, len(tokens) * CHARACTERS_PER_TOKEN))
+        for some, tokens in zip(inner, ids, strict=True)
+    ]
+    encodings = [None] * len(texts)
+    if is_plain(tokenizer) and any(inner):
+        encodings = tokenizer.backend_tokenizer.encode_batch(
+            [text[:end] for text, end in zip(texts, ends, strict=True)],
+            add_special_tokens=not templated,
+        )
+
+    counts = []
+    for text, tokens, encoding, some in zip(texts, ids, encodings, places, strict=True):
+        same = len(os.path.commonprefix([tokens, encoding.ids])) if encoding and some else 0
+        counts.append([len(tokens)] * len(some))
+        for i, place in enumerate(some):
+            if place == len(text):
+                continue
+            number = token_at(encoding, place) if same else None
+            if number is None or (number >= same and same < len(tokens)):
+                [before] = encode_starts(tokenizer, [text[:place]], templated, len(tokens))
+                number = len(os.path.commonprefix([tokens, before]))
+            counts[-1][i] = min(number, len(tokens))
+    return counts
+
+
+def token_at(encoding: Encoding, place: int) -> int | None:
+    """The first token that holds a character at a place or behind it; None where none is near."""
+    tokens = map(encoding.char_to_token, range(place, place + LONGEST_WORD))
+    return next((token for token in tokens if token is not None), None)
+
+
 # --- The start of a long text -------------------------------------------------------------------
 
 # A long text is cut after so many characters for each token that is wanted of it, more than most
 # tokens have. WordPiece makes one unknown token of a word of more than LONGEST_WORD characters.
 CHARACTERS_PER_TOKEN = 6
 LONGEST_WORD = 100
+SHORT = 2**16  # characters that may be tokenized without a thought of memory
 # The last tokens of a part may be others in the whole text: some tokenizers look a little ahead,
 # and some put a token at the end.
 UNSURE_TOKENS = 8

@@ -30,8 +30,7 @@ ADAPTED = {name: entry for name, entry in BUILT.items() if entry["adapted"]}
 
 LAYERS = 3
 TOKENS = mx.array([[1, 17, 33, 49, 65, 81, 97, 113, 2], [5, 3, 8, 13, 21, 34, 55, 0, 0]])
-LENGTHS = mx.array([9, 7])
-PROMPTS = mx.zeros_like(LENGTHS)
+IS_TARGET = mx.array([[False] + [True] * 8, [False] + [True] * 6 + [False] * 2])
 
 # Parts that other modules are made of; they are no architectures.
 PARTS = {
@@ -94,10 +93,10 @@ def train(model: nn.Module, steps: int = 2) -> list[float]:
     step, state = make_step(model)
     losses = []
     for _ in range(steps):
-        total, *others = step(TOKENS, LENGTHS, PROMPTS)
+        total, *others = step(TOKENS, IS_TARGET)
         mx.eval(state, total, *others)
         losses.append(total.item())
-    return [*losses, train_lora.loss(model, TOKENS, LENGTHS, PROMPTS)[0].item()]
+    return [*losses, train_lora.loss(model, TOKENS, IS_TARGET)[0].item()]
 
 
 def logits(model: nn.Module) -> np.ndarray:
@@ -198,7 +197,7 @@ def test_what_mlx_cannot_train_is_reported(name: str):
     mx.enable_compile()
     step, _ = make_step(model)
     with pytest.raises(UserError, match="cannot be trained"):
-        step(TOKENS, LENGTHS, PROMPTS)
+        step(TOKENS, IS_TARGET)
 
 
 @pytest.mark.skipif(
@@ -222,7 +221,7 @@ def test_the_step_compiles(name: str):
     mx.enable_compile()
     step, _ = make_step(model)
     for _ in range(3):  # kimi_k3 is traced twice: its first run adds arrays to its state
-        step(TOKENS, LENGTHS, PROMPTS)
+        step(TOKENS, IS_TARGET)
     assert (len(calls) < 3) == (name not in NOT_COMPILED)
 
 

@@ -98,11 +98,18 @@ def tokenized(tmp_path: Path) -> Tokenized:
 
 
 def parts(examples: dataset.Examples, row: int = 0) -> tuple[str, str]:
-    """What of an example is passed over, and what is learnt, as text; tokens are bytes here."""
-    tokens = examples.tokens[examples.starts[row] : examples.starts[row + 1]].tolist()
+    """What of an example is passed over, and what is learnt, as text; tokens are bytes here.
+
+    All of it is learnt where the first token alone is not, which nothing can predict.
+    """
+    part = slice(*examples.starts[row : row + 2])
+    tokens, learnt = examples.tokens[part].tolist(), examples.is_target[part].tolist()
+    if all(learnt[1:]):
+        learnt[0] = True
     words = [END.encode() if token == tiny.EOS else bytes([token]) for token in tokens]
-    prompt = examples.prompt_lengths[row]
-    return b"".join(words[:prompt]).decode(), b"".join(words[prompt:]).decode()
+    passed_over = [word for word, is_learnt in zip(words, learnt, strict=True) if not is_learnt]
+    counted = [word for word, is_learnt in zip(words, learnt, strict=True) if is_learnt]
+    return b"".join(passed_over).decode(), b"".join(counted).decode()
 
 
 # --- Without a mask -----------------------------------------------------------------------------
@@ -153,14 +160,16 @@ def test_of_several_kinds_in_an_object_the_first_counts_as_in_mlx_lm(
 def test_the_tokens_and_the_mask_are_those_of_mlx_lm(
     tokenized: Tokenized, with_template: TokenizerWrapper, mask: bool
 ) -> None:
+    chat = {"messages": CHAT["messages"][:3]}  # with more answers theirs learns the last alone
     theirs = [
-        ChatDataset([CHAT], with_template, mask_prompt=mask).process(CHAT),
+        ChatDataset([chat], with_template, mask_prompt=mask).process(chat),
         CompletionsDataset([PAIR], with_template, "prompt", "completion", mask).process(PAIR),
     ]
-    for entry, (tokens, offset) in zip([CHAT, PAIR], theirs, strict=True):
+    for entry, (tokens, offset) in zip([chat, PAIR], theirs, strict=True):
         ours = tokenized(with_template, entry, mask=mask)
         assert ours.tokens.tolist() == tokens
-        assert ours.prompt_lengths.tolist() == [offset]
+        learnt = ours.is_target[1:].tolist()
+        assert learnt == [False] * max(0, offset - 1) + [True] * (len(tokens) - max(1, offset))
 
 
 # --- The end of text ----------------------------------------------------------------------------
@@ -193,8 +202,9 @@ def test_the_loss_is_on_the_answer_only(
     masked = tokenized(with_template, PAIR, mask=True, end=True)
     assert parts(masked) == (f"<user>물은?{END}\n<assistant>", f"H2O입니다.{END}")
     prompt, answer = parts(tokenized(with_template, CHAT, mask=True, end=True))
-    assert prompt.endswith(f"<assistant>네.{END}\n<user>물은?{END}\n<assistant>")
-    assert answer == f"H2O.{END}"
+    start = f"<system>짧게.{END}\n<user>안녕?{END}\n"
+    assert prompt == f"{start}<assistant><user>물은?{END}\n<assistant>"
+    assert answer == f"네.{END}\nH2O.{END}"
 
 
 def test_of_several_answers_in_a_text_the_last_is_trained_on(
@@ -205,11 +215,11 @@ def test_of_several_answers_in_a_text_the_last_is_trained_on(
     assert parts(masked) == (text[: text.index("라")], "라.\n\n마.")
 
 
-def test_a_last_message_of_the_user_is_trained_on_with_its_mark(
+def test_a_last_message_of_the_user_is_not_trained_on(
     tokenized: Tokenized, with_template: TokenizerWrapper
 ) -> None:
-    masked = tokenized(with_template, {"messages": CHAT["messages"][:2]}, mask=True)
-    assert parts(masked) == (f"<system>짧게.{END}\n", f"<user>안녕?{END}\n")
+    masked = tokenized(with_template, {"messages": CHAT["messages"][:4]}, mask=True, end=True)
+    assert parts(masked)[1] == f"네.{END}\n"
 
 
 def test_a_first_message_alone_is_trained_on_whole(
@@ -240,7 +250,7 @@ def test_a_token_of_both_prompt_and_answer_is_trained_on(
     entry = {"prompt": "ab", "completion": "cd"}
     masked = tokenized(models.load(str(folder))[1], entry, mask=True)
     assert masked.tokens.tolist() == [ord("a"), 258, ord("d")]
-    assert masked.prompt_lengths.tolist() == [1]
+    assert masked.is_target.tolist() == [False, True, True]
 
 
 @given(st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip))
@@ -248,10 +258,11 @@ def test_prompt_and_answer_together_are_the_text(
     without_template: TokenizerWrapper, prompt: str, answer: str
 ) -> None:
     entry = {"prompt": prompt, "completion": answer}
-    text = dataset.render(entry, without_template, mask_prompt=True)
+    text = dataset.render(entry, None, mask_prompt=True)
     masked = dataset.tokenize([text], without_template, add_eos=False, max_length=9999)
     assert masked.tokens.tolist() == [*(prompt + answer).encode()]
-    assert masked.prompt_lengths.tolist() == [len(prompt.encode())]
+    learnt = [False] * len(prompt.encode()) + [True] * len(answer.encode())
+    assert masked.is_target.tolist() == learnt
     assert masked.num_targets.tolist() == [len(answer.encode())]
 
 
@@ -299,7 +310,7 @@ def test_answers_lost_by_a_cut_are_counted(call: Run, model: Path, tmp_path: Pat
         ([{"messages": ["a"]}], ["line 1", '"messages" are not']),
         ([{"messages": []}], ["line 1", '"messages" is empty']),
         ([CHAT, {"messages": [{"role": "cook", "content": "a"}]}], ["line 2", "role: cook"]),
-        ([{"messages": [{"content": "a"}]}], ["line 1", "template"]),
+        ([{"messages": [{"content": "a"}]}], ["line 1", "message 1", "has no role"]),
     ],
 )
 def test_entries_that_cannot_be_trained_on_are_reported_with_their_line(
@@ -351,7 +362,7 @@ def test_texts_beyond_a_batch_of_the_tokenizer_stay_in_order(
     found = dataset.tokenize(map(dataset.Text, words), without_template, False, 9999)
     assert found.tokens.tolist() == [*"".join(words).encode()]
     assert found.lengths.tolist() == [len(word.encode()) for word in words]
-    assert (found.tokens.dtype, found.prompt_lengths.dtype) == (np.int32, np.int32)
+    assert (found.tokens.dtype, found.is_target.dtype) == (np.int32, bool)
 
 
 def test_a_tokenizer_saved_with_a_cut_or_padding_does_neither(model: Path, tmp_path: Path) -> None:

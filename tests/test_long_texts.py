@@ -136,10 +136,12 @@ LONG_TEXTS = st.lists(RUNS | LONG, min_size=1, max_size=4).map("".join)
 def tokenize(
     name: str, text: str, prompt: int, end: bool, max_length: int
 ) -> tuple[list[int], int, int]:
-    """The tokens of a text, how many are of its prompt, and whether it was cut."""
-    texts = [dataset.Text(text, text[:prompt])]
+    """The tokens of a text, how many of them are targets after its prompt, and if it was cut."""
+    texts = [dataset.Text(text, [(min(prompt, len(text)), len(text))])]
     found = dataset.tokenize(texts, build(name), end, max_length)
-    return found.tokens.tolist(), int(found.prompt_lengths[0]), found.num_truncated
+    num_targets = found.is_target.sum()
+    assert found.is_target[len(found.tokens) - num_targets :].all()
+    return found.tokens.tolist(), int(num_targets), found.num_truncated
 
 
 @pytest.mark.parametrize("name", [*TOKENIZERS, "a slow one"])
@@ -147,10 +149,10 @@ def test_the_tokens_kept_of_a_long_text_are_those_of_the_whole_text(name: str) -
     @settings(max_examples=60 if name in TOKENIZERS else 10, deadline=None)
     @given(LONG_TEXTS, st.integers(2, 12), st.booleans(), st.integers(0, 30_000))
     def holds(text: str, longest: int, end: bool, prompt: int) -> None:
-        tokens, prompt_length, _ = tokenize(name, text, prompt, end, 10**6)
-        kept, kept_prompt, cut = tokenize(name, text, prompt, end, longest)
+        tokens, num_targets, _ = tokenize(name, text, prompt, end, 10**6)
+        kept, num_kept, cut = tokenize(name, text, prompt, end, longest)
         assert kept == tokens[:longest]
-        assert kept_prompt == min(prompt_length, longest)
+        assert num_kept == max(0, num_targets - max(0, len(tokens) - longest))
         assert cut == (len(tokens) > longest)
 
     holds()
@@ -181,8 +183,8 @@ def test_a_text_of_one_long_run_has_the_tokens_of_the_whole_text(name: str, text
 
 def test_thousands_of_ends_at_the_end_of_a_text_are_one_and_within_it_are_kept() -> None:
     a, end, name = *build("bytes, as Qwen").encode(f"a{END}"), "bytes, as Qwen"
-    assert tokenize(name, "a" + END * 9999, 0, True, 8) == ([a, end], 0, 0)
-    assert tokenize(name, "a" + END * 9999 + "a", 0, True, 8) == ([a, *[end] * 7], 0, 1)
+    assert tokenize(name, "a" + END * 9999, 0, True, 8) == ([a, end], 1, 0)
+    assert tokenize(name, "a" + END * 9999 + "a", 0, True, 8) == ([a, *[end] * 7], 7, 1)
 
 
 # --- Little memory ------------------------------------------------------------------------------

@@ -32,9 +32,11 @@ def reference(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, np.n
     return model, arrays
 
 
-def batch(arrays: dict[str, np.ndarray]) -> tuple[mx.array, mx.array, mx.array]:
-    lengths = mx.array(arrays["lengths"])
-    return mx.array(arrays["tokens"]), lengths, mx.zeros_like(lengths)
+def batch(arrays: dict[str, np.ndarray]) -> tuple[mx.array, mx.array]:
+    """The reference's batch as the loss takes it: tokens, and whether each is a target."""
+    positions = np.arange(arrays["tokens"].shape[1])
+    is_target = (positions > 0) & (positions < arrays["lengths"][:, None])
+    return mx.array(arrays["tokens"]), mx.array(is_target)
 
 
 def test_the_adapted_layers_are_those_of_the_reference(reference):
@@ -69,25 +71,24 @@ def mean_gradients(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str,
 
 def test_padding_to_the_right_changes_nothing(reference):
     model, arrays = reference
-    tokens, lengths, prompts = batch(arrays)
+    tokens, is_target = batch(arrays)
     wider = mx.pad(tokens, [(0, 0), (0, 15)], constant_values=7)
-    total, number = train_lora.loss(model, wider, lengths, prompts)
+    total, number = train_lora.loss(model, wider, mx.pad(is_target, [(0, 0), (0, 15)]))
     assert number.item() == arrays["num_tokens"]
     assert total.item() / number.item() == pytest.approx(arrays["loss"].item(), abs=1e-5)
 
 
 def test_the_masked_loss_is_the_mean_over_the_answers_by_hand(reference):
-    """Also where a row has no answer, or its prompt is empty."""
+    """Also where a row has no answer, all of one, or two."""
     model, arrays = reference
-    tokens, lengths, _ = batch(arrays)
-    prompts = [3, 0, lengths[2].item(), lengths[3].item() - 1]
-    logits = np.array(model(tokens[:, :-1]), np.float64)
+    tokens, is_target = map(np.array, batch(arrays))
+    is_target[0, :3] = is_target[0, 5:7] = is_target[2] = False
+    logits = np.array(model(mx.array(tokens[:, :-1])), np.float64)
     losses = [
-        np.log(np.exp(logits[row, t - 1]).sum()) - logits[row, t - 1, tokens[row, t].item()]
-        for row, prompt in enumerate(prompts)
-        for t in range(max(prompt, 1), lengths[row].item())
+        np.log(np.exp(logits[row, t - 1]).sum()) - logits[row, t - 1, tokens[row, t]]
+        for row, t in zip(*np.nonzero(is_target), strict=True)
     ]
-    total, number = train_lora.loss(model, tokens, lengths, mx.array(prompts, mx.int32))
+    total, number = train_lora.loss(model, mx.array(tokens), mx.array(is_target))
     assert number.item() == len(losses)
     assert total.item() / number.item() == pytest.approx(np.mean(losses), abs=1e-5)
 
