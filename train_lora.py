@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_finetune.command_line import (
     Interrupted,
@@ -52,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
         "fetched if it is missing)")  # fmt: skip
     add("--max-tokens -m", positive, 100, "maximum number of tokens to generate")
     add("--temp", nonnegative_number, 0.8, "sampling temperature for generation, 0 is greedy")
-    add("--prompt -p", nonempty, None, "prompt for text generation, after training or loading")
+    add("--prompt -p", nonempty, None, "prompt for text generation, after training or loading; - "
+        "reads it from standard input; may be given several times", action="append")  # fmt: skip
     switch("--train", "train")
     add("--add-eos-token", int, 1, "1: end each training, validation and test text with the "
         "end-of-text token; 0: do not", choices=(0, 1))  # fmt: skip
@@ -75,8 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--test-batches", all_or_positive, 500, "number of test batches, -1 for all")
     add("--seed", whole_number(0), 0, "seed of the random number generators")
     add("--max-seq-length", whole_number(2), 2048, "truncate texts to this many tokens", group=more)
-    switch("--mask-prompt", "compute the loss on answers only: completions, last messages, and "
+    switch("--mask-prompt", "compute the loss on answers only: completions, the assistant's "
+           "messages, and "
            "what follows ### 답변: in a text", group=more)  # fmt: skip
+    add("--prompt-format", str, "auto", "how a prompt is put: raw, as it stands; chat, through the "
+        "chat template; qa, as ### 질문: and ### 답변:; auto, through the chat template where the "
+        "adapter learnt chats", choices=("auto", "raw", "chat", "qa"), group=more)  # fmt: skip
+    add("--system", nonempty, None, "system message for the chat form of a prompt", group=more)
     return parser
 
 
@@ -89,10 +95,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not (args.train or args.test or args.prompt is not None):
+    if not (args.train or args.test or args.prompt):
         parser.error("nothing to do: ask for --train, --test or --prompt, or several of them")
-    if args.prompt is not None and not is_unicode(args.prompt):
-        parser.error("argument --prompt: is not UTF-8")
+    for name, texts in {"prompt": args.prompt or [], "system": [args.system or ""]}.items():
+        if not all(map(is_unicode, texts)):
+            parser.error(f"argument --{name}: is not UTF-8")
+    if args.prompt and args.prompt.count("-") > 1:
+        parser.error("argument --prompt: - can be given once")
+    if args.system and not (args.prompt and args.prompt_format in ("auto", "chat")):
+        parser.error("argument --system: is for a --prompt in the chat form")
     if args.resume_adapter_file and not args.train:
         parser.error("argument --resume-adapter-file: resumes training, so it needs --train")
     for name in {"data", "adapter_file"} - args.typed:
@@ -117,9 +128,9 @@ from lora_finetune import (
     checkpoint,
     dataset,
     demo_model,
-    encoding,
     linux_cpu,
     memory,
+    prompts,
     run_files,
 )
 
@@ -151,6 +162,7 @@ class Plan:
         iters: the iteration to train to.
         settings: what the result of training depends on, by the name to report it under.
         files: where the adapter is saved, and all that is beside it.
+        prompts: the prompts to generate after.
         start_iter: the iteration to start from that was given, None where none was.
         The rest are flags, under their own names.
     """
@@ -163,6 +175,7 @@ class Plan:
     iters: int
     settings: dict[str, Any]
     files: run_files.RunFiles
+    prompts: list[str]
     start_iter: int | None
     batch_size: int
     learning_rate: float
@@ -215,7 +228,7 @@ def check(args: argparse.Namespace) -> Plan:
             "--mask-prompt": args.mask_prompt,
             **{file.path.name: file.checksum for split, file in data.items() if split != "test"},
         },
-        files=files, start_iter=args.start_iter,
+        files=files, prompts=prompts.read(args.prompt or []), start_iter=args.start_iter,
         batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed,
         val_batches=args.val_batches, steps_per_report=args.steps_per_report,
         steps_per_eval=args.steps_per_eval, save_every=args.save_every,
@@ -651,47 +664,18 @@ def save_unfinished(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, fi
 # --- Generation ---------------------------------------------------------------------------------
 
 
-class Prompt(NamedTuple):
-    """What to continue: a text, its tokens, and how many more there may be at most."""
-
-    text: str
-    tokens: list[int]
-    max_tokens: int
-
-
-def encode_prompt(
-    tokenizer: TokenizerWrapper, text: str, max_tokens: int, limits: models.Limits
-) -> Prompt:
-    """The tokens of a prompt, with no more to come than the model has positions for.
-
-    Raises:
-        UserError: it has no tokens, some that the model does not have, or too many.
-    """
-    [tokens] = encoding.encode(tokenizer, [text])
-    if not tokens:
-        raise UserError("the prompt holds no tokens")
-    dataset.check_tokens(tokens, limits.vocab_size, "the prompt")
-    room = limits.max_positions - len(tokens)
-    if room < 1:
-        raise UserError(
-            f"the prompt has {len(tokens)} tokens, and the model {limits.max_positions} positions, "
-            "which leaves none for a token after it; shorten the prompt"
-        )
-    if room < max_tokens:
-        warn(
-            f"the prompt has {len(tokens)} tokens, and the model {limits.max_positions} positions, "
-            f"so at most {room} tokens are generated and not {max_tokens} (--max-tokens)"
-        )
-    return Prompt(text, tokens, min(max_tokens, room))
-
-
 def generate(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompt: Prompt, temperature: float, seed: int
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: prompts.Prompt,
+    temperature: float,
+    seed: int,
 ) -> None:
     """Print the prompt, its continuation as it is generated, and a line with tokens per second."""
     print("Generating", flush=True)
     model.eval()
     mx.random.seed(seed)
+    tokenizer.eos_token_ids |= prompt.end_tokens
     print(prompt.text, end="", flush=True)
     tokens, begun, before_space = [], False, tokenizer.decode(prompt.tokens) + " "
     for part in stream(model, tokenizer, prompt, temperature):
@@ -707,7 +691,7 @@ def generate(
 
 
 def stream(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompt: Prompt, temperature: float
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: prompts.Prompt, temperature: float
 ) -> Iterator[GenerationResponse]:
     """The continuation of a prompt; raises UserError at a token that the tokenizer lacks.
 
@@ -742,11 +726,11 @@ def max_text_length(args: argparse.Namespace, limits: models.Limits) -> int:
 
 
 def warn_beyond_context(
-    examples: dict[str, dataset.Examples], prompt: Prompt | None, context_length: float
+    examples: dict[str, dataset.Examples], asked: list[prompts.Prompt], context_length: float
 ) -> None:
     """Warn where a text, or a prompt with its continuation, exceeds the model's context length."""
     lengths = [max(split.lengths) for split in examples.values()]
-    lengths += [len(prompt.tokens) + prompt.max_tokens] if prompt else []
+    lengths += [len(prompt.tokens) + prompt.max_tokens for prompt in asked]
     if max(lengths) > context_length:
         warn(
             f"the longest text, or the prompt with --max-tokens, has {max(lengths)} tokens, and "
@@ -754,6 +738,10 @@ def warn_beyond_context(
             "like in its config.json); quality may degrade beyond: lower --max-seq-length or "
             "--max-tokens"
         )
+
+
+# Among the settings of a run, how a prompt is to be put to its adapter.
+LEARNT_FORMAT = "the form of the texts"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -776,22 +764,26 @@ def run(args: argparse.Namespace) -> None:
         mx.random.seed(args.seed)
         adapters.adapt(model, plan.adapter, plan.source, args.lora_layers if args.train else None)
         print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
-    prompt = None
-    if args.prompt is not None:
-        prompt = encode_prompt(tokenizer, args.prompt, args.max_tokens, limits)
+    if args.train:
+        learnt = prompts.learnt_format(plan.data["train"], tokenizer)
+    else:
+        learnt = checkpoint.settings_of(plan.source).get(LEARNT_FORMAT)
+    asked = prompts.encode(
+        plan.prompts, args.prompt_format, learnt, args.system, tokenizer, args.max_tokens, limits
+    )
     examples = dataset.load(
         plan.data, tokenizer, limits.vocab_size, bool(args.add_eos_token), args.mask_prompt,
         max_text_length(args, limits),
     )  # fmt: skip
-    warn_beyond_context(examples, prompt, models.context_length(folder))
+    warn_beyond_context(examples, asked, models.context_length(folder))
     if args.train:
-        plan.settings.update(fingerprints)
+        plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
         train(model, examples, plan)
     else:
         checkpoint.warn_of_other_model(plan.source, fingerprints)
     if args.test:
         test(model, examples["test"], args.batch_size, args.test_batches, plan.files.report)
-    if prompt:
+    for prompt in asked:
         generate(model, tokenizer, prompt, args.temp, args.seed)
 
 

@@ -140,12 +140,12 @@ class Template:
     """A model's chat template, and what it was seen to show of messages.
 
     Attributes:
-        shown: (role, part of a message) of which the template's text depends on the latter.
+        shown: (role, parts of a message) and the one of these parts that it was seen to show.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper):
         self.tokenizer = tokenizer
-        self.shown: set[tuple[str, str]] = set()
+        self.shown: set[tuple] = set()
 
     def render(self, messages: list[Message], tools: list[dict] | None, **options: bool) -> str:
         """The text of messages; raises ValueError where the template does not take them."""
@@ -176,15 +176,14 @@ class Template:
 
         cut = False
         for number, message in enumerate(messages):
-            found = set()
-            for part, some in parts(message):
-                known, whole = (message["role"], part) in self.shown, all(map(is_whole, some))
-                if not (known and whole) and not self.depends_on(
-                    messages, number, part, tools, text
-                ):
-                    found.add("nothing")
-                    continue
-                self.shown.add((message["role"], part))
+            there, found = dict(parts(message)), set()
+            for part, some in there.items():
+                kind, whole = (message["role"], *there, part), all(map(is_whole, some))
+                if not (whole and kind in self.shown):
+                    if not self.depends_on(messages, number, part, tools, text):
+                        found.add("nothing")
+                        continue
+                    self.shown.add(kind)
                 found.add("all" if whole else "some")
             if found == {"nothing"}:
                 raise ValueError(
@@ -192,10 +191,10 @@ class Template:
                     f'"{message["role"]:.40}", nowhere in its text'
                 )
             cut |= bool(found - {"all"})
-        if tools and ("", "tools") not in self.shown:
+        if tools and ("tools",) not in self.shown:
             if self.render_or_none(messages, None) == text:
                 return True
-            self.shown.add(("", "tools"))
+            self.shown.add(("tools",))
         return cut
 
     def depends_on(

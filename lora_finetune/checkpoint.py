@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -275,18 +276,21 @@ def warn_of_changes(source: Path, state: State | None, settings: dict[str, Any])
     return bool(changed)
 
 
-def warn_of_other_model(source: Path, settings: dict[str, Any]) -> None:
-    """Warn where a state beside an adapter tells that it was trained on another model."""
+def settings_of(source: Path) -> dict[str, Any]:
+    """What a state tells of the run that an adapter, or best adapter, is of; {} where none does."""
     state = read_or_none(source)
     state_of_best = source.with_name(re.sub(r"\.best\.\w+$", ".state.npz", source.name))
     if not state and state_of_best != source and state_of_best.is_file():
-        try:
+        with suppress(UserError):  # a damaged state tells nothing
             state = read_state(state_of_best, None)
-        except UserError:
-            return  # a damaged state tells nothing
-    saved = state.settings if state else {}
+    return state.settings if state else {}
+
+
+def warn_of_other_model(source: Path, settings: dict[str, Any]) -> None:
+    """Warn where a state beside an adapter tells that it was trained on another model."""
+    saved = settings_of(source)
     names = [name for name in settings if name.startswith("the model")]
     if other := [name for name in names if saved.get(name, settings[name]) != settings[name]]:
         differs = ", ".join(name.removeprefix("the model's ") for name in other)
         differs = differs.replace("the model", "weights")
-        warn(f"{source} was trained on a different model (its {differs} differ)")
+        warn(f"{source} was trained on a different model (not the same: its {differs})")

@@ -77,6 +77,11 @@ def warn(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
+def hint(message: str) -> None:
+    """Tell, beside the output, what may have been meant."""
+    print(f"hint: {one_line(message)}", file=sys.stderr, flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like all errors of these programs.
 

@@ -45,11 +45,14 @@ class File:
         path: where it is.
         entries: the line number and the object of each line; `load` takes them out, so that no
             text is in memory twice.
+        kind: "messages", "pairs" of prompt and completion, "questions" for texts most of which are
+            of the form ### 질문: … ### 답변: …, or "texts".
         checksum: the SHA-256 of its bytes.
     """
 
     path: Path
     entries: deque[tuple[int, Entry]]
+    kind: str
     checksum: str
 
     def __len__(self) -> int:
@@ -63,7 +66,7 @@ def read(path: Path, mask_prompt: bool) -> File:
         UserError: no such file, one of another format, no lines in it, a line that `parse_line`
             refuses, or of another kind than the first; names the line.
     """
-    entries, digest, first_kind = deque(), hashlib.sha256(), None
+    entries, digest, first_kind, num_questions = deque(), hashlib.sha256(), None, 0
     try:
         with path.open("rb") as lines:
             check_format(path, lines.peek())
@@ -78,6 +81,7 @@ def read(path: Path, mask_prompt: bool) -> File:
                 if kind != first_kind:
                     raise ValueError(f"has {kind}, but line {entries[0][0]} has {first_kind}")
                 entries.append((number, entry))
+                num_questions += entry.get("text", "").lstrip().startswith(QUESTION_HEADING)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -85,7 +89,9 @@ def read(path: Path, mask_prompt: bool) -> File:
         raise UserError(f"{path}, line {number}: {error}{looks}") from None
     if not entries:
         raise UserError(f"{path} holds no texts")
-    return File(path, entries, digest.hexdigest())
+    kinds = {"messages": "messages", "prompt and completion": "pairs"}
+    of_texts = "questions" if 2 * num_questions > len(entries) else "texts"
+    return File(path, entries, kinds.get(first_kind, of_texts), digest.hexdigest())
 
 
 def parse_line(line: bytes, mask_prompt: bool) -> Entry:

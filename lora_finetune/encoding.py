@@ -55,15 +55,21 @@ def end_with_eos(ids: list[int], tokenizer: TokenizerWrapper, templated: bool) -
     What a template puts after it, mostly a line end, is dropped.
     """
     if templated:
-        end = len(ids)
-        while end and not tokenizer.decode(ids[end - 1 : end]).strip():
-            end -= 1
+        end = before_blanks(ids, tokenizer)
         if end and ids[end - 1] in tokenizer.eos_token_ids:
             del ids[end:]
             return
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     ids.append(tokenizer.eos_token_id)
+
+
+def before_blanks(ids: list[int], tokenizer: TokenizerWrapper) -> int:
+    """How many tokens there are without the white space at their end."""
+    end = len(ids)
+    while end and not tokenizer.decode(ids[end - 1 : end]).strip():
+        end -= 1
+    return end
 
 
 def tokens_before(

@@ -206,7 +206,9 @@ def test_a_token_of_a_chat_template_that_the_model_lacks_is_an_error(
 ) -> None:
     small = tiny.make_model(tmp_path / "model", vocab_size=257, num_hidden_layers=1)
     file = small / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) | {"chat_template": "<|pad|>{{ messages | length }}"}
+    settings = json.loads(file.read_text()) | {
+        "chat_template": "<|pad|>{{ messages[0].content }}{{ messages[1].content }}"
+    }
     file.write_text(json.dumps(settings))
     for split in ("train", "valid"):
         entry = {"prompt": "a", "completion": "b"}

@@ -1,0 +1,412 @@
+"""Chats: what of them is learnt, in all the forms that people have them in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import models
+import templates
+import tiny
+from conftest import ROOT, Run, one_error
+from lora_finetune import chat, dataset
+from test_long_texts import TOKENIZERS, build
+
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import AddedToken, Tokenizer, processors
+
+CASES = ROOT / "tests" / "cases"
+CASE_TEMPLATES = json.loads((CASES / "templates.json").read_text(encoding="utf-8"))
+BOS = 258
+
+
+def write_tokenizer(folder: Path, template: str | None, adds_bos: bool = False) -> Path:
+    """Give a model folder a chat template, and the token <s>, put before each text or not."""
+    file = str(folder / "tokenizer.json")
+    backend = Tokenizer.from_file(file)
+    backend.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
+    backend.save(file)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"chat_template": template, "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> MakeModel:
+    """A model folder with one of the chat templates."""
+
+    def make_model(template: str | None, adds_bos: bool = False) -> Path:
+        return write_tokenizer(tiny.make_model(tmp_path / "model"), template, adds_bos)
+
+    return make_model
+
+
+class Learnt(NamedTuple):
+    """The text of an example, and the parts of it that the loss counts."""
+
+    text: str
+    counted: list[str]
+
+
+Learn = Callable[..., list[Learnt]]
+
+
+@pytest.fixture
+def learn(tmp_path: Path, make_model: MakeModel) -> Learn:
+    """What is learnt of some entries, or of a file of them, with a chat template."""
+
+    def learn(template: str, *entries: dict | Path, mask: bool = False) -> list[Learnt]:
+        tokenizer = models.load(str(make_model(template)))[1]
+        file = tmp_path / "train.jsonl"
+        if isinstance(entries[0], Path):
+            file.write_bytes(entries[0].read_bytes())
+        else:
+            file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        read = {"train": dataset.read(file, mask)}
+        examples = dataset.load(read, tokenizer, 300, False, mask, 9999)["train"]
+        return [learnt_of(examples, row, tokenizer) for row in range(len(examples))]
+
+    return learn
+
+
+def learnt_of(examples: dataset.Examples, row: int, tokenizer: TokenizerWrapper) -> Learnt:
+    part = slice(*examples.starts[row : row + 2])
+    tokens, marks = examples.tokens[part].tolist(), examples.is_target[part].tolist()
+    counted, before = [], False
+    for token, mark in zip(tokens, marks, strict=True):
+        if mark and not before:
+            counted.append([])
+        if mark:
+            counted[-1].append(token)
+        before = mark
+    return Learnt(tokenizer.decode(tokens), [tokenizer.decode(some) for some in counted])
+
+
+def turns(*contents: str, roles: tuple[str, ...] = ("user", "assistant")) -> dict:
+    """A chat in which the roles take turns."""
+    messages = [
+        {"role": roles[i % len(roles)], "content": content} for i, content in enumerate(contents)
+    ]
+    return {"messages": messages}
+
+
+# --- The forms that messages have ---------------------------------------------------------------
+
+
+def test_text_parts_of_a_content_are_joined(learn: Learn) -> None:
+    first, second = learn(CASE_TEMPLATES["plain"], CASES / "messages-parts.jsonl")
+    assert first.text == "[user] Which river runs through Seoul?\n[assistant] The Han river.\n"
+    assert second.text == (
+        "[user] 한글은 누가 만들었습니까?\n[assistant] 세종대왕이 만들었습니다.\n"
+    )
+
+
+def test_arguments_of_a_tool_call_in_a_string_are_an_object_to_the_template(learn: Learn) -> None:
+    [learnt] = learn(CASE_TEMPLATES["tools"], CASES / "messages-tool-call.jsonl")
+    assert learnt.text == (
+        "<user>How warm is it in Jeju?</user><assistant>"
+        '<call>temperature {"city": "Jeju", "unit": "celsius"}</call></assistant>'
+    )
+
+
+@pytest.mark.parametrize("arguments", ['{"도시": "제주"}', {"도시": "제주"}])
+def test_tools_and_calls_are_learnt_as_a_string_or_as_objects(
+    learn: Learn, arguments: object
+) -> None:
+    tool = {"type": "function", "function": {"name": "기온"}}
+    call = {"function": {"name": "기온", "arguments": arguments}}
+    entry = {
+        "messages": [
+            {"role": "user", "content": "제주는?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "21", "tool_calls": None},
+        ],
+        "tools": json.dumps([tool]) if isinstance(arguments, str) else [tool],
+    }
+    [learnt] = learn(templates.QWEN_2_5, entry)
+    assert learnt.text == (
+        "<|im_start|>system\nBe helpful.<|im_end|>\n"
+        '<tool>{"type": "function", "function": {"name": "기온"}}</tool>\n'
+        "<|im_start|>user\n제주는?<|im_end|>\n<|im_start|>assistant\n\n<tool_call>\n"
+        '{"name": "기온", "arguments": {"도시": "제주"}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n21<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("system", ["message", "beside"])
+def test_sharegpt_is_read_like_messages(learn: Learn, system: str) -> None:
+    said = [("human", "물은?"), ("gpt", "H2O."), ("tool", "끝"), ("gpt", "네.")]
+    if system == "message":
+        said.insert(0, ("system", "짧게."))
+    entry = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    entry |= {"system": "짧게."} if system == "beside" else {}
+    [learnt] = learn(templates.CHATML, entry, mask=True)
+    assert learnt.text == (
+        "<|im_start|>system\n짧게.<|im_end|>\n<|im_start|>user\n물은?<|im_end|>\n"
+        "<|im_start|>assistant\nH2O.<|im_end|>\n<|im_start|>tool\n끝<|im_end|>\n"
+        "<|im_start|>assistant\n네.<|im_end|>\n"
+    )
+    assert learnt.counted == ["H2O.<|im_end|>\n", "네.<|im_end|>\n"]
+
+
+USER = {"role": "user", "content": "물은?"}
+
+
+@pytest.mark.parametrize(
+    ("message", "mentions"),
+    [
+        ({"role": "user", "content": 3}, "content is a number"),
+        ({"role": "user", "content": True}, "content is true or false"),
+        ({"role": "user", "content": {"text": "a"}}, "content is an object"),
+        ({"role": "user", "content": None}, "has no content"),
+        ({"role": "assistant"}, "has no content"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}, "image_url"),
+        ({"role": "user", "content": [{"type": "text", "text": 1}]}, "has no text"),
+        ({"role": "user", "content": ["a"]}, "type a, not text"),
+        ({"role": 3, "content": "a"}, "role is not a string"),
+        ({"content": "a"}, "has no role"),
+        ({"from": "bot", "value": "a"}, 'from "bot"'),
+        ({"from": "human"}, "has no content"),
+        ({"role": "assistant", "tool_calls": "a"}, "tool_calls are not a list"),
+        ({"role": "assistant", "tool_calls": [{"arguments": "{"}]}, "not JSON"),
+        ({"role": "assistant", "tool_calls": [{"arguments": "[]"}]}, "not an object"),
+    ],
+)
+def test_a_message_that_is_none_is_named_before_the_model_is_loaded(
+    call: Run, tmp_path: Path, message: dict, mentions: str
+) -> None:
+    file = tmp_path / "train.jsonl"
+    entries = [{"messages": [USER, USER]}, {"messages": [USER, message]}]
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    ended = call("--model", tmp_path, "--data", tmp_path, "--train")
+    one_error(ended, f"{file}, line 2: message 2 of its messages", mentions)
+
+
+@pytest.mark.parametrize("tools", ["[", '"a"', [1], {"name": "a"}])
+def test_tools_that_are_none_are_named(tmp_path: Path, call: Run, tools: object) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps({"messages": [USER], "tools": tools}) + "\n")
+    one_error(call("--model", tmp_path, "--data", tmp_path, "--train"), "line 1", '"tools"')
+
+
+# --- Nothing vanishes in silence ----------------------------------------------------------------
+
+
+def train(call: Run, model: Path, folder: Path, *args: object) -> object:
+    file = folder / "train.jsonl"
+    (folder / "valid.jsonl").write_bytes(file.read_bytes())
+    adapter = folder / "a.npz"
+    fixed = ["--train", "--lora-layers", 1, "--model", model, "--data", folder]
+    return call(*fixed, "--adapter-file", adapter, "--batch-size", 2, "--iters", 1, *args)
+
+
+def test_a_message_that_the_template_shows_nowhere_is_an_error(
+    call: Run, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model = make_model(CASE_TEMPLATES["roles"])
+    file = tmp_path / "train.jsonl"
+    file.write_bytes((CASES / "messages-unknown-role.jsonl").read_bytes())
+    error = one_error(train(call, model, tmp_path), f"{file}, line 2", "message 2", '"bot"')
+    assert "nowhere" in error
+    assert not (tmp_path / "a.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [(templates.ZEPHYR, "gpt"), (templates.ZEPHYR, "Assistant"), (templates.R1, "tool")],
+)
+@pytest.mark.parametrize(
+    "said", ["물은?", "ser", "H2O입니다."], ids=["as before", "markup", "other"]
+)
+def test_a_role_that_the_template_is_silent_on_is_an_error_whatever_it_says(
+    learn: Learn, template: str, role: str, said: str
+) -> None:
+    entry = {"messages": [USER, {"role": role, "content": said}]}
+    with pytest.raises(dataset.UserError, match=f'line 2: .*message 2, of the role "{role}"'):
+        learn(template, turns("물은?", "H2O."), entry)
+
+
+def test_a_second_message_with_the_words_of_a_first_does_not_stand_for_it(learn: Learn) -> None:
+    """Here the template shows a system message where it is the first alone."""
+    template = (
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+        "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}"
+        "{% endif %}{% endfor %}"
+    )
+    entry = turns("짧게", "물은?", "짧게", "H2O", roles=("system", "user", "system", "assistant"))
+    with pytest.raises(dataset.UserError, match='line 1: .*message 3, of the role "system"'):
+        learn(template, entry)
+
+
+def test_reasoning_that_the_template_cuts_off_is_told_once(
+    call: Run, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model = make_model(CASE_TEMPLATES["answer-only"])
+    file = tmp_path / "train.jsonl"
+    file.write_bytes((CASES / "messages-reasoning.jsonl").read_bytes())
+    ended = train(call, model, tmp_path)
+    assert ended.returncode == 0
+    warnings = ended.stderr.splitlines()
+    assert [split in line for line, split in zip(warnings, ("train", "valid"), strict=True)]
+    for line in warnings:
+        assert "leaves out part of a message in 1 of 2 texts, the first in line 1" in line
+
+
+REASONED = "<think>\n12 * 8 = 96\n</think>\n\n96"
+CALL = [{"function": {"name": "sum", "arguments": {"of": "twelve"}}}]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (templates.R1, [USER, {"role": "assistant", "content": REASONED}]),
+        (templates.QWEN_3, [*turns("a?", REASONED, "b?", "c")["messages"]]),
+        (templates.CHATML, [USER, {"role": "assistant", "content": "a", "reasoning_content": "b"}]),
+        (templates.CHATML, [USER, {"role": "assistant", "content": "a", "tool_calls": CALL}]),
+        (templates.LLAMA_3, [USER, {"role": "assistant", "content": "a", "tool_calls": CALL}]),
+    ],
+    ids=["R1", "an earlier answer", "reasoning_content", "tool calls", "beside a tool call"],
+)
+def test_a_message_of_which_a_part_is_left_out_is_learnt_with_a_warning(
+    learn: Learn, capsys: pytest.CaptureFixture, template: str, messages: list[dict]
+) -> None:
+    whole = {"messages": [USER, {"role": "assistant", "content": "네"}]}
+    assert len(learn(template, whole, {"messages": messages})) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "leaves out part of a message in 1 of 2 texts, the first in line 2" in told
+
+
+@pytest.mark.parametrize("name", templates.ALL)
+def test_what_templates_trim_and_wrap_is_no_loss(
+    learn: Learn, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    learn(templates.ALL[name], turns(" 물은? \n", "\nH2O.\n\n1", "물은?", "H2O."))
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_tool_answers_may_be_shown_as_json(
+    learn: Learn, capsys: pytest.CaptureFixture
+) -> None:
+    calls = {"role": "assistant", "content": "", "tool_calls": CALL}
+    entry = {"messages": [USER, calls, {"role": "tool", "content": '{"a":\n"b"}'}]}
+    assert '"{\\"a\\":\\n\\"b\\"}"' in learn(templates.LLAMA_3, entry)[0].text
+    assert capsys.readouterr().err == ""
+
+
+def test_reasoning_that_the_template_shows_in_its_own_lines_is_no_loss(
+    learn: Learn, capsys: pytest.CaptureFixture
+) -> None:
+    [learnt] = learn(templates.QWEN_3, turns("a?", "<think>b</think>c"))
+    assert "<think>\nb\n</think>\n\nc<|im_end|>" in learnt.text
+    assert capsys.readouterr().err == ""
+
+
+# --- The mask -----------------------------------------------------------------------------------
+
+
+def test_the_mask_counts_the_answer_of_each_turn(learn: Learn) -> None:
+    [learnt] = learn(CASE_TEMPLATES["roles"], CASES / "messages-many-turns.jsonl", mask=True)
+    assert learnt.counted == ["Seoul</A>", "Tokyo</A>", "Beijing</A>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("ChatML", "<|im_end|>\n"),
+        ("Llama 3", "<|eot|>"),
+        ("Qwen 2.5", "<|im_end|>\n"),
+        ("Gemma", "<end_of_turn>\n"),
+        ("Zephyr", "</s>\n"),
+        ("R1", "</s>"),
+    ],
+)
+def test_the_mask_ends_each_answer_as_the_template_does(learn: Learn, name: str, end: str) -> None:
+    entry = turns("물은?", "H2O.", "불은?", "뜨겁다.", "네?")
+    [learnt] = learn(templates.ALL[name], entry, mask=True)
+    assert learnt.counted == [f"H2O.{end}", f"뜨겁다.{end}"]
+
+
+def test_answers_around_a_tool_call_all_count(learn: Learn) -> None:
+    entry = turns("몇 도?", "", "21", "21도.", roles=("user", "assistant", "tool", "assistant"))
+    entry["messages"][1]["tool_calls"] = CALL
+    [learnt] = learn(templates.LLAMA_3, entry, mask=True)
+    assert learnt.counted == [
+        '{"name": "sum", "parameters": {"of": "twelve"}}<|eot|>',
+        "21도.<|eot|>",
+    ]
+
+
+def test_where_the_template_changes_earlier_turns_the_last_alone_counts_and_that_is_told_once(
+    learn: Learn, capsys: pytest.CaptureFixture
+) -> None:
+    chats = [turns("a?", "b"), turns("c?", "d", "e?", "f"), turns("g?", "h", "i?", "j")]
+    counted = [learnt.counted for learnt in learn(templates.QWEN_3, *chats, mask=True)]
+    assert counted == [[f"<think>\n\n</think>\n\n{said}<|im_end|>\n"] for said in "bfj"]
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "2 of 3 chats, the first in line 2" in told
+
+
+def test_a_chat_without_an_answer_is_an_error_with_the_mask(learn: Learn) -> None:
+    with pytest.raises(dataset.UserError, match='line 2: .*"assistant"'):
+        learn(templates.CHATML, turns("a?", "b"), turns("a?"), mask=True)
+
+
+@pytest.mark.parametrize("name", [n for n in TOKENIZERS if n != "Unigram with ties"])
+def test_each_answer_counts_whatever_the_tokenizer(name: str) -> None:
+    """As the tokens tell that the text has up to where each answer starts and ends."""
+    text, answers = "", []
+    for i in range(9):
+        text += f"<U>물은 무엇 {i}? </U><A>"
+        answers.append((len(text), len(text) + len(f" H2O입니다 ok{i}.")))
+        text += f" H2O입니다 ok{i}.</A>\n"
+    tokenizer = build(name)
+    found = dataset.tokenize([dataset.Text(text, answers, True)], tokenizer, False, 9999)
+
+    def number_before(place: int) -> int:
+        [tokens] = dataset.encode(tokenizer, [text[:place]], True)
+        return len(os.path.commonprefix([tokens, found.tokens.tolist()]))
+
+    expected = [i for span in answers for i in range(*map(number_before, span))]
+    assert np.flatnonzero(found.is_target).tolist() == expected
+    assert len(expected) > 20
+
+
+# --- One beginning of text ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("written", ["", "<s>"])
+def test_a_text_has_one_beginning_where_the_tokenizer_or_the_text_has_one(
+    make_model: MakeModel, adds_bos: bool, written: str
+) -> None:
+    tokenizer = models.load(str(make_model(None, adds_bos)))[1]
+    found = dataset.tokenize([dataset.Text(written + "ab")], tokenizer, False, 99)
+    assert found.tokens.tolist() == [BOS] * bool(adds_bos or written) + [*b"ab"]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("name", templates.ALL)
+def test_a_template_decides_alone_on_the_beginning_of_a_chat(
+    make_model: MakeModel, name: str, adds_bos: bool
+) -> None:
+    tokenizer = models.load(str(make_model(templates.ALL[name], adds_bos)))[1]
+    template = chat.Template(tokenizer)
+    text = dataset.render(turns("a?", "b"), template, False)
+    found = dataset.tokenize([text], tokenizer, False, 999).tokens.tolist()
+    assert found.count(BOS) == templates.ALL[name].count("'<s>'")
+    assert tokenizer.decode(found) == text.whole
