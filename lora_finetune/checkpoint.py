@@ -293,4 +293,4 @@ def warn_of_other_model(source: Path, settings: dict[str, Any]) -> None:
     if other := [name for name in names if saved.get(name, settings[name]) != settings[name]]:
         differs = ", ".join(name.removeprefix("the model's ") for name in other)
         differs = differs.replace("the model", "weights")
-        warn(f"{source} was trained on a different model (not the same: its {differs})")
+        warn(f"{source} was trained on a different model (its {differs} differ)")
