@@ -277,4 +277,4 @@ def squeeze(text: str) -> str:
 def count_shown(squeezed: str, string: str) -> int:
     """How often a string stands in a text without white space, as it is or as JSON has it."""
     as_json = json.dumps(string.strip(), ensure_ascii=False)[1:-1]
-    return squeezed.count(squeeze(string)) or squeezed.count(squeeze(as_json))
+    return squeezed.replace(squeeze(as_json), squeeze(string)).count(squeeze(string))

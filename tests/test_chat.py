@@ -307,6 +307,19 @@ def test_what_a_tool_answers_may_be_shown_as_json(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", ["Llama 3", "Qwen 2.5"])
+def test_what_is_said_and_is_an_argument_too_is_no_loss(
+    learn: Learn, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    """As it is in one place, and as JSON in another."""
+    said = 'Find "한글"\nand\tmore'
+    call = {"function": {"name": "find", "arguments": json.dumps({"query": said})}}
+    entry = turns(said, "", said, said, roles=("user", "assistant", "tool", "assistant"))
+    entry["messages"][1]["tool_calls"] = [call]
+    learn(templates.ALL[name], entry)
+    assert capsys.readouterr().err == ""
+
+
 def test_reasoning_that_the_template_shows_in_its_own_lines_is_no_loss(
     learn: Learn, capsys: pytest.CaptureFixture
 ) -> None:
