@@ -219,8 +219,7 @@ class Template:
     ) -> tuple[list[tuple[int, int]], bool]:
         """Where the assistant's messages stand in a text, with what the template puts after them.
 
-        An answer starts where the text of the messages before it, with the assistant's mark, ends,
-        and ends where the text of the messages up to it does.
+        An answer ends where the text of the messages up to it does; see `find_start`.
 
         Returns:
             The start and the end of each answer, in characters, and whether they are all: where
@@ -234,15 +233,25 @@ class Template:
             raise ValueError('for --mask-prompt it needs a message of the role "assistant"')
         spans, nested = [], True
         for i in answers:
-            marked = self.render_or_none(messages[:i], tools, add_generation_prompt=True)
-            before = marked if is_start(marked, text) else self.render_or_none(messages[:i], tools)
             through = self.render_or_none(messages[: i + 1], tools) if messages[i + 1 :] else text
-            start, end = (
-                len(os.path.commonprefix([text, part or ""])) for part in (marked, through)
-            )
-            nested &= (i == 0 or is_start(before, text)) and is_start(through, text) and start < end
-            spans.append((start, end if is_start(through, text) else len(text)))
+            start = self.find_start(messages[:i], tools, text)
+            end = len(through) if is_start(through, text) else len(text)
+            nested &= is_start(through, text) and start < end
+            spans.append((start, end))
         return (spans if nested else spans[-1:]), nested
+
+    def find_start(self, before: list[Message], tools: list[dict] | None, text: str) -> int:
+        """Where the answer to the messages before it starts in a text.
+
+        That is behind the mark for an answer to come; where the text has another mark, or the
+        template has none, it is where the text of any answer begins to differ.
+        """
+        marked = self.render_or_none(before, tools, add_generation_prompt=True)
+        if is_start(marked, text):
+            return len(marked)
+        others = [[*before, {"role": "assistant", "content": other}] for other in "ab"]
+        rendered = [self.render_or_none(messages, tools) or text for messages in others]
+        return len(os.path.commonprefix([text, *rendered]))
 
 
 def is_start(part: str | None, text: str) -> bool:

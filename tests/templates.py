@@ -69,6 +69,14 @@ R1 = (
     "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
 
+# Where an answer is to be generated, an empty channel is opened that the text of one lacks.
+GEMMA_4 = (
+    "{{ '<s>' }}{% for m in messages %}<|turn>{{ m.role }}\n"
+    "{% for call in m.tool_calls or [] %}<|call>{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}<call|>{% endfor %}{{ m.content }}<turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>assistant\n<|channel>thought\n<channel|>{% endif %}"
+)
+
 ALL = {
     "ChatML": CHATML,
     "Llama 3": LLAMA_3,
@@ -77,4 +85,5 @@ ALL = {
     "Gemma": GEMMA,
     "Zephyr": ZEPHYR,
     "R1": R1,
+    "Gemma 4": GEMMA_4,
 }

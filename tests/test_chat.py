@@ -345,12 +345,28 @@ def test_the_mask_counts_the_answer_of_each_turn(learn: Learn) -> None:
         ("Gemma", "<end_of_turn>\n"),
         ("Zephyr", "</s>\n"),
         ("R1", "</s>"),
+        ("Gemma 4", "<turn|>\n"),
     ],
 )
 def test_the_mask_ends_each_answer_as_the_template_does(learn: Learn, name: str, end: str) -> None:
     entry = turns("물은?", "H2O.", "불은?", "뜨겁다.", "네?")
     [learnt] = learn(templates.ALL[name], entry, mask=True)
     assert learnt.counted == [f"H2O.{end}", f"뜨겁다.{end}"]
+
+
+@pytest.mark.parametrize("answer", ["<table>", "<think", "<|channel>no", "a", "b"])
+@pytest.mark.parametrize(("name", "end"), [("R1", "</s>"), ("Gemma 4", "<turn|>\n")])
+def test_an_answer_that_begins_as_the_mark_of_one_to_come_counts_whole(
+    learn: Learn, name: str, end: str, answer: str
+) -> None:
+    [learnt] = learn(templates.ALL[name], turns("a?", answer, "b?", answer), mask=True)
+    assert learnt.counted == [answer + end] * 2
+
+
+def test_a_chat_may_begin_with_an_answer(learn: Learn) -> None:
+    entry = turns("안녕?", "네?", "H2O.", roles=("assistant", "user"))
+    [learnt] = learn(templates.QWEN_2_5, entry, mask=True)
+    assert learnt.counted == ["안녕?<|im_end|>\n", "H2O.<|im_end|>\n"]
 
 
 def test_answers_around_a_tool_call_all_count(learn: Learn) -> None:

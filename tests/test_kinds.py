@@ -222,11 +222,11 @@ def test_a_last_message_of_the_user_is_not_trained_on(
     assert parts(masked)[1] == f"네.{END}\n"
 
 
-def test_a_first_message_alone_is_trained_on_whole(
+def test_an_answer_to_nothing_is_trained_on_without_its_mark(
     tokenized: Tokenized, with_template: TokenizerWrapper
 ) -> None:
     masked = tokenized(with_template, {"messages": CHAT["messages"][2:3]}, mask=True)
-    assert parts(masked) == ("", f"<assistant>네.{END}\n")
+    assert parts(masked) == ("<assistant>", f"네.{END}\n")
 
 
 def test_a_template_that_opens_the_answer_otherwise_masks_what_is_the_same(
