@@ -219,23 +219,17 @@ class Template:
     ) -> tuple[list[tuple[int, int]], bool]:
         """Where the assistant's messages stand in a text, with what the template puts after them.
 
-        An answer ends where the text of the messages up to it does; see `find_start`.
+        An answer ends where the text of the messages up to it does; the last message is one. See
+        `find_start` for where it starts.
 
         Returns:
             The start and the end of each answer, in characters, and whether they are all: where
             the text of the first messages is not the start of the whole, only the last is known.
-
-        Raises:
-            ValueError: there are none.
         """
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not answers:
-            raise ValueError('for --mask-prompt it needs a message of the role "assistant"')
         spans, nested = [], True
-        for i in answers:
+        for i in answers_in(messages):
             through = self.render_or_none(messages[: i + 1], tools) if messages[i + 1 :] else text
-            start = self.find_start(messages[:i], tools, text)
-            end = len(through) if is_start(through, text) else len(text)
+            start, end = self.find_start(messages[:i], tools, text), len(through or "")
             nested &= is_start(through, text) and start < end
             spans.append((start, end))
         return (spans if nested else spans[-1:]), nested
@@ -252,6 +246,18 @@ class Template:
         others = [[*before, {"role": "assistant", "content": other}] for other in "ab"]
         rendered = [self.render_or_none(messages, tools) or text for messages in others]
         return len(os.path.commonprefix([text, *rendered]))
+
+
+def up_to_answer(messages: list[Message]) -> list[Message]:
+    """The messages up to the last of the assistant; raises ValueError where there is none."""
+    if not (answers := answers_in(messages)):
+        raise ValueError('for --mask-prompt it needs a message of the role "assistant"')
+    return messages[: answers[-1] + 1]
+
+
+def answers_in(messages: list[Message]) -> list[int]:
+    """Which of the messages are the assistant's."""
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def is_start(part: str | None, text: str) -> bool:

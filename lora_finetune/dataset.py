@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_finetune.chat import Message, Template, read_messages, read_tools, type_name
+from lora_finetune.chat import Message, Template, read_messages, read_tools, type_name, up_to_answer
 from lora_finetune.command_line import UserError, abbreviated, is_unicode, warn
 from lora_finetune.encoding import encode, encode_starts, end_with_eos, tokens_before
 from lora_finetune.formats import check_format, holds_rows, looks_like, parse_json
@@ -208,7 +208,11 @@ def render_chat(
     cut = template.leaves_out(messages, tools, whole)
     answers, all_found = None, True
     if mask_prompt:
-        answers, all_found = template.find_answers(messages, tools, whole)
+        # What follows the last answer does not count, and in some templates changes the answer.
+        answered = up_to_answer(messages)
+        if len(answered) < len(messages):
+            whole = template.render(answered, tools)
+        answers, all_found = template.find_answers(answered, tools, whole)
     return Text(whole, answers, True, cut, not all_found)
 
 

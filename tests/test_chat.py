@@ -390,6 +390,22 @@ def test_where_the_template_changes_earlier_turns_the_last_alone_counts_and_that
     assert "2 of 3 chats, the first in line 2" in told
 
 
+def test_nothing_that_follows_the_last_answer_counts(learn: Learn) -> None:
+    """Also where the template puts an answer in another way when more follows."""
+    chats = [turns("a?", "b", "c?"), turns("a?", "b", "c?", "d", "e?")]
+    counted = [learnt.counted for learnt in learn(templates.QWEN_3, *chats, mask=True)]
+    assert counted == [[f"<think>\n\n</think>\n\n{said}<|im_end|>\n"] for said in "bd"]
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_last_message_that_the_template_shows_nowhere_is_an_error_with_the_mask_too(
+    learn: Learn, mask: bool
+) -> None:
+    entry = turns("a?", "b", "c?", roles=("user", "assistant", "bot"))
+    with pytest.raises(dataset.UserError, match='line 1: .*message 3, of the role "bot"'):
+        learn(templates.ZEPHYR, entry, mask=mask)
+
+
 def test_a_chat_without_an_answer_is_an_error_with_the_mask(learn: Learn) -> None:
     with pytest.raises(dataset.UserError, match='line 2: .*"assistant"'):
         learn(templates.CHATML, turns("a?", "b"), turns("a?"), mask=True)

@@ -219,7 +219,7 @@ def test_a_last_message_of_the_user_is_not_trained_on(
     tokenized: Tokenized, with_template: TokenizerWrapper
 ) -> None:
     masked = tokenized(with_template, {"messages": CHAT["messages"][:4]}, mask=True, end=True)
-    assert parts(masked)[1] == f"네.{END}\n"
+    assert parts(masked)[1] == f"네.{END}"
 
 
 def test_an_answer_to_nothing_is_trained_on_without_its_mark(
