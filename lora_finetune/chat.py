@@ -94,18 +94,19 @@ def read_content(content: object) -> str:
 
 
 def read_tool_calls(calls: object) -> list[dict]:
-    """Tool calls with their arguments as objects; OpenAI has them as a string of JSON."""
+    """Tool calls as `read_tool_call` has them; OpenAI's arguments are a string of JSON."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError("its tool_calls are not a list of objects")
     return [read_tool_call(call) for call in calls]
 
 
 def read_tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with an object of arguments, which is empty where it has none."""
     if isinstance(call.get("function"), dict):
         return call | {"function": read_tool_call(call["function"])}
-    if not isinstance(arguments := call.get("arguments"), str):
-        return call
-    arguments = parse(arguments or "{}", "the arguments of a tool call")
+    arguments = call.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        arguments = parse(arguments.strip() or "{}", "the arguments of a tool call")
     if not isinstance(arguments, dict):
         raise ValueError("the arguments of a tool call are not an object")
     return call | {"arguments": arguments}

@@ -146,6 +146,16 @@ def test_tools_and_calls_are_learnt_as_a_string_or_as_objects(
     )
 
 
+@pytest.mark.parametrize("arguments", [{"arguments": a} for a in ("", " ", "{}", {}, None)] + [{}])
+def test_a_tool_call_without_arguments_has_an_empty_object_of_them(
+    learn: Learn, arguments: dict
+) -> None:
+    entry = turns("몇 시?", "")
+    entry["messages"][1]["tool_calls"] = [{"function": {"name": "now", **arguments}}]
+    [learnt] = learn(templates.QWEN_2_5, entry)
+    assert '{"name": "now", "arguments": {}}' in learnt.text
+
+
 @pytest.mark.parametrize("system", ["message", "beside"])
 def test_sharegpt_is_read_like_messages(learn: Learn, system: str) -> None:
     said = [("human", "물은?"), ("gpt", "H2O."), ("tool", "끝"), ("gpt", "네.")]
@@ -183,6 +193,8 @@ USER = {"role": "user", "content": "물은?"}
         ({"role": "assistant", "tool_calls": "a"}, "tool_calls are not a list"),
         ({"role": "assistant", "tool_calls": [{"arguments": "{"}]}, "not JSON"),
         ({"role": "assistant", "tool_calls": [{"arguments": "[]"}]}, "not an object"),
+        ({"role": "assistant", "tool_calls": [{"arguments": [1]}]}, "not an object"),
+        ({"role": "assistant", "tool_calls": [{"arguments": 1}]}, "not an object"),
     ],
 )
 def test_a_message_that_is_none_is_named_before_the_model_is_loaded(
