@@ -100,12 +100,12 @@ def tokens_before(
         )
 
     counts = []
-    for text, tokens, encoding, some in zip(texts, ids, encodings, places, strict=True):
+    for text, end, tokens, encoding, some in zip(texts, ends, ids, encodings, places, strict=True):
         same = len(os.path.commonprefix([tokens, encoding.ids])) if encoding and some else 0
         counts.append([len(tokens)] * len(some))
         for i, place in enumerate(some):
-            if place == len(text):
-                continue
+            if place == len(text) or (place >= end and same == len(tokens)):
+                continue  # all tokens are before it
             number = token_at(encoding, place) if same else None
             if number is None or (number >= same and same < len(tokens)):
                 [before] = encode_starts(tokenizer, [text[:place]], templated, len(tokens))

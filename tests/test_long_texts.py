@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
 from collections.abc import Callable
 from functools import cache
@@ -185,6 +186,21 @@ def test_thousands_of_ends_at_the_end_of_a_text_are_one_and_within_it_are_kept()
     a, end, name = *build("bytes, as Qwen").encode(f"a{END}"), "bytes, as Qwen"
     assert tokenize(name, "a" + END * 9999, 0, True, 8) == ([a, end], 1, 0)
     assert tokenize(name, "a" + END * 9999 + "a", 0, True, 8) == ([a, *[end] * 7], 7, 1)
+
+
+# --- Little time --------------------------------------------------------------------------------
+
+
+def test_the_answers_of_a_long_chat_are_marked_in_little_time() -> None:
+    """A thousand of them, most of which are beyond what is kept."""
+    turn = EVERYTHING[:300]
+    answers = [(start + 100, start + 300) for start in range(0, 300_000, 300)]
+    start = time.perf_counter()
+    texts = [dataset.Text(turn * 1000, answers, True)]
+    found = dataset.tokenize(texts, build("bytes, as Qwen"), False, 2048)
+    assert time.perf_counter() - start < 3
+    assert len(found.tokens) == 2048
+    assert 0.6 < found.is_target.mean() < 0.7
 
 
 # --- Little memory ------------------------------------------------------------------------------
