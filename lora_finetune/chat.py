@@ -171,15 +171,18 @@ class Template:
         """
         squeezed = squeeze(text)
         strings = [squeeze(s) for message in messages for _, some in parts(message) for s in some]
+        all_whole = stand_in_order(squeezed, strings)  # a look that is quick, and mostly enough
 
         def is_whole(string: str) -> bool:
-            return count_shown(squeezed, string) >= sum(s.count(squeeze(string)) for s in strings)
+            needed = sum(s.count(squeeze(string)) for s in strings)
+            return count_shown(squeezed, string) >= needed
 
         cut = False
         for number, message in enumerate(messages):
             there, found = dict(parts(message)), set()
             for part, some in there.items():
-                kind, whole = (message["role"], *there, part), all(map(is_whole, some))
+                kind = message["role"], *there, part
+                whole = all_whole or all(map(is_whole, some))
                 if not (whole and kind in self.shown):
                     if not self.depends_on(messages, number, part, tools, text):
                         found.add("nothing")
@@ -288,6 +291,16 @@ def strings_of(call: dict[str, Any]) -> Iterator[str]:
 def squeeze(text: str) -> str:
     """A text without its white space."""
     return "".join(text.split())
+
+
+def stand_in_order(text: str, strings: list[str]) -> bool:
+    """Whether a text holds some strings one after the other."""
+    end = 0
+    for string in strings:
+        if (start := text.find(string, end)) < 0:
+            return False
+        end = start + len(string)
+    return True
 
 
 def count_shown(squeezed: str, string: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -317,6 +318,12 @@ def test_what_a_tool_answers_may_be_shown_as_json(
     entry = {"messages": [USER, calls, {"role": "tool", "content": '{"a":\n"b"}'}]}
     assert '"{\\"a\\":\\n\\"b\\"}"' in learn(templates.LLAMA_3, entry)[0].text
     assert capsys.readouterr().err == ""
+
+
+def test_a_chat_of_thousands_of_messages_is_looked_through_in_little_time(learn: Learn) -> None:
+    start = time.perf_counter()
+    learn(templates.CHATML, turns(*(f"{i}번째 물음과 답입니다." for i in range(4000))))
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("name", ["Llama 3", "Qwen 2.5"])
