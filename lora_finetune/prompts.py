@@ -147,9 +147,10 @@ def encode_one(
         return Prompt(shown, tokens_of_prompt(example, tokenizer)[0], max_tokens)
     if not tokenizer.has_chat_template:
         raise UserError("this model has no chat template (--prompt-format chat)")
+    text = text.rstrip("\n")  # a line end is the shell's or the pipe's
     messages = [{"role": "system", "content": system}] if system else []
     messages += [
-        {"role": "user", "content": text.strip()},
+        {"role": "user", "content": text},
         {"role": "assistant", "content": ANSWER},
     ]
     try:
@@ -157,7 +158,7 @@ def encode_one(
     except ValueError as error:
         raise UserError(f"the prompt in the chat form: {error}") from None
     tokens, rest = tokens_of_prompt(example, tokenizer)
-    return Prompt(text.rstrip("\n") + "\n", tokens, max_tokens, end_tokens(rest, tokenizer))
+    return Prompt(text + "\n", tokens, max_tokens, end_tokens(rest, tokenizer))
 
 
 # Stands for the answer where a prompt is made as training makes it.

@@ -212,7 +212,8 @@ def merge(folder: Path, *pairs: tuple[str, str]) -> None:
 
 ANSWER = "answers."
 LEARNT: dict[str, tuple[dict, str]] = {
-    "chat": (turns("what?", ANSWER), "what?"),
+    "chat": (turns("what?", ANSWER), "what?\n"),
+    "chat with blanks": (turns("\n  what? ", ANSWER), "\n  what? "),
     "qa": ({"text": dataset.join_question("what?", ANSWER)}, "what?"),
     "raw": ({"prompt": "what? ", "completion": ANSWER}, "what? "),
 }
@@ -232,6 +233,7 @@ def test_the_tokens_of_a_prompt_are_those_that_training_had_at_its_place(
     merge(model, ("Ġ", "a"), ("Ċ", "Ċ"))
     tokenizer = models.load(str(write_tokenizer(model, template, adds_bos)))[1]
     entry, asked = LEARNT[form]
+    form = form.split()[0]
     if form == "raw":
         entry, asked = entry | {"prompt": written + entry["prompt"]}, written + asked
     of_model = chat.Template(tokenizer) if form == "chat" else None
