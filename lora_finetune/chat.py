@@ -65,6 +65,8 @@ def read_message(found: dict[str, Any]) -> Message:
             message.setdefault("content", message.pop("value"))
     if not isinstance(message.get("role"), str):
         raise ValueError("has no role" if "role" not in message else "its role is not a string")
+    if call := message.pop("function_call", None):  # OpenAI's earlier form of a single call
+        message.setdefault("tool_calls", [{"type": "function", "function": call}])
     if message.get("tool_calls"):
         message["tool_calls"] = read_tool_calls(message["tool_calls"])
         message.setdefault("content", "")

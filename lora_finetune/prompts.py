@@ -149,10 +149,7 @@ def encode_one(
         raise UserError("this model has no chat template (--prompt-format chat)")
     text = text.rstrip("\n")  # a line end is the shell's or the pipe's
     messages = [{"role": "system", "content": system}] if system else []
-    messages += [
-        {"role": "user", "content": text},
-        {"role": "assistant", "content": ANSWER},
-    ]
+    messages += [{"role": "user", "content": text}, {"role": "assistant", "content": ANSWER}]
     try:
         example = dataset.render({"messages": messages}, Template(tokenizer), True)
     except ValueError as error:

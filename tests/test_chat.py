@@ -22,6 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer, processors
 
 CASES = ROOT / "tests" / "cases"
+USER = {"role": "user", "content": "물은?"}
 CASE_TEMPLATES = json.loads((CASES / "templates.json").read_text(encoding="utf-8"))
 BOS = 258
 
@@ -157,6 +158,16 @@ def test_a_tool_call_without_arguments_has_an_empty_object_of_them(
     assert '{"name": "now", "arguments": {}}' in learnt.text
 
 
+@pytest.mark.parametrize("content", ["", None])
+def test_a_function_call_of_earlier_exports_is_a_tool_call(
+    learn: Learn, content: str | None
+) -> None:
+    call = {"name": "기온", "arguments": '{"도시": "제주"}'}
+    said = {"role": "assistant", "content": content, "function_call": call}
+    [learnt] = learn(templates.QWEN_2_5, {"messages": [USER, said]})
+    assert '{"name": "기온", "arguments": {"도시": "제주"}}\n</tool_call>' in learnt.text
+
+
 @pytest.mark.parametrize("system", ["message", "beside"])
 def test_sharegpt_is_read_like_messages(learn: Learn, system: str) -> None:
     said = [("human", "물은?"), ("gpt", "H2O."), ("tool", "끝"), ("gpt", "네.")]
@@ -171,9 +182,6 @@ def test_sharegpt_is_read_like_messages(learn: Learn, system: str) -> None:
         "<|im_start|>assistant\n네.<|im_end|>\n"
     )
     assert learnt.counted == ["H2O.<|im_end|>\n", "네.<|im_end|>\n"]
-
-
-USER = {"role": "user", "content": "물은?"}
 
 
 @pytest.mark.parametrize(
