@@ -311,6 +311,29 @@ def test_a_message_of_which_a_part_is_left_out_is_learnt_with_a_warning(
     assert "leaves out part of a message in 1 of 2 texts, the first in line 2" in told
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_a_content_is_told_of_by_each_of_its_names(
+    learn: Learn, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    learn(templates.CHATML, {"messages": [USER, {"role": "assistant", "content": "a", name: "b"}]})
+    assert "leaves out part of a message in 1 of 1 texts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "told"), [("ChatML", 1), ("Qwen 2.5", 0)])
+def test_tools_that_the_template_leaves_out_are_told_of(
+    learn: Learn, capsys: pytest.CaptureFixture, name: str, told: int
+) -> None:
+    tool = {"type": "function", "function": {"name": "기온"}}
+    learn(templates.ALL[name], turns("a?", "b") | {"tools": [tool]})
+    assert capsys.readouterr().err.count("leaves out") == told
+
+
+@pytest.mark.parametrize("name", templates.ALL)
+def test_a_blank_message_is_no_loss(learn: Learn, capsys: pytest.CaptureFixture, name: str) -> None:
+    learn(templates.ALL[name], turns(" \n", "네.", "a?", ""))
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", templates.ALL)
 def test_what_templates_trim_and_wrap_is_no_loss(
     learn: Learn, capsys: pytest.CaptureFixture, name: str
