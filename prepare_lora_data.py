@@ -3,14 +3,13 @@
     python prepare_lora_data.py
 
 reads data/korean_textbooks_qa and writes lora_finetune/data/{train,valid,test}.jsonl. The file
-follows the work: the command line, finding and reading the source, splitting it,
-writing the sets, and `main`, which does it.
+follows the work: the command line, the examples in the rows of a file, splitting them, writing the
+sets, and `main`, which does it. How files are found and read is in lora_finetune/sources.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
 import hashlib
 import json
 import math
@@ -19,19 +18,18 @@ import sqlite3
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from itertools import islice
+from itertools import count, pairwise, repeat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from lora_finetune.command_line import (
     Parser,
     UserError,
     abbreviated,
     begin_process,
-    first_line,
     in_project,
     is_unicode,
     nonempty,
@@ -42,7 +40,6 @@ from lora_finetune.command_line import (
 from lora_finetune.files import atomic_write
 
 QUESTION, ANSWER = "question", "answer"  # the usual columns
-BATCH_ROWS = 1000
 SPLITS = ("train", "valid", "test")
 
 
@@ -64,11 +61,16 @@ def build_parser() -> Parser:
     )
     add, switch = parser.add, parser.switch
     add("--source", nonempty, "data/korean_textbooks_qa", "a folder written by datasets' "
-        "save_to_disk; a Parquet, Arrow, JSON Lines, JSON or CSV file; or a folder of such "
+        "save_to_disk; a Parquet, Arrow, JSON Lines, JSON, CSV or TSV file; or a folder of such "
         "files")  # fmt: skip
     add("--output", nonempty, "lora_finetune/data", "folder of the three sets")
-    add("--question-column", nonempty, QUESTION, "column of the questions")
+    add("--question-column", nonempty, QUESTION, "column of the questions; instruction and output, "
+        "prompt and completion, messages, conversations, SQuAD's paragraphs and a ready text are "
+        "recognized too")  # fmt: skip
     add("--answer-column", nonempty, ANSWER, "column of the answers")
+    add("--context-column", nonempty, None, "column of what is to stand before the question")
+    switch("--keep-chats", "write chats as they are, as messages, not each question with its "
+           "answer")  # fmt: skip
     add("--valid-fraction", fraction, 0.05, "share of validation")
     add("--test-fraction", fraction, 0.05, "share of the test")
     add("--seed", whole_number(0, below=math.inf), 0, "which questions go into which set")
@@ -84,8 +86,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; a default path is one in this project, wherever it is called from."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.question_column == args.answer_column:
-        parser.error("--question-column and --answer-column name the same column")
+    flags = {"question_column", "answer_column", "context_column"}
+    named = [name for name in (getattr(args, flag) for flag in flags) if name]
+    if len(named) > len(set(named)):
+        parser.error("two of --question-column, --answer-column and --context-column are the same")
+    if args.keep_chats and flags & args.typed:
+        parser.error("--keep-chats keeps chats, which have no columns of questions and answers")
     if args.valid_fraction + args.test_fraction >= 1:
         parser.error("--valid-fraction and --test-fraction leave nothing for training")
     for name in {"source", "output"} - args.typed:
@@ -97,208 +103,262 @@ if __name__ == "__main__":  # --help and a wrong flag answer at once: the import
     begin_process()
     args = parse_arguments()
 
+from lora_finetune.chat import Message, read_messages, read_tools
 from lora_finetune.dataset import join_question, question_of
-from lora_finetune.formats import check_format, holds_rows, looks_like, parse_json, separators
+from lora_finetune.sources import Batch, Wanted, find_files, read_batches
 
-import datasets
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
-datasets.disable_progress_bars()
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or each file is reported to the hub
-datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)  # an error here is one line
+# --- The examples in the rows -------------------------------------------------------------------
 
-# --- The source ---------------------------------------------------------------------------------
+# The columns that rows are known by; of several in a file the first count.
+PAIRS = ((QUESTION, ANSWER), ("instruction", "output"), ("prompt", "completion"))
+NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
+CHATS = ("messages", "conversations")
+TEXT = "text"
 
-# Lies beside the data in many folders and is JSON, but describes it only.
-NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-# The names that the splits of a DatasetDict have, and what they become.
-SPLIT_NAMES = {"train": "train", "test": "test"}
-SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "valid")
+Row = dict[str, Any]
+# Times and the like, which a Parquet file may have beside the messages of a chat, become strings.
+to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def find_files(source: Path) -> dict[Path, str | None]:
-    """The data files of a source in reading order, each with the DatasetDict's split it is in.
+class Example(NamedTuple):
+    """What may become a line of a set.
 
-    Raises:
-        UserError: there is no such source, or no data in it.
+    Attributes:
+        topic: what the split is drawn by: the question, or what it shares with others.
+        question: for comparing, so it is composed (NFC): macOS takes letters apart in places.
+        line: the line, as JSON; "" where a side is empty.
     """
-    if not source.exists():
-        raise UserError(
-            f"there is no {source}; the real korean_textbooks_qa has to be downloaded by you (from "
-            "maywell/korean_textbooks on the Hugging Face hub) and put there, or named by --source"
-        )
-    if not source.is_dir():
-        if source.suffix.lower() not in READERS:
-            raise UserError(f"{source} is none of {', '.join(READERS)}, which can be read")
-        return {source: None}
-    if (source / "dataset_dict.json").is_file():
-        splits = read_names(source / "dataset_dict.json", lambda saved: saved["splits"])
-        return {file: split for split in splits for file in find_files(source / split)}
-    if (source / "state.json").is_file():
-        names = read_names(
-            source / "state.json", lambda saved: [file["filename"] for file in saved["_data_files"]]
-        )
-        return dict.fromkeys(source / name for name in names)
-    files = sorted(
-        file
-        for file in source.rglob("*")
-        if file.suffix.lower() in READERS
-        and file.name not in NOT_DATA
-        and not any(part.startswith(".") for part in file.relative_to(source).parts)
-        and file.is_file()
-    )
-    if not files:
-        raise UserError(f"{source} holds no {', '.join(READERS)} file")
-    return dict.fromkeys(files)
+
+    topic: str
+    question: str
+    line: str
 
 
-def read_names(file: Path, pick: Callable[[dict], list[str]]) -> list[str]:
-    """Names of files or folders beside a JSON file that datasets' save_to_disk wrote."""
-    try:
-        check_format(file, file.read_bytes())
-        names = pick(json.loads(file.read_text(encoding="utf-8")))
-        if not isinstance(names, list) or not all(
-            Path(name).name == name != ".." and (file.parent / name).exists() for name in names
-        ):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{file} is not what datasets' save_to_disk writes") from None
-    return names
+EMPTY = Example("", "", "")
 
 
-Batch = dict[str, list]  # columns by their names; those that are not wanted are empty
+class Notes:
+    """What to say of the files once they are read; of those that are alike, once.
 
-
-def read_batches(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
-    """The rows of a file, a thousand at a time; what is not needed any more is not kept.
-
-    Raises:
-        UserError: the file cannot be read; says why.
+    Attributes:
+        columns: of each file that was read, the columns that it has and those that are used.
+        guesses: how files are read, with the files that are.
+        messages: how many messages of chats were left out.
+        unit: what is counted.
     """
-    try:
-        with file.open("rb") as stream:
-            check_format(file, stream.read(100))
-        yield from READERS[file.suffix.lower()](file, wanted)
-    except UserError:
-        raise
-    except UnicodeDecodeError:
-        raise UserError(f"{file} cannot be read: it is not UTF-8; save it as UTF-8") from None
-    except Exception as error:  # the readers raise of every kind
-        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
+
+    def __init__(self) -> None:
+        self.columns: dict[Path, tuple[dict[str, None], set[str | None]]] = {}
+        self.guesses: dict[str, list[Path]] = {}
+        self.messages, self.unit = 0, "rows"
+
+    def add_guess(self, file: Path, guess: str) -> None:
+        self.guesses.setdefault(guess, []).append(file)
+
+    def say(self, source: Path) -> None:
+        said = dict(self.guesses)
+        for file, (names, used) in self.columns.items():
+            if others := [name for name in names if name not in used]:
+                said.setdefault(f"has columns that are left out: {abbreviated(others)}", [])
+                said[f"has columns that are left out: {abbreviated(others)}"].append(file)
+        for what, files in said.items():
+            more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+            warn(f"{source if len(files) == len(self.columns) else f'{files[0]}{more}'} {what}")
+        if self.messages:
+            warn(
+                f"{self.messages} messages of chats are left out, as they are no question with the "
+                "answer directly after it; --keep-chats keeps them"
+            )
 
 
-def read_parquet(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
-    """Not by `datasets`, which takes a whole row group at a time: often all of the file."""
-    parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16)
-    names = parquet.schema_arrow.names
-    columns = [name for name in names if name in wanted]
-    for batch in parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-        values = {name: batch.column(name).to_pylist() for name in columns}
-        yield dict.fromkeys(names, []) | values
-
-
-def read_dataset(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
-    """An Arrow or CSV file, by `datasets`; all of a CSV file's values stay as they are written."""
-    format, options = file.suffix.lower().removeprefix("."), {}
-    if format == "csv":
-        with file.open(encoding="utf-8-sig") as stream:
-            marks = separators(stream.read(2**16))
-        if marks not in ("", "commas"):
-            raise UserError(f"{file} has its values separated by {marks}; save it with commas")
-        # Or 007 would become a number, and NA nothing.
-        options = {"converters": dict.fromkeys(wanted, str), "keep_default_na": False}
-    options["cache_dir"] = "memory://"  # it makes a folder for it, though streaming puts nothing in
-    pattern = glob.escape(str(file))
-    rows = datasets.load_dataset(
-        format, data_files=pattern, split="train", streaming=True, **options
-    )
-    for table in rows.with_format("arrow").iter(BATCH_ROWS):
-        if "__index_level_0__" in table.column_names:  # which pandas makes of a column too many
-            raise UserError(f"{file} has more values in its lines than names in its first line")
-        yield {
-            name: table.column(name).to_pylist() if name in wanted else []
-            for name in table.column_names
-        }
-
-
-def read_json(file: Path, wanted: tuple[str, ...]) -> Iterator[Batch]:
-    """JSON Lines, or a list of objects, which is read whole.
-
-    Not by `datasets`, which takes the types of all columns, needed or not, from the first 10 MB,
-    and makes times of texts that look like them.
-    """
-    with file.open("rb") as stream:
-        start = stream.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()
-        stream.seek(0)
-        if start.startswith(b"["):
-            rows = iter(json.loads(stream.read().decode("utf-8-sig")))
-        else:
-            rows = (parse_line(file, *line) for line in enumerate(stream, 1) if line[1].strip())
-        while some := list(islice(rows, BATCH_ROWS)):
-            if not all(isinstance(row, dict) for row in some):
-                raise UserError(f"{file} holds something else than objects with named values")
-            if len(some) == 1 and holds_rows(some[0]):
-                keys = abbreviated(some[0])
-                raise UserError(
-                    f"{file} is one object that holds others by their keys ({keys}); make it a "
-                    "list of rows: [{…}, {…}]"
-                )
-            names = dict.fromkeys(name for row in some for name in row)
-            yield {name: [row.get(name) for row in some if name in wanted] for name in names}
-
-
-def parse_line(file: Path, number: int, line: bytes) -> object:
-    """What one line of a JSON Lines file holds; raises UserError that names it where it is none."""
-    try:
-        return parse_json(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-    except ValueError as error:
-        looks = looks_like(file) if number == 1 else ""
-        raise UserError(f"{file}, line {number}: {error}{looks}") from None
-
-
-# What can be read, by the suffix.
-READERS = {
-    ".parquet": read_parquet,
-    ".arrow": read_dataset,
-    ".jsonl": read_json,
-    ".json": read_json,
-    ".csv": read_dataset,
-}
-
-
-def read_examples(file: Path, question: str, answer: str) -> Iterator[tuple[str, str]]:
-    """The question and the whole text of each row, trimmed; the text is "" where a side is empty.
-
-    The question is for comparing, so it is composed (NFC): macOS takes letters apart in places.
+def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterator[Example]:
+    """The examples in each row of a file.
 
     Args:
-        file: one of READERS by its suffix.
-        question, answer: names of the columns. Where the usual two are missing, the column "text"
-            holds the texts as they are to be.
+        file: one that `find_files` found.
+        args: the command line, which may name the columns.
+        notes: takes what was guessed and what is left out.
 
     Raises:
         UserError: the file cannot be read, or has no such columns with text in them.
     """
-    for batch in read_batches(file, (question, answer, "text")):
-        if question in batch and answer in batch:
-            asked, answered = (texts(file, name, batch[name]) for name in (question, answer))
-            pairs = zip(asked, answered, strict=True)
-            whole = (join_question(q, a) if q and a else "" for q, a in pairs)
-        elif "text" in batch and (question, answer) == (QUESTION, ANSWER):
-            whole = texts(file, "text", batch["text"])
+    kinds, context = known_columns(args), args.context_column
+    wanted = Wanted(kinds, frozenset({"input", "system", "tools", context, *sum(kinds, ())}))
+    names, used = notes.columns[file] = {}, set()
+    rows = count(1)
+    for batch in read_batches(file, wanted, partial(notes.add_guess, file)):
+        names |= dict.fromkeys(batch)
+        kind = next((kind for kind in kinds if batch.keys() >= set(kind)), None)
+        check_columns(file, kind, names, args)
+        used.update(kind)
+        if len(kind) == 2:
+            more = "input" if kind == ("instruction", "output") and context != "input" else None
+            used |= {context, more}
+            yield from make_pairs(file, batch, *kind, context, more)
+        elif kind[0] in NESTED:
+            notes.unit = "questions"
+            used |= {context or "context"}
+            yield from make_passages(file, rows_of(batch), context or "context")
+        elif kind[0] in CHATS:
+            used |= {"system", "tools"} if args.keep_chats else {"system"}
+            make = make_chat if args.keep_chats else make_turns
+            for row in rows_of(batch):
+                yield from make(file, next(rows), row, notes)
         else:
-            raise UserError(
-                f"{file} has no columns {question} and {answer}; it has {abbreviated(batch)}, of "
-                "which --question-column and --answer-column can name two"
-            )
-        for text in whole:
-            yield question_of(unicodedata.normalize("NFC", text)), text
+            yield from map(make_example, texts(file, TEXT, batch[TEXT]))
 
 
-def texts(file: Path, name: str, values: list) -> Iterator[str]:
+def known_columns(args: argparse.Namespace) -> tuple[tuple[str, ...], ...]:
+    """The columns that rows may be known by, the first sets before the others."""
+    if args.keep_chats:
+        return tuple((name,) for name in CHATS)
+    if args.typed & {"question_column", "answer_column"}:
+        return ((args.question_column, args.answer_column),)
+    return (*PAIRS, *((name,) for name in (*NESTED, *CHATS, TEXT)))
+
+
+def check_columns(
+    file: Path, kind: tuple[str, ...] | None, names: Iterable[str], args: argparse.Namespace
+) -> None:
+    """Raise UserError where a file with columns of such names is of no kind, or lacks a column."""
+    if not kind and args.keep_chats:
+        raise UserError(
+            f"{file} has no {' or '.join(CHATS)} for --keep-chats; it has {abbreviated(names)}"
+        )
+    if not kind:
+        raise UserError(
+            f"{file} has no columns {args.question_column} and {args.answer_column}; it has "
+            f"{abbreviated(names)}, of which --question-column and --answer-column can name two"
+        )
+    if not args.context_column or kind[0] in NESTED:
+        return
+    if len(kind) == 1:
+        raise UserError(
+            f"{file} has {kind[0]}, before which no --context-column can stand; --question-column "
+            "and --answer-column can name two other columns"
+        )
+    if args.context_column not in names:
+        raise UserError(
+            f"{file} has no column {args.context_column} for --context-column; it has "
+            f"{abbreviated(names)}"
+        )
+
+
+def rows_of(batch: Batch) -> Iterator[Row]:
+    """The rows of a batch, without what is empty in them."""
+    filled = {name: values for name, values in batch.items() if values}
+    for values in zip(*filled.values(), strict=True):
+        yield {name: value for name, value in zip(filled, values, strict=True) if value}
+
+
+def make_pairs(
+    file: Path, batch: Batch, question: str, answer: str, context: str | None, more: str | None
+) -> Iterator[Example]:
+    """An example for each row; what else is to be asked stands around the question.
+
+    Args:
+        question, answer, context, more: names of columns; the last two stand before and after the
+            question, and may be lacking.
+    """
+
+    def column(name: str | None) -> Iterator[str]:
+        return texts(file, name, batch[name]) if batch.get(name) else repeat("")
+
+    sides = (texts(file, name, batch[name]) for name in (question, answer))
+    for asked, answered, before, after in zip(*sides, column(context), column(more), strict=False):
+        parts = [part for part in (before, asked, after) if part]
+        yield make_example(
+            join_question("\n\n".join(parts), answered) if asked and answered else ""
+        )
+
+
+def make_example(text: str) -> Example:
+    question = question_of(unicodedata.normalize("NFC", text))
+    return Example(question, question, to_json({"text": text}) if text else "")
+
+
+def make_passages(file: Path, articles: Iterable[Row], context: str) -> Iterator[Example]:
+    """An example for each question of articles in SQuAD's form; the passage is its topic."""
+    rows = [row for article in articles for row in innermost(file, article)]
+    passages = list(texts(file, context, (row.get(context) for row in rows)))
+    batch = {
+        QUESTION: [row.get("question") for row in rows],
+        ANSWER: [
+            None if row.get("is_impossible") else row.get("answers", row.get("answer"))
+            for row in rows
+        ],
+        context: passages,
+    }
+    examples = make_pairs(file, batch, QUESTION, ANSWER, context, None)
+    for passage, example in zip(passages, examples, strict=True):
+        yield example._replace(topic=composed(passage) or example.topic)
+
+
+def innermost(file: Path, row: Row) -> Iterator[Row]:
+    """The innermost objects of a row's lists in lists, each with what those around it have."""
+    name = next((name for name in NESTED if name in row), None)
+    if name is None:
+        yield row
+        return
+    if not isinstance(row[name], list) or not all(isinstance(inner, dict) for inner in row[name]):
+        raise UserError(f"{file}: the column {name} holds {str(row[name])[:50]}, not objects")
+    around = {key: value for key, value in row.items() if key != name}
+    for inner in row[name]:
+        yield from innermost(file, around | inner)
+
+
+def make_turns(file: Path, number: int, row: Row, notes: Notes) -> Iterator[Example]:
+    """An example for each question of a chat with the answer directly after it."""
+    messages, _ = read_chat(file, number, row)
+    turns = [
+        (asked["content"], answered["content"])
+        for asked, answered in pairwise(messages)
+        if (asked["role"], answered["role"]) == ("user", "assistant")
+    ]
+    notes.unit = "questions"
+    notes.messages += len(messages) - 2 * len(turns)
+    if not turns:
+        yield EMPTY
+    for turn in turns:
+        question, answer = texts(file, "messages", turn)
+        example = make_example(join_question(question, answer) if question and answer else "")
+        yield example._replace(topic=composed(turns[0][0]))
+
+
+def make_chat(file: Path, number: int, row: Row, notes: Notes) -> Iterator[Example]:
+    """A chat as it is; one without a question or an answer has an empty side."""
+    messages, tools = read_chat(file, number, row)
+    asked = [m["content"] for m in messages if m["role"] == "user" and m["content"].strip()]
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if not (asked and any(m["content"].strip() or "tool_calls" in m for m in answers)):
+        yield EMPTY
+        return
+    line = to_json({"messages": messages} | ({"tools": tools} if tools else {}))
+    if not is_unicode(line):
+        raise UserError(f"{file}, row {number}: holds an unpaired surrogate")
+    question = composed(asked[0])
+    yield Example(question, question, line)
+
+
+def read_chat(file: Path, number: int, row: Row) -> tuple[list[Message], list[dict] | None]:
+    """The messages and the tools of a row; there are none where all is empty.
+
+    Raises:
+        UserError: they are not in order; names the row, counted from 1.
+    """
+    if not any(name in row for name in CHATS):
+        return [], None
+    try:
+        return read_messages(row), read_tools(row.get("tools"))
+    except ValueError as error:
+        raise UserError(f"{file}, row {number}: {error}") from None
+
+
+def texts(file: Path, name: str, values: Iterable[object]) -> Iterator[str]:
     """The trimmed texts of a column, "" where there is none."""
-    for value in values:
+    for value in map(text_in, values):
         if not isinstance(value, str | None):
             raise UserError(f"{file}: the column {name} holds {str(value)[:50]}, not text")
         if value and not value.isascii() and not is_unicode(value):
@@ -306,7 +366,27 @@ def texts(file: Path, name: str, values: list) -> Iterator[str]:
         yield (value or "").strip()
 
 
+def text_in(value: object) -> object:
+    """The text of a value; of an answer in SQuAD's form, or of several, that of the first."""
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        value = value[0] if value else None
+    if isinstance(value, dict) and "text" in value:
+        value = value["text"]
+        if isinstance(value, list):
+            value = value[0] if value else None
+    return value
+
+
+def composed(text: str) -> str:
+    """A text without white space around it, in Unicode's composed form."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
 # --- Splitting ----------------------------------------------------------------------------------
+
+# The names that the splits of a DatasetDict have, and what they become.
+SPLIT_NAMES = {"train": "train", "test": "test"}
+SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "valid")
 
 
 def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
@@ -327,15 +407,15 @@ def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
     return sorted(named, key=lambda pair: SPLITS.index(pair[1]), reverse=True)
 
 
-def assign_split(question: str, seed: int, shares: dict[str, float]) -> str:
-    """The split of a question, by these alone: more rows around it do not move it.
+def assign_split(topic: str, seed: int, shares: dict[str, float]) -> str:
+    """The split of a topic, by these alone: more rows around it do not move it.
 
     Args:
-        question: in Unicode's composed form, as `read_examples` has it.
+        topic: mostly a question, in Unicode's composed form, as `read_examples` has it.
         seed: draws differently.
         shares: the fractions of the splits that are drawn; the rest is "train".
     """
-    digest = hashlib.blake2b(f"{seed} {question}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {topic}".encode(), digest_size=8).digest()
     drawn = int.from_bytes(digest, "big") / 2**64
     for split, share in shares.items():
         if drawn < share:
@@ -387,8 +467,7 @@ def replace_sets(folder: Path) -> Iterator[dict[str, BinaryIO]]:
 
 def prepare(
     sources: list[tuple[Path, str]],
-    question: str,
-    answer: str,
+    read: Callable[[Path], Iterator[Example]],
     draw: Callable[[str], str],
     limit: int | None,
     write: Callable[[str, str], None],
@@ -397,40 +476,40 @@ def prepare(
 
     Args:
         sources: the files, each with the split of its rows; those of "train" are drawn from.
-        question, answer: names of the columns.
-        draw: the split of a question out of "train".
+        read: the examples of a file.
+        draw: the split of a topic out of "train".
         limit: takes no more examples than this from a split of the source.
-        write: takes a split and a text.
+        write: takes a split and a line.
 
     Returns:
-        How many rows were read ("rows"), dropped ("empty", "duplicate", "elsewhere": the question
-        is in another split) and written ("train", "valid", "test").
+        How many examples were read ("read"), dropped ("empty", "duplicate", "elsewhere": the
+        question is in another split) and written ("train", "valid", "test").
 
     Raises:
         UserError: a file cannot be read.
     """
-    texts, questions = Seen(), Seen()
+    lines, questions = Seen(), Seen()
     counts, taken = Counter(), Counter()
     with tqdm(None, "Preparing", limit, False, unit=" rows", disable=None) as progress:
         for file, source in sources:
             if taken[source] == limit:
                 continue
-            for asked, text in read_examples(file, question, answer):
+            for topic, question, line in read(file):
                 if taken[source] == limit:
                     break
                 progress.update()
-                counts["rows"] += 1
-                split = draw(asked) if source == "train" else source
-                if not text:
+                counts["read"] += 1
+                split = draw(topic) if source == "train" else source
+                if not line:
                     counts["empty"] += 1
-                elif texts.setdefault(text, counts["rows"]) != counts["rows"]:
+                elif lines.setdefault(line, counts["read"]) != counts["read"]:
                     counts["duplicate"] += 1
-                elif questions.setdefault(asked, split) != split:
+                elif questions.setdefault(question, split) != split:
                     counts["elsewhere"] += 1
                 else:
                     taken[source] += 1
                     counts[split] += 1
-                    write(split, text)
+                    write(split, line)
     return counts
 
 
@@ -450,28 +529,28 @@ def run(args: argparse.Namespace) -> None:
             warn(f"the splits {', '.join(names)} are pooled; --keep-splits keeps them apart")
     shares = {"valid": args.valid_fraction, "test": args.test_fraction}
     shares |= {split: 0 for _, split in sources if split in shares}  # it has that split already
-    samples = []
-    encode = json.JSONEncoder(ensure_ascii=False).encode
+    samples, notes = [], Notes()
 
     with nullcontext() if args.dry_run else replace_sets(output) as streams:
 
-        def write(split: str, text: str) -> None:
+        def write(split: str, line: str) -> None:
             if streams:
-                streams[split].write((encode({"text": text}) + "\n").encode())
+                streams[split].write(f"{line}\n".encode())
             if len(samples) < 3:
-                samples.append(text)
+                samples.append(json.loads(line).get("text", line))
 
         counts = prepare(
             sources,
-            args.question_column,
-            args.answer_column,
+            partial(read_examples, args=args, notes=notes),
             partial(assign_split, seed=args.seed, shares=shares),
             args.limit,
             write,
         )
+        notes.say(source)
         print(
-            f"Read {counts['rows']} rows of {source}: dropped {counts['empty']} with an empty",
-            f"side, {counts['duplicate']} exact duplicates,",
+            f"Read {counts['read']} {notes.unit} of {source}:",
+            f"dropped {counts['empty']} with an empty side,",
+            f"{counts['duplicate']} exact duplicates,",
             f"{counts['elsewhere']} whose question is in another set.",
             flush=True,
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from itertools import islice
 from pathlib import Path
 
 from lora_finetune.command_line import UserError
@@ -30,15 +33,26 @@ def check_format(path: Path, start: bytes) -> None:
             raise UserError(f"{path} looks like {what}")
 
 
-# What stands between the values of a CSV file, commas or something else.
-SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
+# What stands between the values of a CSV file; where two would do, the first.
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
-def separators(text: str) -> str:
-    """The name of what separates the values in the first two lines of a CSV file; "" if nothing."""
-    head, _, rest = text.partition("\n")
-    mark = max(SEPARATORS, key=head.count)
-    return SEPARATORS[mark] if mark in head and mark in rest.partition("\n")[0] else ""
+def find_separator(text: str, least: int = 1) -> str | None:
+    """What separates the values in the first lines of a CSV file: the key in SEPARATORS, or None.
+
+    Args:
+        text: the beginning of the file.
+        least: in how many rows there have to be several values, the same number as in the first.
+    """
+    rows = {mark: count_like_first(text, mark) for mark in SEPARATORS}
+    best = max(rows, key=rows.get)
+    return best if rows[best] >= least else None
+
+
+def count_like_first(text: str, mark: str) -> int:
+    """How many of the first rows have as many values as the first, if this is more than one."""
+    rows = list(islice(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=mark)), 20))
+    return sum(len(row) == len(rows[0]) > 1 for row in rows)
 
 
 def looks_like(path: Path) -> str:
@@ -51,12 +65,10 @@ def looks_like(path: Path) -> str:
         if not breaks_off(text):
             return ""
         what = "one JSON object over several lines: write each object in one line (jq -c . does)"
-    elif not (values := separators(text)):
-        return ""
-    elif values == "commas":
-        what = "CSV with commas: name it .csv for prepare_lora_data.py"
+    elif mark := find_separator(text, least=2):
+        what = f"CSV with {SEPARATORS[mark]}: name it .csv for prepare_lora_data.py"
     else:
-        what = f"CSV with {values}: save it with commas, as ….csv, for prepare_lora_data.py"
+        return ""
     return f"; the file looks like {what}"
 
 
@@ -73,6 +85,9 @@ def breaks_off(text: str) -> bool:
     return False
 
 
+TOO_MUCH = "is not JSON that can be read: too deep, or too long a number"
+
+
 def parse_json(line: bytes) -> object:
     """What a line of a JSON Lines file holds; raises ValueError that says what is wrong."""
     try:
@@ -80,12 +95,16 @@ def parse_json(line: bytes) -> object:
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        if "\0" in error.doc:
-            raise ValueError("is not text in UTF-8; save the file as UTF-8") from None
-        what = error.msg.removesuffix(" at")
-        raise ValueError(f"is not JSON: {what} at character {error.pos + 1}") from None
+        raise ValueError(why_not_json(error, error.pos)) from None
     except (ValueError, RecursionError):
-        raise ValueError("is not JSON that can be read: too deep, or too long a number") from None
+        raise ValueError(TOO_MUCH) from None
+
+
+def why_not_json(error: json.JSONDecodeError, column: int) -> str:
+    """What is wrong with a line, at a column counted from 0."""
+    if "\0" in error.doc:
+        return "is not text in UTF-8; save the file as UTF-8"
+    return f"is not JSON: {error.msg.removesuffix(' at')} at character {column + 1}"
 
 
 def holds_rows(entry: dict) -> bool:
