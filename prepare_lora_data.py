@@ -185,7 +185,8 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
         UserError: the file cannot be read, or has no such columns with text in them.
     """
     kinds, context = known_columns(args), args.context_column
-    wanted = Wanted(kinds, frozenset({"input", "system", "tools", context, *sum(kinds, ())}))
+    columns = {context or "context", "input", "system", "tools"}.union(*kinds)
+    wanted = Wanted(kinds, frozenset(columns))
     names, used = notes.columns[file] = {}, set()
     rows = count(1)
     for batch in read_batches(file, wanted, partial(notes.add_guess, file)):
@@ -202,7 +203,7 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
             used |= {context or "context"}
             yield from make_passages(file, rows_of(batch), context or "context")
         elif kind[0] in CHATS:
-            used |= {"system", "tools"} if args.keep_chats else {"system"}
+            used |= {*CHATS, "system"} | ({"tools"} if args.keep_chats else set())
             make = make_chat if args.keep_chats else make_turns
             for row in rows_of(batch):
                 yield from make(file, next(rows), row, notes)
@@ -247,10 +248,10 @@ def check_columns(
 
 
 def rows_of(batch: Batch) -> Iterator[Row]:
-    """The rows of a batch, without what is empty in them."""
+    """The rows of a batch, without what is null in them."""
     filled = {name: values for name, values in batch.items() if values}
     for values in zip(*filled.values(), strict=True):
-        yield {name: value for name, value in zip(filled, values, strict=True) if value}
+        yield {name: value for name, value in zip(filled, values, strict=True) if value is not None}
 
 
 def make_pairs(
@@ -336,8 +337,6 @@ def make_chat(file: Path, number: int, row: Row, notes: Notes) -> Iterator[Examp
         yield EMPTY
         return
     line = to_json({"messages": messages} | ({"tools": tools} if tools else {}))
-    if not is_unicode(line):
-        raise UserError(f"{file}, row {number}: holds an unpaired surrogate")
     question = composed(asked[0])
     yield Example(question, question, line)
 
@@ -348,12 +347,15 @@ def read_chat(file: Path, number: int, row: Row) -> tuple[list[Message], list[di
     Raises:
         UserError: they are not in order; names the row, counted from 1.
     """
-    if not any(name in row for name in CHATS):
+    if not any(row.get(name) for name in CHATS):
         return [], None
     try:
-        return read_messages(row), read_tools(row.get("tools"))
+        messages, tools = read_messages(row), read_tools(row.get("tools"))
+        if not is_unicode(to_json((messages, tools))):
+            raise ValueError("holds an unpaired surrogate")
     except ValueError as error:
         raise UserError(f"{file}, row {number}: {error}") from None
+    return messages, tools
 
 
 def texts(file: Path, name: str, values: Iterable[object]) -> Iterator[str]:
@@ -546,15 +548,8 @@ def run(args: argparse.Namespace) -> None:
             args.limit,
             write,
         )
+        check_filled(counts, source, notes.unit)
         notes.say(source)
-        print(
-            f"Read {counts['read']} {notes.unit} of {source}:",
-            f"dropped {counts['empty']} with an empty side,",
-            f"{counts['duplicate']} exact duplicates,",
-            f"{counts['elsewhere']} whose question is in another set.",
-            flush=True,
-        )
-        check_filled(counts, source)
     written = ", ".join(f"{counts[split]} {split}" for split in SPLITS)
     if args.dry_run:
         print(f"Would write to {output}: {written}. The first of them:")
@@ -563,8 +558,14 @@ def run(args: argparse.Namespace) -> None:
         print(f"Wrote to {output}: {written}.")
 
 
-def check_filled(counts: Counter, source: Path) -> None:
-    """Raise UserError where a set is left empty."""
+def check_filled(counts: Counter, source: Path, unit: str) -> None:
+    """Say what became of what was read; raise UserError where a set is left empty."""
+    print(
+        f"Read {counts['read']} {unit} of {source}: dropped {counts['empty']} with an empty side,",
+        f"{counts['duplicate']} exact duplicates,",
+        f"{counts['elsewhere']} whose question is in another set.",
+        flush=True,
+    )
     if not sum(counts[split] for split in SPLITS):
         raise UserError(f"{source} leaves nothing to train on")
     for split in SPLITS:

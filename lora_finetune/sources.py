@@ -41,8 +41,6 @@ def find_files(source: Path) -> dict[Path, str | None]:
             "maywell/korean_textbooks on the Hugging Face hub) and put there, or named by --source"
         )
     if not source.is_dir():
-        if source.suffix.lower() not in READERS:
-            raise UserError(f"{source} is none of {', '.join(READERS)}, which can be read")
         return {source: None}
     if (source / "dataset_dict.json").is_file():
         splits = read_names(source / "dataset_dict.json", lambda saved: saved["splits"])
@@ -103,7 +101,9 @@ def read_batches(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
     Raises:
         UserError: the file cannot be read; says why.
     """
-    read = READERS[file.suffix.lower()]
+    read = READERS.get(file.suffix.lower())
+    if not read:
+        raise UserError(f"{file} is none of {', '.join(READERS)}, which can be read")
     try:
         with file.open("rb") as stream:
             start = stream.read(100)

@@ -14,8 +14,10 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
+import prepare_lora_data
 from conftest import ROOT, Ended, Run, listing, one_error
 
 import datasets
@@ -60,11 +62,11 @@ def prepare(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.Monke
 
 @pytest.fixture
 def makes(prepare: Run, tmp_path: Path) -> Callable[..., Sets]:
-    """What the command line makes of a source, without any error or warning."""
+    """What the command line makes of a source, without any error or warning but of columns."""
 
     def makes(source: Path, *args: object) -> Sets:
         ended = prepare(source, tmp_path / "made", *args)
-        assert (ended.returncode, ended.stderr) == (0, "")
+        assert (ended.returncode, other_warnings(ended)) == (0, [])
         return read_sets(tmp_path / "made")
 
     return makes
@@ -116,6 +118,14 @@ def unordered(sets: Sets) -> Sets:
 
 def all_of(sets: Sets) -> list[str]:
     return [text for texts in sets.values() for text in texts]
+
+
+LEFT_OUT = " has columns that are left out: "
+
+
+def other_warnings(ended: Ended) -> list[str]:
+    """What a run warned of besides columns that it leaves out, which most sources here have."""
+    return [line for line in ended.stderr.splitlines() if LEFT_OUT not in line]
 
 
 def text_of(question: str, answer: str) -> str:
@@ -369,6 +379,404 @@ def test_ready_texts_are_split_by_their_question(
     assert makes(tmp_path / "text.parquet") == makes(write(tmp_path, "a.parquet", FILLERS))
 
 
+# --- What is recognized -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def takes(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[list[str], str]]:
+    """The lines that are made of a file, a text bare, and what is said of it."""
+
+    def takes(file: Path, *flags: object) -> tuple[list[str], str]:
+        args = prepare_lora_data.parse_arguments([str(flag) for flag in flags])
+        notes = prepare_lora_data.Notes()
+        examples = list(prepare_lora_data.read_examples(file, args, notes))
+        notes.say(file)
+        lines = [json.loads(example.line or "null") for example in examples]
+        return [line and line.get("text", line) for line in lines], capsys.readouterr().err
+
+    return takes
+
+
+Takes = Callable[..., tuple[list[str], str]]
+
+
+def write_text(file: Path, text: str, encoding: str = "utf-8") -> Path:
+    file.write_bytes(text.encode(encoding))
+    return file
+
+
+def write_lines(file: Path, *rows: dict) -> Path:
+    return write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def test_alpaca_is_taken_as_it_is_the_input_below_the_instruction(takes: Takes) -> None:
+    assert takes(ROOT / "tests/cases/alpaca.json") == (
+        [
+            "### 질문:\nTranslate into Korean.\n\nThe sea is deep.\n\n### 답변:\n바다는 깊다.",
+            "### 질문:\nTranslate into Korean.\n\nThe mountain is high.\n\n### 답변:\n산은 높다.",
+            "### 질문:\nName a planet.\n\n### 답변:\nSaturn",
+            "### 질문:\n한국의 수도는 어디입니까?\n\n### 답변:\n서울입니다.",
+        ],
+        "",
+    )
+
+
+def test_an_object_whose_one_list_of_objects_has_the_rows_is_taken_for_them(takes: Takes) -> None:
+    assert takes(ROOT / "tests/cases/nested-rows.json") == (
+        [
+            "### 질문:\n바닷물은 왜 짭니까?\n\n"
+            "### 답변:\n강물이 땅의 염류를 녹여 바다로 나르기 때문입니다.",
+            "### 질문:\n무지개는 왜 생깁니까?\n\n"
+            "### 답변:\n빛이 물방울 속에서 굴절되고 반사되기 때문입니다.",
+        ],
+        "",
+    )
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize(
+    "names", [("question", "answer"), ("instruction", "output"), ("prompt", "completion")]
+)
+def test_usual_columns_are_recognized_in_every_format(
+    takes: Takes, tmp_path: Path, suffix: str, names: tuple[str, str]
+) -> None:
+    table = pa.table({names[0]: ["하늘은?", None], names[1]: ["파랗다.", "?"]})
+    WRITERS[suffix](tmp_path / f"a.{suffix}", table)
+    assert takes(tmp_path / f"a.{suffix}") == (
+        ["### 질문:\n하늘은?\n\n### 답변:\n파랗다.", None],
+        "",
+    )
+
+
+def test_of_several_pairs_the_first_is_taken_and_the_others_are_said(
+    takes: Takes, tmp_path: Path
+) -> None:
+    row = {
+        "id": 1,
+        "text": "t",
+        "prompt": "p",
+        "completion": "c",
+        "output": "o",
+        "instruction": "i",
+    }
+    file = write_lines(tmp_path / "a.jsonl", row)
+    said = f"warning: {file} has columns that are left out: id, text, prompt, completion\n"
+    assert takes(file) == (["### 질문:\ni\n\n### 답변:\no"], said)
+    named = ("--question-column", "prompt", "--answer-column", "completion")
+    said = f"warning: {file} has columns that are left out: id, text, output, instruction\n"
+    assert takes(file, *named) == (["### 질문:\np\n\n### 답변:\nc"], said)
+
+
+def test_columns_that_are_left_out_are_said_once_for_files_that_are_alike(
+    prepare: Run, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    for number in range(3):
+        write(source, f"{number}.jsonl", FILLERS[number * 10 : number * 10 + 10])
+    said = f"warning: {source} has columns that are left out: id, note\n"
+    assert prepare(source, tmp_path / "out").stderr == said
+    write_lines(source / "x.jsonl", {"instruction": "i", "output": "o", "source": "s"})
+    write_lines(source / "y.jsonl", {"text": "t"})
+    assert prepare(source, tmp_path / "out").stderr.splitlines() == [
+        f"warning: {source}/0.jsonl and 2 more has columns that are left out: id, note",
+        f"warning: {source}/x.jsonl has columns that are left out: source",
+    ]
+    assert len(all_of(read_sets(tmp_path / "out"))) == 32
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_context_stands_before_the_question(takes: Takes, tmp_path: Path, suffix: str) -> None:
+    table = pa.table(
+        {
+            "question": ["누가?", "언제?"],
+            "answer": ["나.", "지금."],
+            "지문": [" 글\n둘째 줄 ", None],
+        }
+    )
+    WRITERS[suffix](tmp_path / f"a.{suffix}", table)
+    assert takes(tmp_path / f"a.{suffix}", "--context-column", "지문") == (
+        [
+            "### 질문:\n글\n둘째 줄\n\n누가?\n\n### 답변:\n나.",
+            "### 질문:\n언제?\n\n### 답변:\n지금.",
+        ],
+        "",
+    )
+
+
+def test_a_context_goes_with_alpaca_and_columns_named_by_hand(takes: Takes, tmp_path: Path) -> None:
+    row = {"c": "배경", "instruction": "써라.", "input": "가", "output": "나"}
+    file = write_lines(tmp_path / "a.jsonl", row)
+    made = ["### 질문:\n배경\n\n써라.\n\n가\n\n### 답변:\n나"]
+    assert takes(file, "--context-column", "c") == (made, "")
+    named = ("--question-column", "instruction", "--answer-column", "input")
+    made = ["### 질문:\n나\n\n써라.\n\n### 답변:\n가"]
+    said = f"warning: {file} has columns that are left out: c\n"
+    assert takes(file, *named, "--context-column", "output") == (made, said)
+
+
+def test_a_context_column_that_cannot_be_used_is_reported(fails: Fails, tmp_path: Path) -> None:
+    source = write(tmp_path, "a.jsonl", FILLERS)
+    fails(source, "--context-column", "passage", mentions=("a.jsonl", "passage", "id, question"))
+    for row in ({"text": "가"}, {"messages": [{"role": "user", "content": "가"}]}):
+        source = write_lines(tmp_path / "b.jsonl", row)
+        fails(source, "--context-column", "text", mentions=("b.jsonl", "--context-column", *row))
+
+
+# --- SQuAD's form -------------------------------------------------------------------------------
+
+KORQUAD = {
+    "version": "KorQuAD_v1.0_dev",
+    "data": [
+        {
+            "title": "한강",
+            "paragraphs": [
+                {
+                    "context": "한강은 서울을 흐른다.\n길이는 494 km이다.",
+                    "qas": [
+                        {"id": "1", "question": "어디를 흐르나?", "answers": [
+                            {"text": "서울", "answer_start": 4}, {"text": "서울을"}
+                        ]},
+                        {"id": "2", "question": "깊이는?", "answers": []},
+                    ],
+                },
+                {"context": "강은 서해로 간다.", "qas": [
+                    {"question": "어디로 가나?", "answers": [{"text": "서해"}]},
+                    {"question": "왜 가나?", "answers": [{"text": "서"}], "is_impossible": True},
+                ]},
+            ],
+        },
+        {"title": "빈 글", "paragraphs": []},
+    ],
+}  # fmt: skip
+FROM_KORQUAD = [
+    "### 질문:\n한강은 서울을 흐른다.\n길이는 494 km이다.\n\n어디를 흐르나?\n\n### 답변:\n서울",
+    None,
+    "### 질문:\n강은 서해로 간다.\n\n어디로 가나?\n\n### 답변:\n서해",
+    None,
+]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_squad_gives_each_question_below_its_context(
+    takes: Takes, tmp_path: Path, suffix: str, indent: int | None
+) -> None:
+    """In one line and over many."""
+    text = json.dumps(KORQUAD, ensure_ascii=False, indent=indent)
+    file = write_text(tmp_path / f"a.{suffix}", text)
+    said = f"warning: {file} has columns that are left out: title\n"
+    assert takes(file) == (FROM_KORQUAD, said)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "jsonl", "json"])
+def test_squad_is_recognized_without_the_object_around_it(
+    takes: Takes, tmp_path: Path, suffix: str
+) -> None:
+    WRITERS[suffix](tmp_path / f"a.{suffix}", pa.Table.from_pylist(KORQUAD["data"]))
+    made, _ = takes(tmp_path / f"a.{suffix}")
+    assert made == FROM_KORQUAD
+
+
+@pytest.mark.parametrize("answer", [
+    {"answers": [{"text": "나"}]}, {"answers": {"text": "나", "answer_start": 3}},
+    {"answers": {"text": ["나", "너"]}}, {"answer": {"text": "나"}}, {"answer": " 나 "},
+])  # fmt: skip
+@pytest.mark.parametrize("level", ["paragraphs", "data"])
+def test_variants_of_squad_are_taken(
+    takes: Takes, tmp_path: Path, level: str, answer: dict
+) -> None:
+    """AI-Hub has an answer as an object or a string, KorQuAD 2.0 no paragraphs."""
+    passage = {"context": "글", "doc_id": 7, "qas": [{"question": "누가?", **answer}]}
+    rows = [passage] if level == "data" else [{"title": "제목", "paragraphs": [passage]}]
+    file = write_text(tmp_path / "a.json", json.dumps({"Dataset": {"a": 1}, "data": rows}))
+    assert takes(file)[0] == ["### 질문:\n글\n\n누가?\n\n### 답변:\n나"]
+
+
+def test_questions_about_one_passage_go_into_one_set(prepare: Run, tmp_path: Path) -> None:
+    qas = [{"question": f"질문 {i}?", "answers": [{"text": f"답 {i}."}]} for i in range(5)]
+    passages = [{"context": f"글 {i}.", "qas": qas} for i in range(40)]
+    file = write_text(tmp_path / "a.json", json.dumps({"data": [{"paragraphs": passages}]}))
+    ended = prepare(file, tmp_path / "out")
+    assert ended.stdout.startswith(f"Read 200 questions of {file}: dropped 0 with")
+    sets = read_sets(tmp_path / "out")
+    found = {split: {text.split("\n")[1] for text in texts} for split, texts in sets.items()}
+    assert sum(map(len, found.values())) == 40
+    assert all(len(sets[split]) == 5 * len(found[split]) for split in SPLITS)
+
+
+# --- Chats --------------------------------------------------------------------------------------
+
+
+def message(role: str, content: object) -> dict:
+    return {"role": role, "content": content}
+
+
+def shared(speaker: str, value: object) -> dict:
+    return {"from": speaker, "value": value}
+
+
+CHATS = {
+    "messages": {"messages": [
+        message("system", "짧게."), message("user", " 수도는?"), message("assistant", "서울 "),
+        message("tool", "맑음"), message("user", [{"type": "text", "text": "인구는?"}]),
+        message("assistant", "천만"), message("assistant", "쯤"), message("user", "고마워"),
+    ]},
+    "ShareGPT": {"system": "짧게.", "conversations": [
+        shared("human", " 수도는?"), shared("gpt", "서울 "), shared("observation", "맑음"),
+        shared("human", "인구는?"), shared("gpt", "천만"), shared("gpt", "쯤"),
+        shared("human", "고마워"),
+    ]},
+}  # fmt: skip
+KEPT = {"messages": [
+    message("system", "짧게."), message("user", " 수도는?"), message("assistant", "서울 "),
+    message("tool", "맑음"), message("user", "인구는?"), message("assistant", "천만"),
+    message("assistant", "쯤"), message("user", "고마워"),
+]}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", CHATS)
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_each_question_of_a_chat_goes_with_the_answer_directly_after_it(
+    takes: Takes, tmp_path: Path, suffix: str, form: str
+) -> None:
+    lines = [json.dumps(CHATS[form]), json.dumps({"messages": [message("user", "네?")]})]
+    text = "\n".join(lines) if suffix == "jsonl" else f"[{','.join(lines)}]"
+    assert takes(write_text(tmp_path / f"a.{suffix}", text)) == (
+        ["### 질문:\n수도는?\n\n### 답변:\n서울", "### 질문:\n인구는?\n\n### 답변:\n천만", None],
+        "warning: 5 messages of chats are left out, as they are no question with the answer "
+        "directly after it; --keep-chats keeps them\n",
+    )
+
+
+@pytest.mark.parametrize("form", CHATS)
+def test_chats_can_be_kept_as_messages(takes: Takes, tmp_path: Path, form: str) -> None:
+    tools = [{"name": "날씨"}]
+    rows = (
+        {"id": 3, **CHATS[form], "tools": json.dumps(tools)},
+        {**CHATS[form], "tools": []},
+        *({"messages": [message(role, "가")]} for role in ("user", "assistant")),
+        {"messages": []},
+    )
+    file = write_lines(tmp_path / "a.jsonl", *rows)
+    said = f"warning: {file} has columns that are left out: id\n"
+    made = [KEPT | {"tools": tools}, KEPT, None, None, None]
+    assert takes(file, "--keep-chats") == (made, said)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_chats_come_from_columns_of_lists_too(takes: Takes, tmp_path: Path, suffix: str) -> None:
+    """With nulls, and with times, which JSON has no form for."""
+    time = datetime(2026, 5, 1, 12, 30)
+    messages = [message("user", "하나?"), {**message("assistant", "둘."), "at": time}]
+    table = pa.table({"messages": [messages, None], "conversations": pa.nulls(2)})
+    WRITERS[suffix](tmp_path / f"a.{suffix}", table)
+    file = tmp_path / f"a.{suffix}"
+    assert takes(file) == (["### 질문:\n하나?\n\n### 답변:\n둘.", None], "")
+    kept = [messages[0], {**messages[1], "at": "2026-05-01 12:30:00"}]
+    assert takes(file, "--keep-chats") == ([{"messages": kept}, None], "")
+
+
+def test_chats_that_are_kept_are_split_by_their_first_question_and_taken_once(
+    prepare: Run, tmp_path: Path
+) -> None:
+    def chat(question: str, answer: str) -> dict:
+        return {"messages": [message("system", "s"), message("user", question),
+                             message("assistant", answer), message("user", "또?")]}  # fmt: skip
+
+    forms = ("NFC", "NFD")
+    chats = [chat(unicodedata.normalize(f, f"질문 {i}?"), f) for i in range(40) for f in forms]
+    file = write_lines(tmp_path / "a.jsonl", *chats, *chats[:7])
+    ended = prepare(file, tmp_path / "out", "--keep-chats")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert counts_of(ended)["duplicate"] == 7
+    owners = {}
+    for name, content in read_bytes(tmp_path / "out").items():
+        for line in content.decode().splitlines():
+            asked = unicodedata.normalize("NFC", json.loads(line)["messages"][1]["content"])
+            owners.setdefault(asked, []).append(name)
+    assert all(len(names) == 2 and len(set(names)) == 1 for names in owners.values())
+    plain = write(tmp_path, "b.jsonl", [(f"질문 {i}?", "답.") for i in range(40)])
+    prepare(plain, tmp_path / "plain")
+    for split, texts in read_sets(tmp_path / "plain").items():
+        assert all(owners[text.split("\n")[1]][0] == f"{split}.jsonl" for text in texts)
+
+
+def test_the_questions_of_one_chat_go_into_one_set(
+    makes: Callable[..., Sets], tmp_path: Path
+) -> None:
+    chats = [
+        {"messages": [message(role, f"{i} {turn} {role}") for turn in range(4)
+                      for role in ("user", "assistant")]}
+        for i in range(40)
+    ]  # fmt: skip
+    sets = makes(write_lines(tmp_path / "a.jsonl", *chats))
+    found = {split: {text.split()[2] for text in texts} for split, texts in sets.items()}
+    assert sum(map(len, found.values())) == 40
+    assert all(len(sets[split]) == 4 * len(found[split]) for split in SPLITS)
+
+
+def test_a_question_that_comes_in_many_chats_is_in_one_set_still(
+    prepare: Run, tmp_path: Path
+) -> None:
+    chats = [
+        {"messages": [message("user", f"질문 {i}?"), message("assistant", "답."),
+                      message("user", "계속해."), message("assistant", f"계속 {i}.")]}
+        for i in range(40)
+    ]  # fmt: skip
+    ended = prepare(write_lines(tmp_path / "a.jsonl", *chats), tmp_path / "out")
+    sets = read_sets(tmp_path / "out")
+    having = [split for split in SPLITS if any("계속해." in text for text in sets[split])]
+    assert len(having) == 1
+    dropped = re.search(r"(\d+) whose question is in another set", ended.stdout)
+    assert int(dropped[1]) == 80 - len(all_of(sets)) > 0
+
+
+def test_a_dry_run_shows_the_chats_that_are_kept(prepare: Run, tmp_path: Path) -> None:
+    chats = [
+        {"messages": [message("user", f"질문 {i}?"), message("assistant", "답.")]}
+        for i in range(40)
+    ]
+    file = write_lines(tmp_path / "a.jsonl", *chats)
+    ended = prepare(file, tmp_path / "out", "--keep-chats", "--dry-run")
+    for chat in chats[:3]:
+        assert f"\n---\n{json.dumps(chat, ensure_ascii=False)}\n" in ended.stdout
+
+
+BAD_CHATS = {
+    "a speaker that nobody knows": ([shared("bing", "가")], "bing"),
+    "an image": ([message("user", [{"type": "image_url"}])], "image_url"),
+    "no list": ("가", "not a list of objects"),
+    "no content": ([{"role": "user"}], "has no content"),
+    "half an emoji": (
+        [message("user", "\ud83e"), message("assistant", "나")], "an unpaired surrogate"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BAD_CHATS)
+@pytest.mark.parametrize("flags", [(), ("--keep-chats",)])
+def test_a_chat_that_cannot_be_read_is_reported_with_its_row(
+    fails: Fails, tmp_path: Path, how: str, flags: tuple[str, ...]
+) -> None:
+    chat, reason = BAD_CHATS[how]
+    good = [
+        {"messages": [message("user", f"{i}?"), message("assistant", "답.")]} for i in range(1500)
+    ]
+    rows = "".join(json.dumps(row) + "\n" for row in (*good, {"messages": chat}))
+    (tmp_path / "a.jsonl").write_text(rows)
+    fails(tmp_path / "a.jsonl", *flags, mentions=("a.jsonl, row 1501", reason))
+
+
+def test_chats_cannot_be_kept_where_there_are_none(fails: Fails, tmp_path: Path) -> None:
+    source = write(tmp_path, "b/b.jsonl", FILLERS)
+    fails(source, "--keep-chats", mentions=("b.jsonl", "--keep-chats", "id, question, answer"))
+    chat = [message("user", "하나?"), message("assistant", "둘.")]
+    write_lines(tmp_path / "b/a.jsonl", {"messages": chat})
+    fails(tmp_path / "b", "--keep-chats", mentions=("b.jsonl", "--keep-chats"))
+    for flag in ("--question-column", "--answer-column", "--context-column"):
+        fails(source, "--keep-chats", flag, "x", mentions=("--keep-chats",))
+
+
 # --- The sources --------------------------------------------------------------------------------
 
 ROWS = [
@@ -561,8 +969,7 @@ def test_splits_are_pooled_with_a_warning(
     source = save(tmp_path / "saved", train=ROWS[:30], test=ROWS[30:])
     ended = prepare(source, tmp_path / "out")
     assert ended.returncode == 0
-    warning = ended.stderr.removesuffix("\n")
-    assert "\n" not in warning
+    (warning,) = other_warnings(ended)
     assert warning.startswith("warning: ")
     for mention in ("train", "test", "--keep-splits"):
         assert mention in warning
@@ -760,25 +1167,21 @@ def test_a_source_without_data_is_reported_and_what_can_be_read(
 def test_columns_that_are_missing_are_reported_with_those_there_are(
     fails: Fails, tmp_path: Path, suffix: str
 ) -> None:
-    table = table_of(FILLERS).rename_columns(["id", "prompt", "completion", "note"])
+    table = table_of(FILLERS).rename_columns(["id", "ask", "reply", "note"])
     WRITERS[suffix](tmp_path / f"a.{suffix}", table)
-    there = ("id, prompt, completion, note", "--question-column", "--answer-column")
+    there = ("id, ask, reply, note", "--question-column", "--answer-column")
     fails(tmp_path / f"a.{suffix}", mentions=("question", "answer", *there))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.csv", "question;answer\nq;a\n", "separated by semicolons; save it with commas"),
-        ("a.csv", "question;answer\nq, q;a, a, a\n", "separated by semicolons; save it with"),
-        ("a.csv", "question\tanswer\nq\ta\n", "separated by tabs; save it with commas"),
-        ("a.csv", "question|answer\nq|a\n", "separated by bars; save it with commas"),
         ("a.csv", "PK\x03\x04\x14", "looks like a zip archive or an Excel file: unpack it, or"),
         ("a.json", "\x1f\0", "is not text in UTF-8; save the file as UTF-8"),
         ("a.parquet", "version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer to the"),
         ("a.arrow", "<!DOCTYPE html>", "looks like a web page: download the file itself"),
         ("a.jsonl", "PAR1\x15", "looks like Parquet: name it .parquet for"),
-        ("a.json", json.dumps({"data": [{"question": "q"}]}), "others by their keys (data); make"),
+        ("a.json", json.dumps({"data": {"question": "q"}}), "others by their keys (data); make"),
         ("a.json", json.dumps({"question": "q"}, indent=1), "one JSON object over several lines"),
         ("a.jsonl", "question,answer\nq,a\n", "looks like CSV with commas"),
         (
@@ -880,7 +1283,6 @@ BAD_CSV = {
     "an open quote": 'question,answer\na,b\n"c,d\n',
     "a value too many in a line": "question,answer\na,b\nc,d,e\n",
     "a value too many in all lines": "question,answer\na,b,c\nd,e,f\n",
-    "semicolons": "question;answer\na;b\n",
     "no line of names": "a,b\nc,d\n",
 }
 
@@ -891,28 +1293,6 @@ def test_a_csv_file_that_is_not_in_order_is_reported(
 ) -> None:
     (tmp_path / "a.csv").write_text(BAD_CSV[how])
     fails(tmp_path / "a.csv", mentions=("a.csv",))
-
-
-@pytest.mark.parametrize(
-    ("suffix", "encoding"),
-    [
-        *[("csv", "cp949"), ("csv", "utf-16"), ("json", "cp949"), ("json", "utf-16")],
-        *[("jsonl", "cp949"), ("jsonl", "utf-16")],
-    ],
-)
-def test_a_file_in_another_encoding_is_reported(
-    fails: Fails, tmp_path: Path, suffix: str, encoding: str
-) -> None:
-    rows = [json.dumps(row, ensure_ascii=False) for row in table_of(FILLERS).to_pylist()]
-    text = {
-        "csv": "question,answer\n"
-        + "".join(f"{question},{answer}\n" for question, answer in FILLERS),
-        "jsonl": "\n".join(rows),
-        "json": f"[{', '.join(rows)}]",
-    }
-    (tmp_path / f"a.{suffix}").write_text(text[suffix], encoding=encoding)
-    error = fails(tmp_path / f"a.{suffix}", mentions=(f"a.{suffix}",))
-    assert encoding == "utf-16" or "UTF-8" in error
 
 
 def test_a_parquet_file_whose_text_is_not_utf_8_is_reported(fails: Fails, tmp_path: Path) -> None:
@@ -1020,6 +1400,7 @@ BAD_VALUES = {
     "--seed": ["-1", "1.5", "x", ""],
     "--question-column": [""],
     "--answer-column": [""],
+    "--context-column": ["", "question"],
     "--source": [""],
     "--output": [""],
     "--lim": ["3"],
@@ -1116,6 +1497,8 @@ HELP = {
     "--output": "lora_finetune/data",
     "--question-column": "question",
     "--answer-column": "answer",
+    "--context-column": None,
+    "--keep-chats": None,
     "--valid-fraction": "0.05",
     "--test-fraction": "0.05",
     "--seed": "0",
@@ -1162,7 +1545,7 @@ def test_a_run_asks_nothing_of_the_network_and_leaves_nothing_in_a_cache(
     args = ["--source", parts(tmp_path / "source"), "--output", tmp_path / "made", *WIDE]
     env = {"HF_HUB_OFFLINE": None, "HF_HOME": str(tmp_path / "hub"), "TMPDIR": str(tmp_path)}
     ended = run(*args, script=SCRIPT.name, python=("-c", LISTENING), env=env)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (ended.returncode, other_warnings(ended)) == (0, [])
     assert {path.name for path in tmp_path.iterdir()} <= {"source", "made", "hub"}
     cached = [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
     assert not sum(path.stat().st_size for path in cached)  # it may hold locks
