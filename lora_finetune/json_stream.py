@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 from lora_finetune.command_line import UserError
 from lora_finetune.formats import TOO_MUCH, why_not_json
 
-CHUNK = 2**20  # characters
+CHUNK = 2**18  # characters
 LONGEST_WORD = len(r"\ud83e\udd6c")  # what an error may be in because the text ends within it
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 decode = json.JSONDecoder().raw_decode

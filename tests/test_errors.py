@@ -184,7 +184,10 @@ FILES = {  # that are no JSON Lines, and what is said of them
         "holds others by their keys (key 0, key 1, key 2, key 3, key 4 and 49995 more); write each",
     ),
     "CSV": ("text,number\na,1\n", "CSV with commas: name it .csv for prepare_lora_data.py"),
-    "CSV with semicolons": ("text;number\na;1\n", "looks like CSV with semicolons: save it with"),
+    "CSV with semicolons": (
+        "text;number\na;1\n",
+        "looks like CSV with semicolons: name it .csv for",
+    ),
     "CSV with tabs": ("text\tnumber\na\t1\n", "looks like CSV with tabs"),
     "Parquet": ("PAR1\x15", "train.jsonl looks like Parquet: name it .parquet for"),
     "Excel": ("PK\x03\x04\x14", "looks like a zip archive or an Excel file: unpack it, or save"),

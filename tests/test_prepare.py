@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import resource
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import prepare_lora_data
 from conftest import ROOT, Ended, Run, listing, one_error
+from lora_finetune import json_stream
 
 import datasets
 import pyarrow as pa
@@ -775,6 +778,241 @@ def test_chats_cannot_be_kept_where_there_are_none(fails: Fails, tmp_path: Path)
     fails(tmp_path / "b", "--keep-chats", mentions=("b.jsonl", "--keep-chats"))
     for flag in ("--question-column", "--answer-column", "--context-column"):
         fails(source, "--keep-chats", flag, "x", mentions=("--keep-chats",))
+
+
+# --- CSV and JSON as they come ------------------------------------------------------------------
+
+SPREADSHEET = [
+    ["질문", "답", "비고"],
+    ["쉼표, 쌍반점; 그리고\t탭?", '"인용"하고\n줄을 바꾼다.', "1,5"],
+    ["똠방각하는?", "펲시콜라.", ""],  # which EUC-KR lacks
+    ["", "질문이 없다", "x"],
+    ["007", "NA", "y"],
+]
+FROM_SPREADSHEET = [
+    '### 질문:\n쉼표, 쌍반점; 그리고\t탭?\n\n### 답변:\n"인용"하고\n줄을 바꾼다.',
+    "### 질문:\n똠방각하는?\n\n### 답변:\n펲시콜라.",
+    None,
+    "### 질문:\n007\n\n### 답변:\nNA",
+]
+NAMED = ("--question-column", "질문", "--answer-column", "답", "--context-column", "비고")
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "encoding", "guess"),
+    [
+        ("a.csv", ",", "utf-8", ""),
+        ("a.csv", ",", "utf-8-sig", ""),
+        ("a.csv", ";", "utf-8", "is read with semicolons between its values"),
+        ("a.csv", "\t", "utf-8-sig", "is read with tabs between its values"),
+        ("a.csv", "|", "utf-8", "is read with bars between its values"),
+        ("a.csv", ",", "cp949", "is read as cp949"),
+        ("a.csv", ";", "cp949", "is read as cp949, with semicolons between its values"),
+        ("a.csv", ",", "utf-16", ""),
+        ("a.CSV", "\t", "utf-16", "is read with tabs between its values"),
+        ("a.tsv", "\t", "utf-16", ""),
+        ("a.tsv", "\t", "utf-8", ""),
+        ("a.TSV", "\t", "cp949", "is read as cp949"),
+        ("a.tsv", ",", "utf-8", "is read with commas between its values"),
+    ],
+)
+@pytest.mark.parametrize("end", ["\r\n", "\n"])
+def test_a_csv_file_is_read_with_any_separator_and_encoding_that_excel_writes(
+    takes: Takes, tmp_path: Path, name: str, separator: str, encoding: str, guess: str, end: str
+) -> None:
+    with (tmp_path / name).open("w", encoding=encoding, newline="") as stream:
+        csv.writer(stream, delimiter=separator, lineterminator=end).writerows(SPREADSHEET)
+    said = f"warning: {tmp_path / name} {guess}\n" if guess else ""
+    made = FROM_SPREADSHEET.copy()
+    made[0] = made[0].replace("질문:\n", "질문:\n1,5\n\n")
+    made[3] = made[3].replace("질문:\n", "질문:\ny\n\n")
+    assert takes(tmp_path / name, *NAMED) == (made, said)
+
+
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_read_in_either_byte_order(takes: Takes, tmp_path: Path, order: str) -> None:
+    file = write_text(tmp_path / "a.csv", "\ufeffquestion,answer\n가,나\n", order)
+    assert takes(file) == (["### 질문:\n가\n\n### 답변:\n나"], "")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp949"])
+def test_json_is_read_in_the_same_encodings(
+    takes: Takes, tmp_path: Path, encoding: str, suffix: str, nested: bool
+) -> None:
+    """In lines with \u2028 and the like inside, which end none."""
+    rows = [{"question": "갸\x85?" if encoding != "cp949" else "갸?", "answer": "\u2025나"}] * 2
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = f"[{','.join(lines)}]" if suffix == "json" else "\r\n".join(lines)
+    text = f'{{"v": 1, "data": [{",".join(lines)}]}}' if nested else text
+    file = write_text(tmp_path / f"a.{suffix}", text, encoding)
+    said = f"warning: {file} is read as cp949\n" if encoding == "cp949" else ""
+    assert takes(file) == ([f"### 질문:\n{rows[0]['question']}\n\n### 답변:\n\u2025나"] * 2, said)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+@pytest.mark.parametrize("damage", [b"\xff", "가".encode("cp949")])
+def test_a_file_that_is_in_no_one_encoding_is_reported(
+    fails: Fails, tmp_path: Path, suffix: str, damage: bytes
+) -> None:
+    """UTF-8, but for a byte or two near its end."""
+    line = '"가","나"\n' if suffix == "csv" else '{"question": "가", "answer": "나"}\n'
+    text = {"csv": "question,answer\n", "json": '{"data": [', "jsonl": ""}[suffix] + line
+    text += f",{line}" * 50_000 + "]}" if suffix == "json" else line * 50_000
+    content = text.encode()
+    at = content.rindex("나".encode())
+    (tmp_path / f"a.{suffix}").write_bytes(content[:at] + damage + content[at + 3 :])
+    error = fails(tmp_path / f"a.{suffix}", mentions=(f"a.{suffix}", "not UTF-8", "save"))
+    assert ("line 50001" in error) == (suffix == "jsonl")
+
+
+def test_half_a_character_at_the_end_of_utf_16_is_reported(fails: Fails, tmp_path: Path) -> None:
+    for suffix, text in (("csv", "question,answer\n가,나"), ("json", '[{"text": "가"}]')):
+        (tmp_path / f"a.{suffix}").write_bytes(text.encode("utf-16") + b"\n")
+        fails(tmp_path / f"a.{suffix}", mentions=(f"a.{suffix}",))
+
+
+@pytest.mark.parametrize("text", ["question;answer\n", "question\tanswer", "question,answer\r\n"])
+def test_a_csv_file_of_names_alone_is_read(fails: Fails, tmp_path: Path, text: str) -> None:
+    fails(write_text(tmp_path / "a.csv", text), mentions=("a.csv", "nothing to train on"))
+
+
+def test_a_csv_file_with_one_column_has_no_separator(takes: Takes, tmp_path: Path) -> None:
+    file = write_text(tmp_path / "a.csv", 'text\n"a; b, c"\n"d; e, f"\n')
+    assert takes(file) == (["a; b, c", "d; e, f"], "")
+
+
+VALUES = {  # of other columns; json takes them, and writes most of them
+    "NaN": "NaN",
+    "infinity": "-Infinity",
+    "a long number": "1" * 4000,
+    "a large number": "1e999",
+    "the same key twice": '1, "note": 2',
+    "half an emoji": '"\\ud83e"',
+    "objects": '[{"a": [{"b": {}}]}, []]',
+}
+
+
+@pytest.mark.parametrize("how", VALUES)
+@pytest.mark.parametrize(
+    "form", ["[{}]", '{{"data": [{}]}}', '{{\n "v": NaN,\n "data" : [\n{}\n]\n}}\n', "{}"]
+)
+def test_json_may_hold_what_python_writes(
+    takes: Takes, tmp_path: Path, form: str, how: str
+) -> None:
+    row = f'{{"note": {VALUES[how]}, "question": "가\\ud83e\\udd6c", "answer": "나"}}'
+    file = write_text(tmp_path / "a.json", form.format(row))
+    assert takes(file)[0] == ["### 질문:\n가🥬\n\n### 답변:\n나"]
+
+
+BAD_JSON = {
+    "a control character": ('[\n{"question": "a\tb"}]', "line 2: is not JSON: Invalid control"),
+    "no comma": ('[{"a": 1}\n\n {"a": 2}]', "line 3: is not JSON: Expecting ',' at character 2"),
+    "an end too early": ('{"data": [\n{"a": 1}', "line 2: is not JSON: Expecting ',' at character"),
+    "half a row": ('[{"a": 1},\n {"a": "b', "line 2: is not JSON: Unterminated string starting"),
+    "half a word": ('[{"a": nul', "line 1: is not JSON: Expecting value at character 8"),
+    "more after it": ('[{"text": "a"}]\n{}', "line 2: is not JSON: Extra data at character 1"),
+    "more after an object": ('{"data": [{"text": "a"}]}\n]', "line 2"),
+    "no key": ('{1: [{"text": "a"}]}', "line 1: is not JSON: Expecting '\"' at character 2"),
+    "no colon": ('{"data" [{"text": "a"}]}', "line 1: is not JSON: Expecting ':' at character 9"),
+    "a surrogate": ('[{"text": "\\ud83e"}]', "the column text holds an unpaired surrogate"),
+    "too long a number": (f'[{{"text": {"1" * 5000}}}]', "line 1: is not JSON that can be read"),
+    "too deep": ('{"a": 1, "data": ' + "[" * 100_000, "line 1: is not JSON that can be read"),
+    "rows that are none": ("[1, 2]", "something else than objects with named values"),
+    "some that are none": ('{"data": [{"text": "a"}, 2]}', "something else than objects"),
+    "several lists": (
+        '{"train": [{"text": "a"}], "n": [1], "test": [{"text": "b"}]}',
+        "holds several lists of objects (train, test); write the one with the rows to a file of "
+        "its own (jq '.[\"train\"]' does)",
+    ),
+    "nothing": ("{}", "has no columns question and answer; it has "),
+}
+
+
+@pytest.mark.parametrize("how", BAD_JSON)
+def test_json_that_cannot_be_taken_is_reported_with_its_line(
+    fails: Fails, tmp_path: Path, how: str
+) -> None:
+    content, reason = BAD_JSON[how]
+    (tmp_path / "a.json").write_text(content)
+    fails(tmp_path / "a.json", mentions=("a.json", reason))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 40])
+@properties(30)
+@given(st.lists(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)), st.sampled_from([None, 1]), st.booleans())  # fmt: skip
+def test_json_is_the_same_however_little_of_it_is_read_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, values: list, indent: int | None,
+    ascii: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    text = json.dumps(values, indent=indent, ensure_ascii=ascii)
+    with io.StringIO(text, newline="") as stream:
+        found = list(json_stream.JsonStream(tmp_path, stream).items())
+    assert repr(found) == repr(values)
+    with io.StringIO(f'{{"a": {text}, "b": {text}}}', newline="") as stream:
+        whole = json_stream.JsonStream(tmp_path, stream)
+        assert [(key, repr(whole.value())) for key in whole.members()] == [
+            ("a", repr(values)), ("b", repr(values))
+        ]  # fmt: skip
+        whole.end()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"evidence": [{"a": 1}], "question": "가", "answer": "나"},
+        {"question": "가", "evidence": [{"a": 1}], "answer": "나"},
+        {"messages": [message("user", "가"), message("assistant", "나")]},
+        {"qas": [{"question": "가", "answer": "나"}]},
+    ],
+)
+@pytest.mark.parametrize("number", [1, 3])
+def test_an_object_with_columns_that_are_known_is_a_row_whatever_lists_it_has(
+    takes: Takes, tmp_path: Path, row: dict, number: int
+) -> None:
+    file = write_lines(tmp_path / "a.json", *[row] * number)
+    assert takes(file)[0] == ["### 질문:\n가\n\n### 답변:\n나"] * number
+
+
+def test_an_object_with_columns_named_by_hand_is_a_row(takes: Takes, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "a.json", {"근거": [{"a": 1}], "물음": "가", "대답": "나"})
+    named = ("--question-column", "물음", "--answer-column", "대답")
+    assert takes(file, *named)[0] == ["### 질문:\n가\n\n### 답변:\n나"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "start", "between", "end"),
+    [
+        ("utf-8", "[", ",\n", "]"),
+        ("utf-8", '{"notes": [1, 2], "data": [', ", ", "]}"),
+        ("cp949", "", "\n", "\n"),
+    ],
+)
+def test_json_is_read_a_part_at_a_time(
+    tmp_path: Path, encoding: str, start: str, between: str, end: str
+) -> None:
+    """Of 50 MB, in one line or many, never more than 20 MB are in memory."""
+    answer = "물은 산소와 수소로 이루어져 있다. " * 20
+    rows = 50_000_000 // len(answer.encode(encoding))
+    with (tmp_path / "a.json").open("w", encoding=encoding) as stream:
+        stream.write(start)
+        for number in range(rows):
+            row = f'{{"question": "질문 {number}?", "answer": "{answer}"}}'
+            stream.write(between * (number > 0) + row)
+        stream.write(end)
+    args, notes = prepare_lora_data.parse_arguments([]), prepare_lora_data.Notes()
+    examples = prepare_lora_data.read_examples(tmp_path / "a.json", args, notes)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in examples) == rows
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 # --- The sources --------------------------------------------------------------------------------

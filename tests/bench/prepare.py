@@ -8,6 +8,7 @@ Writes the source to a temporary folder first (1 GB for 500,000 rows; another fo
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import random
 import tempfile
@@ -39,6 +40,12 @@ def make_sources(folder: Path, number: int) -> None:
     made.to_parquet(folder / "a.parquet")
     made.to_json(folder / "a.jsonl", force_ascii=False)
     made.to_csv(folder / "a.csv")
+    with (folder / "a.json").open("w", encoding="utf-8") as stream:
+        stream.write('{"version": "1.0", "data": [')
+        for row in rows(number):
+            stream.write(f"{', ' * (not row['question'].startswith('0 '))}{json.dumps(row)}")
+        stream.write("]}")
+    made.to_csv(folder / "cp949.csv", sep=";", encoding="cp949")
 
 
 def measure(source: Path, output: Path) -> tuple[float, float]:
@@ -61,7 +68,7 @@ def main() -> None:
         )
         make.start()
         make.join()
-        for source in ("saved", "a.parquet", "a.jsonl", "a.csv"):
+        for source in ("saved", "a.parquet", "a.jsonl", "a.json", "a.csv", "cp949.csv"):
             seconds, megabytes = measure(folder / source, folder / "out")
             print(f"{source}: {seconds:.1f} s, {megabytes:.0f} MB", flush=True)
 
