@@ -161,11 +161,11 @@ class Notes:
         said = dict(self.guesses)
         for file, (names, used) in self.columns.items():
             if others := [name for name in names if name not in used]:
-                said.setdefault(f"has columns that are left out: {abbreviated(others)}", [])
-                said[f"has columns that are left out: {abbreviated(others)}"].append(file)
+                what = f"columns that are left out: {abbreviated(others)}"
+                said[what] = [*said.get(what, []), file]
         for what, files in said.items():
             more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-            warn(f"{source if len(files) == len(self.columns) else f'{files[0]}{more}'} {what}")
+            warn(f"{source if len(files) == len(self.columns) else f'{files[0]}{more}'}: {what}")
         if self.messages:
             warn(
                 f"{self.messages} messages of chats are left out, as they are no question with the "
@@ -224,14 +224,13 @@ def check_columns(
     file: Path, kind: tuple[str, ...] | None, names: Iterable[str], args: argparse.Namespace
 ) -> None:
     """Raise UserError where a file with columns of such names is of no kind, or lacks a column."""
+    there = abbreviated(names) or "nothing"
     if not kind and args.keep_chats:
-        raise UserError(
-            f"{file} has no {' or '.join(CHATS)} for --keep-chats; it has {abbreviated(names)}"
-        )
+        raise UserError(f"{file} has no {' or '.join(CHATS)} for --keep-chats; it has {there}")
     if not kind:
         raise UserError(
             f"{file} has no columns {args.question_column} and {args.answer_column}; it has "
-            f"{abbreviated(names)}, of which --question-column and --answer-column can name two"
+            f"{there}, of which --question-column and --answer-column can name two"
         )
     if not args.context_column or kind[0] in NESTED:
         return
@@ -241,10 +240,8 @@ def check_columns(
             "and --answer-column can name two other columns"
         )
     if args.context_column not in names:
-        raise UserError(
-            f"{file} has no column {args.context_column} for --context-column; it has "
-            f"{abbreviated(names)}"
-        )
+        column = args.context_column
+        raise UserError(f"{file} has no column {column} for --context-column; it has {there}")
 
 
 def rows_of(batch: Batch) -> Iterator[Row]:

@@ -142,9 +142,9 @@ def read_csv(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
     separator = find_separator(start) or usual
     guesses = [f"as {guess}"] if guess else []
     if separator != usual:
-        guesses.append(f"with {SEPARATORS[separator]} between its values")
+        guesses.append(f"with {SEPARATORS[separator]} between the values")
     if guesses:
-        remark(f"is read {', '.join(guesses)}")
+        remark(f"read {', '.join(guesses)}")
     options = {"sep": separator, "encoding": encoding}
     # Or 007 would become a number, and NA nothing.
     options |= {"converters": dict.fromkeys(wanted.columns, str), "keep_default_na": False}
@@ -178,7 +178,7 @@ def read_json(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
     """
     encoding, guess = find_encoding(file)
     if guess:
-        remark(f"is read as {guess}")
+        remark(f"read as {guess}")
     with file.open(encoding=encoding, errors="replace", newline="") as stream:
         first = JsonStream(file, stream).peek()
     if first == "[":
@@ -208,7 +208,7 @@ def read_lines(file: Path, encoding: str) -> Iterator[object]:
             try:
                 yield parse_json(line)
             except ValueError as error:
-                looks = looks_like(file) if number == 1 else ""
+                looks = looks_like(file) if number == 1 and lines is stream else ""
                 raise UserError(f"{file}, line {number}: {error}{looks}") from None
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import prepare_lora_data
 from conftest import ROOT, Ended, Run, listing, one_error
-from lora_finetune import json_stream
+from lora_finetune import dataset, json_stream
 
 import datasets
 import pyarrow as pa
@@ -123,7 +123,7 @@ def all_of(sets: Sets) -> list[str]:
     return [text for texts in sets.values() for text in texts]
 
 
-LEFT_OUT = " has columns that are left out: "
+LEFT_OUT = ": columns that are left out: "
 
 
 def other_warnings(ended: Ended) -> list[str]:
@@ -463,10 +463,10 @@ def test_of_several_pairs_the_first_is_taken_and_the_others_are_said(
         "instruction": "i",
     }
     file = write_lines(tmp_path / "a.jsonl", row)
-    said = f"warning: {file} has columns that are left out: id, text, prompt, completion\n"
+    said = f"warning: {file}: columns that are left out: id, text, prompt, completion\n"
     assert takes(file) == (["### 질문:\ni\n\n### 답변:\no"], said)
     named = ("--question-column", "prompt", "--answer-column", "completion")
-    said = f"warning: {file} has columns that are left out: id, text, output, instruction\n"
+    said = f"warning: {file}: columns that are left out: id, text, output, instruction\n"
     assert takes(file, *named) == (["### 질문:\np\n\n### 답변:\nc"], said)
 
 
@@ -476,13 +476,13 @@ def test_columns_that_are_left_out_are_said_once_for_files_that_are_alike(
     source = tmp_path / "source"
     for number in range(3):
         write(source, f"{number}.jsonl", FILLERS[number * 10 : number * 10 + 10])
-    said = f"warning: {source} has columns that are left out: id, note\n"
+    said = f"warning: {source}: columns that are left out: id, note\n"
     assert prepare(source, tmp_path / "out").stderr == said
     write_lines(source / "x.jsonl", {"instruction": "i", "output": "o", "source": "s"})
     write_lines(source / "y.jsonl", {"text": "t"})
     assert prepare(source, tmp_path / "out").stderr.splitlines() == [
-        f"warning: {source}/0.jsonl and 2 more has columns that are left out: id, note",
-        f"warning: {source}/x.jsonl has columns that are left out: source",
+        f"warning: {source}/0.jsonl and 2 more: columns that are left out: id, note",
+        f"warning: {source}/x.jsonl: columns that are left out: source",
     ]
     assert len(all_of(read_sets(tmp_path / "out"))) == 32
 
@@ -513,7 +513,7 @@ def test_a_context_goes_with_alpaca_and_columns_named_by_hand(takes: Takes, tmp_
     assert takes(file, "--context-column", "c") == (made, "")
     named = ("--question-column", "instruction", "--answer-column", "input")
     made = ["### 질문:\n나\n\n써라.\n\n### 답변:\n가"]
-    said = f"warning: {file} has columns that are left out: c\n"
+    said = f"warning: {file}: columns that are left out: c\n"
     assert takes(file, *named, "--context-column", "output") == (made, said)
 
 
@@ -567,7 +567,7 @@ def test_squad_gives_each_question_below_its_context(
     """In one line and over many."""
     text = json.dumps(KORQUAD, ensure_ascii=False, indent=indent)
     file = write_text(tmp_path / f"a.{suffix}", text)
-    said = f"warning: {file} has columns that are left out: title\n"
+    said = f"warning: {file}: columns that are left out: title\n"
     assert takes(file) == (FROM_KORQUAD, said)
 
 
@@ -661,7 +661,7 @@ def test_chats_can_be_kept_as_messages(takes: Takes, tmp_path: Path, form: str) 
         {"messages": []},
     )
     file = write_lines(tmp_path / "a.jsonl", *rows)
-    said = f"warning: {file} has columns that are left out: id\n"
+    said = f"warning: {file}: columns that are left out: id\n"
     made = [KEPT | {"tools": tools}, KEPT, None, None, None]
     assert takes(file, "--keep-chats") == (made, said)
 
@@ -693,6 +693,7 @@ def test_chats_that_are_kept_are_split_by_their_first_question_and_taken_once(
     assert (ended.returncode, ended.stderr) == (0, "")
     assert counts_of(ended)["duplicate"] == 7
     owners = {}
+    assert len(dataset.read(tmp_path / "out" / "train.jsonl", mask_prompt=True)) > 1
     for name, content in read_bytes(tmp_path / "out").items():
         for line in content.decode().splitlines():
             asked = unicodedata.normalize("NFC", json.loads(line)["messages"][1]["content"])
@@ -732,6 +733,24 @@ def test_a_question_that_comes_in_many_chats_is_in_one_set_still(
     assert len(having) == 1
     dropped = re.search(r"(\d+) whose question is in another set", ended.stdout)
     assert int(dropped[1]) == 80 - len(all_of(sets)) > 0
+
+
+def test_the_splits_of_chats_can_be_kept(prepare: Run, tmp_path: Path) -> None:
+    def chats(name: str, number: int) -> datasets.Dataset:
+        return datasets.Dataset.from_list([
+            {"id": i, "conversations": [shared("human", f"{name} {i}?"), shared("gpt", "답.")]}
+            for i in range(number)
+        ])  # fmt: skip
+
+    splits = {"train": chats("train", 6), "dev": chats("valid", 2), "test": chats("test", 3)}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    for flags in ([], ["--keep-chats"]):
+        ended = prepare(tmp_path / "saved", tmp_path / "out", "--keep-splits", *flags)
+        said = f"warning: {tmp_path / 'saved'}: columns that are left out: id\n"
+        assert (ended.returncode, ended.stderr) == (0, said)
+        for split, number in (("train", 6), ("valid", 2), ("test", 3)):
+            lines = (tmp_path / "out" / f"{split}.jsonl").read_text("utf-8").splitlines()
+            assert [f"{split} {i}?" in line for i, line in enumerate(lines)] == [True] * number
 
 
 def test_a_dry_run_shows_the_chats_that_are_kept(prepare: Run, tmp_path: Path) -> None:
@@ -803,17 +822,17 @@ NAMED = ("--question-column", "질문", "--answer-column", "답", "--context-col
     [
         ("a.csv", ",", "utf-8", ""),
         ("a.csv", ",", "utf-8-sig", ""),
-        ("a.csv", ";", "utf-8", "is read with semicolons between its values"),
-        ("a.csv", "\t", "utf-8-sig", "is read with tabs between its values"),
-        ("a.csv", "|", "utf-8", "is read with bars between its values"),
-        ("a.csv", ",", "cp949", "is read as cp949"),
-        ("a.csv", ";", "cp949", "is read as cp949, with semicolons between its values"),
+        ("a.csv", ";", "utf-8", "read with semicolons between the values"),
+        ("a.csv", "\t", "utf-8-sig", "read with tabs between the values"),
+        ("a.csv", "|", "utf-8", "read with bars between the values"),
+        ("a.csv", ",", "cp949", "read as cp949"),
+        ("a.csv", ";", "cp949", "read as cp949, with semicolons between the values"),
         ("a.csv", ",", "utf-16", ""),
-        ("a.CSV", "\t", "utf-16", "is read with tabs between its values"),
+        ("a.CSV", "\t", "utf-16", "read with tabs between the values"),
         ("a.tsv", "\t", "utf-16", ""),
         ("a.tsv", "\t", "utf-8", ""),
-        ("a.TSV", "\t", "cp949", "is read as cp949"),
-        ("a.tsv", ",", "utf-8", "is read with commas between its values"),
+        ("a.TSV", "\t", "cp949", "read as cp949"),
+        ("a.tsv", ",", "utf-8", "read with commas between the values"),
     ],
 )
 @pytest.mark.parametrize("end", ["\r\n", "\n"])
@@ -822,11 +841,27 @@ def test_a_csv_file_is_read_with_any_separator_and_encoding_that_excel_writes(
 ) -> None:
     with (tmp_path / name).open("w", encoding=encoding, newline="") as stream:
         csv.writer(stream, delimiter=separator, lineterminator=end).writerows(SPREADSHEET)
-    said = f"warning: {tmp_path / name} {guess}\n" if guess else ""
+    said = f"warning: {tmp_path / name}: {guess}\n" if guess else ""
     made = FROM_SPREADSHEET.copy()
     made[0] = made[0].replace("질문:\n", "질문:\n1,5\n\n")
     made[3] = made[3].replace("질문:\n", "질문:\ny\n\n")
     assert takes(tmp_path / name, *NAMED) == (made, said)
+
+
+def test_how_files_are_read_is_said_once_for_those_that_are_alike(
+    prepare: Run, tmp_path: Path
+) -> None:
+    text = "".join(f"{question};{answer}\n" for question, answer in FILLERS)
+    (tmp_path / "a").mkdir()
+    for name in ("1.csv", "2.csv", "3.csv"):
+        write_text(tmp_path / "a" / name, "question;answer\n" + text, "cp949")
+    said = "read as cp949, with semicolons between the values"
+    assert (
+        prepare(tmp_path / "a", tmp_path / "out").stderr == f"warning: {tmp_path / 'a'}: {said}\n"
+    )
+    write_lines(tmp_path / "a/4.jsonl", {"text": "가"})
+    ended = prepare(tmp_path / "a", tmp_path / "out")
+    assert ended.stderr == f"warning: {tmp_path / 'a/1.csv'} and 2 more: {said}\n"
 
 
 @pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
@@ -847,7 +882,7 @@ def test_json_is_read_in_the_same_encodings(
     text = f"[{','.join(lines)}]" if suffix == "json" else "\r\n".join(lines)
     text = f'{{"v": 1, "data": [{",".join(lines)}]}}' if nested else text
     file = write_text(tmp_path / f"a.{suffix}", text, encoding)
-    said = f"warning: {file} is read as cp949\n" if encoding == "cp949" else ""
+    said = f"warning: {file}: read as cp949\n" if encoding == "cp949" else ""
     assert takes(file) == ([f"### 질문:\n{rows[0]['question']}\n\n### 답변:\n\u2025나"] * 2, said)
 
 
@@ -926,7 +961,7 @@ BAD_JSON = {
         "holds several lists of objects (train, test); write the one with the rows to a file of "
         "its own (jq '.[\"train\"]' does)",
     ),
-    "nothing": ("{}", "has no columns question and answer; it has "),
+    "nothing": ("{}", "has no columns question and answer; it has nothing, of which"),
 }
 
 

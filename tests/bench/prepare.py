@@ -8,6 +8,7 @@ Writes the source to a temporary folder first (1 GB for 500,000 rows; another fo
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import multiprocessing
 import random
@@ -42,10 +43,13 @@ def make_sources(folder: Path, number: int) -> None:
     made.to_csv(folder / "a.csv")
     with (folder / "a.json").open("w", encoding="utf-8") as stream:
         stream.write('{"version": "1.0", "data": [')
-        for row in rows(number):
-            stream.write(f"{', ' * (not row['question'].startswith('0 '))}{json.dumps(row)}")
+        for i, row in enumerate(rows(number)):
+            stream.write(", " * (i > 0) + json.dumps(row))
         stream.write("]}")
-    made.to_csv(folder / "cp949.csv", sep=";", encoding="cp949")
+    with (folder / "cp949.csv").open("w", encoding="cp949", newline="") as stream:
+        writer = csv.DictWriter(stream, ["question", "answer"], delimiter=";")
+        writer.writeheader()
+        writer.writerows(rows(number))
 
 
 def measure(source: Path, output: Path) -> tuple[float, float]:
