@@ -144,26 +144,25 @@ class Notes:
 
     Attributes:
         columns: of each file that was read, the columns that it has and those that are used.
-        guesses: how files are read, with the files that are.
+        said: what else there is to say, with the files that it is true of.
         messages: how many messages of chats were left out.
         unit: what is counted.
     """
 
     def __init__(self) -> None:
         self.columns: dict[Path, tuple[dict[str, None], set[str | None]]] = {}
-        self.guesses: dict[str, list[Path]] = {}
+        self.said: dict[str, list[Path]] = {}
         self.messages, self.unit = 0, "rows"
 
-    def add_guess(self, file: Path, guess: str) -> None:
-        self.guesses.setdefault(guess, []).append(file)
+    def add(self, file: Path, what: str) -> None:
+        if file not in (files := self.said.setdefault(what, [])):
+            files.append(file)
 
     def say(self, source: Path) -> None:
-        said = dict(self.guesses)
         for file, (names, used) in self.columns.items():
             if others := [name for name in names if name not in used]:
-                what = f"columns that are left out: {abbreviated(others)}"
-                said[what] = [*said.get(what, []), file]
-        for what, files in said.items():
+                self.add(file, f"columns that are left out: {abbreviated(others)}")
+        for what, files in self.said.items():
             more = f" and {len(files) - 1} more" if len(files) > 1 else ""
             warn(f"{source if len(files) == len(self.columns) else f'{files[0]}{more}'}: {what}")
         if self.messages:
@@ -189,7 +188,7 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
     wanted = Wanted(kinds, frozenset(columns))
     names, used = notes.columns[file] = {}, set()
     rows = count(1)
-    for batch in read_batches(file, wanted, partial(notes.add_guess, file)):
+    for batch in read_batches(file, wanted, partial(notes.add, file)):
         names |= dict.fromkeys(batch)
         kind = next((kind for kind in kinds if batch.keys() >= set(kind)), None)
         check_columns(file, kind, names, args)
@@ -199,9 +198,8 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
             used |= {context, more}
             yield from make_pairs(file, batch, *kind, context, more)
         elif kind[0] in NESTED:
-            notes.unit = "questions"
             used |= {context or "context"}
-            yield from make_passages(file, rows_of(batch), context or "context")
+            yield from make_passages(file, rows_of(batch), args, notes)
         elif kind[0] in CHATS:
             used |= {*CHATS, "system"} | ({"tools"} if args.keep_chats else set())
             make = make_chat if args.keep_chats else make_turns
@@ -232,7 +230,7 @@ def check_columns(
             f"{file} has no columns {args.question_column} and {args.answer_column}; it has "
             f"{there}, of which --question-column and --answer-column can name two"
         )
-    if not args.context_column or kind[0] in NESTED:
+    if not args.context_column or kind[0] in NESTED:  # where it is further inside
         return
     if len(kind) == 1:
         raise UserError(
@@ -277,9 +275,20 @@ def make_example(text: str) -> Example:
     return Example(question, question, to_json({"text": text}) if text else "")
 
 
-def make_passages(file: Path, articles: Iterable[Row], context: str) -> Iterator[Example]:
+def make_passages(
+    file: Path, articles: Iterable[Row], args: argparse.Namespace, notes: Notes
+) -> Iterator[Example]:
     """An example for each question of articles in SQuAD's form; the passage is its topic."""
+    context = args.context_column or "context"
     rows = [row for article in articles for row in innermost(file, article)]
+    if rows and not any(context in row for row in rows):
+        if args.context_column:
+            raise UserError(
+                f"{file} has no {context} for --context-column around its questions; it has "
+                f"{abbreviated(rows[0])}"
+            )
+        notes.add(file, "questions without a context, which --context-column can name")
+    notes.unit = "questions"
     passages = list(texts(file, context, (row.get(context) for row in rows)))
     batch = {
         QUESTION: [row.get("question") for row in rows],

@@ -130,7 +130,7 @@ def read_parquet(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
 
 
 def read_arrow(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
-    yield from read_dataset(file, wanted)
+    yield from read_dataset("arrow", file, wanted)
 
 
 def read_csv(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
@@ -148,13 +148,13 @@ def read_csv(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
     options = {"sep": separator, "encoding": encoding}
     # Or 007 would become a number, and NA nothing.
     options |= {"converters": dict.fromkeys(wanted.columns, str), "keep_default_na": False}
-    yield from read_dataset(file, wanted, **options)
+    yield from read_dataset("csv", file, wanted, **options)
 
 
-def read_dataset(file: Path, wanted: Wanted, **options: object) -> Iterator[Batch]:
-    """An Arrow or CSV file, by `datasets`."""
+def read_dataset(format: str, file: Path, wanted: Wanted, **options: object) -> Iterator[Batch]:
+    """A file of a format that `datasets` reads, with its options for it."""
     rows = datasets.load_dataset(
-        "csv" if options else "arrow",
+        format,
         data_files=glob.escape(str(file)),
         split="train",
         streaming=True,

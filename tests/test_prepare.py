@@ -595,6 +595,41 @@ def test_variants_of_squad_are_taken(
     assert takes(file)[0] == ["### 질문:\n글\n\n누가?\n\n### 답변:\n나"]
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "jsonl", "json"])
+def test_squad_in_columns_is_taken_with_their_names(
+    takes: Takes, tmp_path: Path, suffix: str
+) -> None:
+    """As the Hugging Face hub has it: a row for each question."""
+    answers = [
+        {"text": ["서울", "서울을"], "answer_start": [4, 4]},
+        {"text": [], "answer_start": []},
+    ]
+    columns = {"context": ["한강은", "강은"], "question": ["어디?", "왜?"], "answers": answers}
+    WRITERS[suffix](tmp_path / f"a.{suffix}", pa.table(columns))
+    named = ("--answer-column", "answers", "--context-column", "context")
+    made = ["### 질문:\n한강은\n\n어디?\n\n### 답변:\n서울", None]
+    assert takes(tmp_path / f"a.{suffix}", *named) == (made, "")
+
+
+def other_passage(folder: Path) -> Path:
+    passage = {"지문": "글", "qas": [{"question": "누가?", "answer": "나"}]}
+    return write_text(folder / "a.json", json.dumps({"data": [{"paragraphs": [passage]}]}))
+
+
+def test_a_passage_may_have_another_name(takes: Takes, tmp_path: Path) -> None:
+    file = other_passage(tmp_path)
+    made = ["### 질문:\n글\n\n누가?\n\n### 답변:\n나"]
+    assert takes(file, "--context-column", "지문") == (made, "")
+    said = "questions without a context, which --context-column can name"
+    made = ["### 질문:\n누가?\n\n### 답변:\n나"]
+    assert takes(file) == (made, f"warning: {file}: {said}\n")
+
+
+def test_a_passage_of_no_such_name_is_reported(fails: Fails, tmp_path: Path) -> None:
+    mentions = ("a.json", "no 글 for --context-column", "지문, question, answer")
+    fails(other_passage(tmp_path), "--context-column", "글", mentions=mentions)
+
+
 def test_questions_about_one_passage_go_into_one_set(prepare: Run, tmp_path: Path) -> None:
     qas = [{"question": f"질문 {i}?", "answers": [{"text": f"답 {i}."}]} for i in range(5)]
     passages = [{"context": f"글 {i}.", "qas": qas} for i in range(40)]
