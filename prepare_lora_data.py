@@ -151,12 +151,11 @@ class Notes:
 
     def __init__(self) -> None:
         self.columns: dict[Path, tuple[dict[str, None], set[str | None]]] = {}
-        self.said: dict[str, list[Path]] = {}
+        self.said: dict[str, dict[Path, None]] = {}
         self.messages, self.unit = 0, "rows"
 
     def add(self, file: Path, what: str) -> None:
-        if file not in (files := self.said.setdefault(what, [])):
-            files.append(file)
+        self.said.setdefault(what, {})[file] = None
 
     def say(self, source: Path) -> None:
         for file, (names, used) in self.columns.items():
@@ -164,7 +163,9 @@ class Notes:
                 self.add(file, f"columns that are left out: {abbreviated(others)}")
         for what, files in self.said.items():
             more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-            warn(f"{source if len(files) == len(self.columns) else f'{files[0]}{more}'}: {what}")
+            warn(
+                f"{source if len(files) == len(self.columns) else f'{next(iter(files))}{more}'}: {what}"
+            )
         if self.messages:
             warn(
                 f"{self.messages} messages of chats are left out, as they are no question with the "
