@@ -162,10 +162,9 @@ class Notes:
             if others := [name for name in names if name not in used]:
                 self.add(file, f"columns that are left out: {abbreviated(others)}")
         for what, files in self.said.items():
-            more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-            warn(
-                f"{source if len(files) == len(self.columns) else f'{next(iter(files))}{more}'}: {what}"
-            )
+            first, *more = files
+            where = f"{first} and {len(more)} more" if more else first
+            warn(f"{source if len(files) == len(self.columns) else where}: {what}")
         if self.messages:
             warn(
                 f"{self.messages} messages of chats are left out, as they are no question with the "
