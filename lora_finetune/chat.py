@@ -56,6 +56,10 @@ def read_messages(entry: dict[str, Any]) -> list[Message]:
 def read_message(found: dict[str, Any]) -> Message:
     """A message as templates take it; raises ValueError that says what is wrong."""
     message = {key: value for key, value in found.items() if value is not None}
+    if message.get("from") == "function_call":  # of LLaMA-Factory: a call, or a list of them
+        calls = parse(str(message.pop("value", "")), "its function_call")
+        calls = calls if isinstance(calls, list) else [calls]
+        message |= {"from": "gpt", "tool_calls": [{"function": call} for call in calls]}
     if "role" not in message and isinstance(speaker := message.pop("from", None), str):
         if speaker not in SHAREGPT_ROLES:
             known = ", ".join(SHAREGPT_ROLES)
@@ -104,7 +108,9 @@ def read_tool_calls(calls: object) -> list[dict]:
 
 def read_tool_call(call: dict[str, Any]) -> dict[str, Any]:
     """A tool call with an object of arguments, which is empty where it has none."""
-    if isinstance(call.get("function"), dict):
+    if "function" in call:
+        if not isinstance(call["function"], dict):
+            raise ValueError("the function of a tool call is not an object")
         return call | {"function": read_tool_call(call["function"])}
     arguments = call.get("arguments") or "{}"
     if isinstance(arguments, str):
@@ -127,7 +133,7 @@ def parse(text: str, what: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError(f"{what} are a string that is not JSON") from None
+        raise ValueError(f"{what}: a string that is not JSON") from None
 
 
 def type_name(value: object) -> str:

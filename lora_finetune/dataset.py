@@ -103,10 +103,10 @@ def parse_line(line: bytes, mask_prompt: bool) -> Entry:
     entry = parse_json(line)
     if not isinstance(entry, dict):
         raise ValueError('is not a JSON object such as {"text": "…"}')
-    for keys in KINDS:
-        if entry.keys() >= set(keys):
-            break
-    else:
+    filled = {key for key, value in entry.items() if value is not None}
+    kinds = [keys for keys in KINDS if filled >= set(keys)]
+    kinds = kinds or [keys for keys in KINDS if entry.keys() >= set(keys)]
+    if not kinds:
         names = abbreviated(entry) or "nothing"
         if holds_rows(entry):
             raise ValueError(
@@ -116,7 +116,7 @@ def parse_line(line: bytes, mask_prompt: bool) -> Entry:
         raise ValueError(
             f'has no "text", no "messages", and no "prompt" with a "completion"; it has {names}'
         )
-    tools = read_tools(entry.get("tools"))
+    keys, tools = kinds[0], read_tools(entry.get("tools"))
     if keys in (("messages",), ("conversations",)):
         kept = {"messages": read_messages(entry)}
     else:

@@ -17,6 +17,7 @@ from lora_finetune.formats import TOO_MUCH, why_not_json
 
 CHUNK = 2**18  # characters
 LONGEST_WORD = len(r"\ud83e\udd6c")  # what an error may be in because the text ends within it
+REST_OF_NUMBER = re.compile(r"[\d.eE+-]*")
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 decode = json.JSONDecoder().raw_decode
 
@@ -69,8 +70,8 @@ class JsonStream:
             except (ValueError, RecursionError):
                 self.fail(TOO_MUCH, self.at)
             else:
-                if end == len(self.text) and self.fill():  # a number may go on
-                    continue
+                if REST_OF_NUMBER.fullmatch(self.text, end) and self.fill():
+                    continue  # a number that the text ends within, or right after
                 self.at = end
                 return value
 

@@ -186,8 +186,8 @@ def encode_raw(text: str, tokenizer: TokenizerWrapper) -> list[int]:
     """
     [tokens] = encoding.encode(tokenizer, [text])
     if text.endswith(" "):
-        [continued] = encoding.encode(tokenizer, [text + ANSWER])
-        tokens = os.path.commonprefix([tokens, continued]) or tokens
+        continued = encoding.encode(tokenizer, [text + word for word in ("a", "가")])
+        tokens = os.path.commonprefix([tokens, *continued]) or tokens
     return tokens
 
 

@@ -22,6 +22,24 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer, processors
 
 CASES = ROOT / "tests" / "cases"
+
+
+def test_a_function_call_in_sharegpt_is_a_tool_call(learn: Learn) -> None:
+    call = json.dumps({"name": "기온", "arguments": {"도시": "제주"}}, ensure_ascii=False)
+    said = [("human", "제주는?"), ("function_call", call), ("observation", "21"), ("gpt", "21도.")]
+    entry = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    [learnt] = learn(templates.LLAMA_3, entry, mask=True)
+    assert learnt.counted == [
+        '{"name": "기온", "parameters": {"도시": "제주"}}<|eot|>',
+        "21도.<|eot|>",
+    ]
+
+
+def test_null_columns_beside_those_of_a_kind_do_not_matter(learn: Learn) -> None:
+    nulls = {"messages": None, "conversations": None, "prompt": None, "tools": None}
+    assert learn(templates.CHATML, {"text": "물은?", **nulls})[0].text == "물은?"
+
+
 USER = {"role": "user", "content": "물은?"}
 CASE_TEMPLATES = json.loads((CASES / "templates.json").read_text(encoding="utf-8"))
 BOS = 258
@@ -202,6 +220,9 @@ def test_sharegpt_is_read_like_messages(learn: Learn, system: str) -> None:
         ({"role": "assistant", "tool_calls": "a"}, "tool_calls are not a list"),
         ({"role": "assistant", "tool_calls": [{"arguments": "{"}]}, "not JSON"),
         ({"role": "assistant", "tool_calls": [{"arguments": "[]"}]}, "not an object"),
+        ({"role": "assistant", "tool_calls": [{"function": "a"}]}, "not an object"),
+        ({"from": "function_call", "value": "a"}, "not JSON"),
+        ({"from": "function_call", "value": "[1]"}, "not an object"),
         ({"role": "assistant", "tool_calls": [{"arguments": [1]}]}, "not an object"),
         ({"role": "assistant", "tool_calls": [{"arguments": 1}]}, "not an object"),
     ],

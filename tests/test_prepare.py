@@ -27,7 +27,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 Fails = Callable[..., str]
@@ -1015,6 +1015,7 @@ def test_json_that_cannot_be_taken_is_reported_with_its_line(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )), st.sampled_from([None, 1]), st.booleans())  # fmt: skip
+@example([0.0], None, False)
 def test_json_is_the_same_however_little_of_it_is_read_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, values: list, indent: int | None,
     ascii: bool,
