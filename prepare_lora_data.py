@@ -554,7 +554,7 @@ def run(args: argparse.Namespace) -> None:
             args.limit,
             write,
         )
-        check_filled(counts, source, notes.unit)
+        check_filled(counts, source, notes.unit, args.dry_run)
         notes.say(source)
     written = ", ".join(f"{counts[split]} {split}" for split in SPLITS)
     if args.dry_run:
@@ -564,8 +564,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"Wrote to {output}: {written}.")
 
 
-def check_filled(counts: Counter, source: Path, unit: str) -> None:
-    """Say what became of what was read; raise UserError where a set is left empty."""
+def check_filled(counts: Counter, source: Path, unit: str, dry_run: bool) -> None:
+    """Say what became of what was read; raise UserError where a set is left empty.
+
+    With `dry_run`, which shows what was read of a few rows too, that is a warning.
+    """
     print(
         f"Read {counts['read']} {unit} of {source}: dropped {counts['empty']} with an empty side,",
         f"{counts['duplicate']} exact duplicates,",
@@ -576,9 +579,10 @@ def check_filled(counts: Counter, source: Path, unit: str) -> None:
         raise UserError(f"{source} leaves nothing to train on")
     for split in SPLITS:
         if not counts[split]:
-            raise UserError(
-                f"{split}.jsonl would be empty: take more rows, or choose other fractions"
-            )
+            what = f"{split}.jsonl would be empty: take more rows, or choose other fractions"
+            if not dry_run:
+                raise UserError(what)
+            warn(what)
 
 
 def main(args: argparse.Namespace) -> int:
