@@ -554,35 +554,31 @@ def run(args: argparse.Namespace) -> None:
             args.limit,
             write,
         )
-        check_filled(counts, source, notes.unit, args.dry_run)
+        written = ", ".join(f"{counts[split]} {split}" for split in SPLITS)
+        print(
+            f"Read {counts['read']} {notes.unit} of {source}: dropped {counts['empty']} with an",
+            f"empty side, {counts['duplicate']} exact duplicates,",
+            f"{counts['elsewhere']} whose question is in another set.",
+            flush=True,
+        )
+        if args.dry_run:
+            print(f"Would write to {output}: {written}. The first of them:")
+            print("", *samples, sep="\n---\n")
+        check_filled(counts, source)
         notes.say(source)
-    written = ", ".join(f"{counts[split]} {split}" for split in SPLITS)
-    if args.dry_run:
-        print(f"Would write to {output}: {written}. The first of them:")
-        print("", *samples, sep="\n---\n")
-    else:
+    if not args.dry_run:
         print(f"Wrote to {output}: {written}.")
 
 
-def check_filled(counts: Counter, source: Path, unit: str, dry_run: bool) -> None:
-    """Say what became of what was read; raise UserError where a set is left empty.
-
-    With `dry_run`, which shows what was read of a few rows too, that is a warning.
-    """
-    print(
-        f"Read {counts['read']} {unit} of {source}: dropped {counts['empty']} with an empty side,",
-        f"{counts['duplicate']} exact duplicates,",
-        f"{counts['elsewhere']} whose question is in another set.",
-        flush=True,
-    )
+def check_filled(counts: Counter, source: Path) -> None:
+    """Raise UserError where a set is left empty."""
     if not sum(counts[split] for split in SPLITS):
         raise UserError(f"{source} leaves nothing to train on")
     for split in SPLITS:
         if not counts[split]:
-            what = f"{split}.jsonl would be empty: take more rows, or choose other fractions"
-            if not dry_run:
-                raise UserError(what)
-            warn(what)
+            raise UserError(
+                f"{split}.jsonl would be empty: take more rows, or choose other fractions"
+            )
 
 
 def main(args: argparse.Namespace) -> int:

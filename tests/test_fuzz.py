@@ -154,7 +154,7 @@ def attempt(case: Case, whole: dict[Path, bytes]) -> str:
     except BaseException:
         return traceback.format_exc()
     said = Path("../err").read_text(errors="replace").splitlines()
-    errors = [line for line in said if not line.startswith("warning: ")]
+    errors = [line for line in said if not line.startswith(("warning: ", "hint: "))]
     if status != (2 if errors else 0) or len(errors) > 1:
         return f"exit status {status}, and on standard error:\n" + "\n".join(said)
     if errors and not errors[0].startswith("error: "):

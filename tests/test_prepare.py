@@ -412,13 +412,12 @@ def write_lines(file: Path, *rows: dict) -> Path:
     return write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def test_of_a_few_rows_a_dry_run_shows_what_was_read_and_says_that_sets_would_be_empty(
+def test_of_too_few_rows_a_dry_run_shows_what_was_read_before_it_ends_in_the_error(
     prepare: Run, tmp_path: Path
 ) -> None:
     ended = prepare(ROOT / "tests/cases/nested-rows.json", tmp_path, "--dry-run")
-    assert ended.returncode == 0
     assert "### 질문:\n바닷물은 왜 짭니까?\n\n### 답변:\n강물이" in ended.stdout
-    assert "would be empty" in ended.stderr
+    one_error(ended, "would be empty")
 
 
 def test_alpaca_is_taken_as_it_is_the_input_below_the_instruction(takes: Takes) -> None:
