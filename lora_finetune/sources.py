@@ -1,4 +1,4 @@
-"""A source of rows: its files, and the rows of a file of any format, a thousand at a time."""
+"""A source of rows: its files, and the rows of a file of any format, up to a thousand at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +95,7 @@ Remark = Callable[[str], None]  # takes what the user should know of how a file 
 
 
 def read_batches(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
-    """The rows of a file, a thousand at a time; what is not needed any more is not kept.
+    """The rows of a file, up to a thousand at a time; what is not needed any more is not kept.
 
     Raises:
         UserError: the file cannot be read; says why.
@@ -187,11 +186,33 @@ def read_json(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
         rows = read_list(file, encoding, key)
     else:
         rows = read_lines(file, encoding)
-    while some := list(islice(rows, BATCH_ROWS)):
-        if not all(isinstance(row, dict) for row in some):
+    for run, kind in in_runs(file, rows, wanted):
+        names = dict.fromkeys(name for row in run for name in row) | dict.fromkeys(kind)
+        yield {name: [row.get(name) for row in run if name in wanted.columns] for name in names}
+
+
+def in_runs(
+    file: Path, rows: Iterable[object], wanted: Wanted
+) -> Iterator[tuple[list[dict], tuple[str, ...]]]:
+    """Some rows after each other that have the same of the wanted sets, and that set.
+
+    A row that has none of them, as one that lacks its answer, goes with those before it.
+
+    Raises:
+        UserError: a row is no object.
+    """
+    run, kind = [], ()
+    for row in rows:
+        if not isinstance(row, dict):
             raise UserError(f"{file} holds something else than objects with named values")
-        names = dict.fromkeys(name for row in some for name in row)
-        yield {name: [row.get(name) for row in some if name in wanted.columns] for name in names}
+        own = next((names for names in wanted.sets if row.keys() >= set(names)), kind)
+        if run and (len(run) == BATCH_ROWS or own != kind != ()):
+            yield run, kind
+            run = []
+        kind = own
+        run.append(row)
+    if run:
+        yield run, kind
 
 
 def read_lines(file: Path, encoding: str) -> Iterator[object]:

@@ -478,6 +478,28 @@ def test_of_several_pairs_the_first_is_taken_and_the_others_are_said(
     assert takes(file, *named) == (["### 질문:\np\n\n### 답변:\nc"], said)
 
 
+@pytest.mark.parametrize("before", [1, 999, 1000])
+def test_json_rows_of_several_kinds_are_taken_each_as_its_own(
+    takes: Takes, tmp_path: Path, before: int
+) -> None:
+    """As where files were put together; however many rows are read at a time."""
+    rows = [{"question": f"{number}", "answer": "가"} for number in range(before)]
+    others = [{"instruction": "i", "output": "o"}, {"question": "답이 없다"}, {"text": "t"}]
+    made, said = takes(write_lines(tmp_path / "a.jsonl", *rows, *others))
+    assert made[before:] == ["### 질문:\ni\n\n### 답변:\no", None, "t"]
+    assert None not in made[:before]
+    assert said == ""
+
+
+@pytest.mark.parametrize("before", [1, 999, 1000])
+def test_json_rows_that_lack_a_side_are_dropped_wherever_they_are(
+    takes: Takes, tmp_path: Path, before: int
+) -> None:
+    rows = [{"question": f"{number}", "answer": "가"} for number in range(before)]
+    made, _ = takes(write_lines(tmp_path / "a.jsonl", *rows, {"question": "나"}, {"answer": "다"}))
+    assert made[before:] == [None, None]
+
+
 def test_columns_that_are_left_out_are_said_once_for_files_that_are_alike(
     prepare: Run, tmp_path: Path
 ) -> None:
