@@ -23,6 +23,7 @@ datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or each file is reported to
 datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)  # an error here is one line
 
 BATCH_ROWS = 1000
+BATCH_LISTS = 50  # articles and chats, of which each may have a megabyte
 
 # Lies beside the data in many folders and is JSON, but describes it only.
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -196,7 +197,8 @@ def in_runs(
 ) -> Iterator[tuple[list[dict], tuple[str, ...]]]:
     """Some rows after each other that have the same of the wanted sets, and that set.
 
-    A row that has none of them, as one that lacks its answer, goes with those before it.
+    A row that has none of them, as one that lacks its answer, goes with those before it. What is
+    not wanted of a row is not kept.
 
     Raises:
         UserError: a row is no object.
@@ -206,11 +208,12 @@ def in_runs(
         if not isinstance(row, dict):
             raise UserError(f"{file} holds something else than objects with named values")
         own = next((names for names in wanted.sets if row.keys() >= set(names)), kind)
-        if run and (len(run) == BATCH_ROWS or own != kind != ()):
+        most = BATCH_LISTS if len(kind) == 1 else BATCH_ROWS
+        if run and (len(run) == most or own != kind != ()):
             yield run, kind
             run = []
         kind = own
-        run.append(row)
+        run.append({name: row[name] if name in wanted.columns else None for name in row})
     if run:
         yield run, kind
 

@@ -1116,6 +1116,25 @@ def test_json_is_read_a_part_at_a_time(
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("column", ["raw_html", "context"])
+def test_long_articles_are_read_a_few_at_a_time(tmp_path: Path, column: str) -> None:
+    """As in KorQuAD 2.0; of 60 MB never more than half are in memory."""
+    with (tmp_path / "a.json").open("w") as stream:
+        stream.write('{"data": [{"qas": []}')
+        for number in range(300):
+            article = {column: "글" * 100_000, "qas": [{"question": f"{number}?", "answer": "나"}]}
+            stream.write(", " + json.dumps(article, ensure_ascii=False))
+        stream.write("]}")
+    args, notes = prepare_lora_data.parse_arguments([]), prepare_lora_data.Notes()
+    examples = prepare_lora_data.read_examples(tmp_path / "a.json", args, notes)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in examples) == 300
+        assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    finally:
+        tracemalloc.stop()
+
+
 # --- The sources --------------------------------------------------------------------------------
 
 ROWS = [
