@@ -66,7 +66,7 @@ class JsonStream:
             except json.JSONDecodeError as error:
                 cut = error.pos > len(self.text) - LONGEST_WORD or "Unterminated" in error.msg
                 if not (cut and self.fill()):
-                    self.fail(why_not_json(error, self.place(error.pos)[1]), error.pos)
+                    self.fail_at(error)
             except (ValueError, RecursionError):
                 self.fail(TOO_MUCH, self.at)
             else:
@@ -79,8 +79,7 @@ class JsonStream:
         """Pass over a mark such as a comma, which has to come next."""
         if self.peek() != mark:
             what = f"Expecting '{mark}'" if mark else "Extra data"
-            character = self.place(self.at)[1] + 1
-            self.fail(f"is not JSON: {what} at character {character}", self.at)
+            self.fail_at(json.JSONDecodeError(what, self.text, self.at))
         self.at += len(mark)
 
     def items(self) -> Iterator[object]:
@@ -121,6 +120,9 @@ class JsonStream:
     def end(self) -> None:
         """Check that nothing more comes."""
         self.take("")
+
+    def fail_at(self, error: json.JSONDecodeError) -> NoReturn:
+        self.fail(why_not_json(error, self.place(error.pos)[1]), error.pos)
 
     def fail(self, what: str, at: int) -> NoReturn:
         raise UserError(f"{self.file}, line {self.place(at)[0] + 1}: {what}") from None

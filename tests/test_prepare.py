@@ -1016,6 +1016,7 @@ BAD_JSON = {
     "more after an object": ('{"data": [{"text": "a"}]}\n]', "line 2"),
     "no key": ('{1: [{"text": "a"}]}', "line 1: is not JSON: Expecting '\"' at character 2"),
     "no colon": ('{"data" [{"text": "a"}]}', "line 1: is not JSON: Expecting ':' at character 9"),
+    "UTF-16 without its mark": ("{\0}\0", "line 1: is not text in UTF-8; save the file as UTF-8"),
     "a surrogate": ('[{"text": "\\ud83e"}]', "the column text holds an unpaired surrogate"),
     "too long a number": (f'[{{"text": {"1" * 5000}}}]', "line 1: is not JSON that can be read"),
     "too deep": ('{"a": 1, "data": ' + "[" * 100_000, "line 1: is not JSON that can be read"),
