@@ -102,8 +102,8 @@ def warn_of_slow_blas() -> None:
         )
 
 
-def do_without_compiling() -> None:
-    """Turn off `mx.compile` where it fails, as without it a CPU is hardly slower.
+def can_compile() -> bool:
+    """Whether `mx.compile` works; where it fails it is turned off, as a CPU is hardly slower then.
 
     MLX has its C++ compiled in the folder of temporary files, if there is a compiler, and loads it
     from there. Neither may be allowed: the folder may be read-only, or mounted with `noexec`.
@@ -118,3 +118,5 @@ def do_without_compiling() -> None:
         mx.eval(mx.compile(lambda x: mx.exp(x) * x)(mx.zeros(1)))
     except (OSError, RuntimeError):
         mx.disable_compile()
+        return False
+    return True
