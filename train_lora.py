@@ -128,11 +128,14 @@ from lora_finetune import (
     checkpoint,
     dataset,
     demo_model,
+    fast_exp,
     linux_cpu,
+    losses,
     memory,
     prompts,
     run_files,
 )
+from lora_finetune.losses import Loss
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -253,79 +256,28 @@ def read_start(
     return source, state, state.adapter if state else adapters.read_adapter(source)
 
 
-# --- Loss and evaluation ------------------------------------------------------------------------
-
-# The log-sum-exp is taken over as many rows at a time as make a float32 copy of 256 MB.
-LOGITS_PER_CHUNK = 2**26
-
-
-@mx.custom_function
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """−log softmax(logits)[target] in float32, with no float32 copy of all the logits.
-
-    Such copies, and those of their gradient, would take most of the memory of a training step.
-
-    Args:
-        logits: (rows, vocabulary), of any floating-point type.
-        targets: integers (rows,).
-
-    Returns:
-        float32 (rows,), in nats.
-    """
-    rows = max(1, LOGITS_PER_CHUNK // logits.shape[1])
-    parts = mx.split(logits, range(rows, len(logits), rows))
-    log_sums = mx.concatenate([mx.logsumexp(p.astype(mx.float32), axis=-1) for p in parts])
-    return log_sums - target_logits(logits, targets)
-
-
-@cross_entropy.vjp
-def cross_entropy_vjp(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, losses: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Softmax − one-hot, times the cotangent: elementwise, so it fuses into one kernel."""
-    logits, targets = primals
-    log_sums = losses + target_logits(logits, targets)
-    softmax = mx.exp(logits.astype(mx.float32) - log_sums[:, None])
-    one_hot = mx.arange(logits.shape[1]) == targets[:, None]
-    return ((softmax - one_hot) * cotangent[:, None]).astype(logits.dtype), mx.zeros_like(targets)
-
-
-def target_logits(logits: mx.array, targets: mx.array) -> mx.array:
-    """The logit of each row's target, float32 (rows,)."""
-    return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32)
-
-
-def loss(model: nn.Module, tokens: mx.array, is_target: mx.array) -> tuple[mx.array, mx.array]:
-    """Sum of the cross-entropy over the target tokens of a batch that count, in float32.
-
-    The sum and not the mean, whose gradients would be too small for the layers of a float16 model.
-
-    Args:
-        tokens: int32 (rows, width), padded on the right; token t predicts token t + 1.
-        is_target: bool (rows, width), whether a token counts; padding and prompts do not.
-
-    Returns:
-        The sum in nats, and the number of targets that count; both scalars.
-    """
-    inputs, targets, mask = tokens[:, :-1], tokens[:, 1:], is_target[:, 1:]
-    losses = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-    return (losses * mask.flatten()).sum(), mask.sum()
+# --- Evaluation ---------------------------------------------------------------------------------
 
 
 def evaluate(
     model: nn.Module,
+    loss: Loss,
     examples: dataset.Examples,
     batch_size: int,
     num_batches: int,
     before_batch: Callable[[], None] = lambda: None,
+    parts: int = 1,
 ) -> float:
     """Mean loss in nats per target token over the first batches (-1: over all examples).
 
     Calls `before_batch` before each; what it raises ends the evaluation.
+
+    Args:
+        parts: how many to compute a batch in.
     """
     model.eval()
     total, num_targets = 0.0, 0
-    batches = dataset.evaluation_batches(examples, batch_size, num_batches)
+    batches = dataset.evaluation_batches(examples, batch_size, num_batches, parts)
     for rows in tqdm(batches, "Evaluating", leave=False, disable=None):
         before_batch()
         batch_total, number = loss(model, *map(mx.array, examples.batch(rows)))
@@ -336,6 +288,7 @@ def evaluate(
 
 def test(
     model: nn.Module,
+    loss: Loss,
     examples: dataset.Examples,
     batch_size: int,
     num_batches: int,
@@ -344,7 +297,7 @@ def test(
     """Report the loss and the perplexity on the test set."""
     print("Testing", flush=True)
     with memory.device_errors("lower --batch-size or --max-seq-length"):
-        mean = evaluate(model, examples, batch_size, num_batches)
+        mean = evaluate(model, loss, examples, batch_size, num_batches)
     perplexity = math.exp(mean) if mean < 700 else math.inf
     line = f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}."
     report_line(line, test_loss=mean, test_ppl=perplexity)
@@ -374,112 +327,126 @@ def make_optimizer(
 
 
 def make_step(
-    model: nn.Module, optimizer: optim.Optimizer
-) -> tuple[Callable[..., tuple[mx.array, mx.array, mx.array]], list]:
-    """A compiled step that updates the model's trainable parameters on one batch.
+    model: nn.Module, loss: Loss, optimizer: optim.Optimizer
+) -> Callable[[list[dataset.Batch]], tuple[float, int, float]]:
+    """A step that updates the model's trainable parameters on one batch, given in parts.
+
+    The gradients of the sum of the loss are added over the parts, and divided by the batch's
+    targets: memory is needed for one part only, and the sum is the same to rounding.
 
     Returns:
-        The step, and the state to evaluate after it. The step takes what `loss` takes and returns
-        what it returns, and the sum of all updated parameters, which is finite only if each
-        gradient and parameter is. It raises UserError where MLX has no gradient of something in
-        the model.
+        The step. It returns the sum of the loss, the number of targets, and the sum of all updated
+        parameters, which is finite only if each gradient and parameter is. Where the device fails,
+        it raises one of memory.FAILURES, and the parameters and the optimizer's state are rolled
+        back; the copies for this take their memory once more.
     """
-    loss_and_gradients = nn.value_and_grad(model, loss)
-    state = [model.state, optimizer.state]
+    gradients_of, update = make_gradients(model, loss), make_update(optimizer)
 
-    def update(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        (total, num_targets), gradients = loss_and_gradients(model, *batch)
-        count = mx.maximum(num_targets, 1)
-        optimizer.update(model, tree_map(lambda gradient: gradient / count, gradients))
-        parameters = tree_flatten(model.trainable_parameters())
-        return total, num_targets, sum(parameter.sum() for _, parameter in parameters)
+    def step(batch: list[dataset.Batch]) -> tuple[float, int, float]:
+        before, moments = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
+        num_targets = sum(int(is_target[:, 1:].sum()) for _, is_target in batch)
+        try:
+            total, gradients = gradients_of(*batch[0])
+            for part in batch[1:]:
+                mx.eval(total, gradients)
+                total, gradients = tree_map(mx.add, (total, gradients), gradients_of(*part))
+            parameters, parameter_sum = update(before, gradients, mx.array(max(num_targets, 1)))
+            model.update(parameters)
+            mx.eval(total, parameters, parameter_sum, optimizer.state)
+        except memory.FAILURES:
+            model.update(before)
+            optimizer.state = moments
+            raise
+        return total.item(), num_targets, parameter_sum.item()
+
+    return step
+
+
+def make_gradients(
+    model: nn.Module, loss: Loss
+) -> Callable[[np.ndarray, np.ndarray], tuple[mx.array, dict]]:
+    """The sum of the loss over (part of) a batch, and its gradients, compiled.
+
+    What it returns raises UserError where MLX has no gradient of something in the model.
+    """
+    function, state = nn.value_and_grad(model, lambda *batch: loss(model, *batch)[0]), [model.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def compiled(*batch: mx.array) -> tuple[mx.array, ...]:
+    def compiled(*batch: mx.array) -> tuple:
         try:
-            return update(*batch)
+            return function(*batch)
         except ValueError:  # raised from here, it would leave MLX's placeholders in the state
             return ()
 
-    def step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def gradients_of(*batch: np.ndarray) -> tuple[mx.array, dict]:
         try:
             # Data-dependent control flow (dbrx reads its router's choice) cannot be compiled.
-            return compiled(*batch) or update(*batch)
+            return compiled(*map(mx.array, batch)) or function(*map(mx.array, batch))
         except ValueError as error:  # of an operation that MLX has no gradient of
             raise UserError(f"this architecture cannot be trained: {first_line(error)}") from error
 
-    return step, state
+    return gradients_of
 
 
-def make_atomic_step(
-    model: nn.Module, optimizer: optim.Optimizer
-) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
-    """A step of `make_step` that is evaluated, all or nothing.
+def make_update(optimizer: optim.Optimizer) -> Callable[..., tuple[dict, mx.array]]:
+    """The updated parameters, and their sum, for the gradients of a sum and what divides it."""
 
-    Where the device fails it raises one of memory.FAILURES, and the trainable parameters and the
-    optimizer's state are rolled back. The copies for this take the memory of the parameters and of
-    Adam's two moments once more.
-    """
-    step, state = make_step(model, optimizer)
+    @partial(mx.compile, inputs=[optimizer.state], outputs=[optimizer.state])
+    def update(parameters: dict, gradients: dict, divisor: mx.array) -> tuple[dict, mx.array]:
+        gradients = tree_map(lambda gradient: gradient / divisor, gradients)
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        return parameters, sum(parameter.sum() for _, parameter in tree_flatten(parameters))
 
-    def atomic_step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        parameters, moments = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
-        try:
-            outputs = step(*batch)
-            mx.eval(state, outputs)
-        except memory.FAILURES:
-            model.update(parameters)
-            optimizer.state = moments
-            raise
-        return outputs
-
-    return atomic_step
+    return update
 
 
 MEMORY_ADVICE = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
-def check_memory(model: nn.Module, examples: dataset.Examples, batch_size: int) -> None:
-    """Do a step on the largest batch there is, and undo it, to see how much memory it takes.
+def fit_memory(
+    model: nn.Module, loss: Loss, examples: dataset.Examples, batch_size: int, parts: int
+) -> int:
+    """In how many parts, at least `parts`, the largest batch fits into memory, by steps undone.
 
-    Some systems kill a process that runs out of memory. So where the whole batch might be too much,
-    its memory is first extrapolated from one and two of its texts.
+    Where a single text does not fit, the layers keep only their inputs for the backward pass, and
+    compute the rest again.
 
     Raises:
-        UserError: it takes more than there is.
+        UserError: even so it takes more memory than there is.
     """
-    longest = np.argsort(examples.lengths)[-batch_size:]
-    before = model.trainable_parameters()
-    step = make_atomic_step(model, make_optimizer(model, 0.0, {}))
+    longest = np.argsort(examples.lengths, kind="stable")[-batch_size:]
+    before, rows, tokens = model.trainable_parameters(), len(longest), examples.lengths.max()
 
-    def peak_memory(indices: np.ndarray) -> int:
-        mx.reset_peak_memory()
-        step(*map(mx.array, examples.batch(indices)))
-        return mx.get_peak_memory()
+    def try_step(number: int) -> None:
+        step = make_step(model, loss, make_optimizer(model, 0.0, {}))
+        try:
+            step([examples.batch(longest[-number:])])
+        finally:
+            model.update(before)
 
-    available, base, rows = memory.available(), mx.get_active_memory(), len(longest)
-    what = f"a batch of {rows} texts, the longest of {examples.lengths.max()} tokens,"
-    try:
-        one = expected = peak_memory(longest[-1:])
-        if base + (one - base) * rows > available and rows > 2:
-            expected = one + (peak_memory(longest[-2:]) - one) * (rows - 1)
-        if expected <= available and rows > 1:
-            expected = peak_memory(longest)
-    except memory.FAILURES as error:
-        peak, why = mx.get_peak_memory() / 1e9, memory.explain(error, MEMORY_ADVICE)
-        raise UserError(f"{what} is too much after {peak:.1f} GB: {why}") from None
-    if expected > available:
+    at_least = -(-rows // parts)
+    if not (fitting := memory.number_that_fits(try_step, at_least)):
+        warn(f"a text of {tokens} tokens takes too much memory, so layers are computed twice")
+        models.checkpoint_layers(model)
+        fitting = memory.number_that_fits(try_step, at_least)
+    if not fitting:
         raise UserError(
-            f"{what} would take {expected / 1e9:.3g} GB of memory, and there are "
-            f"{available / 1e9:.3g} GB; {MEMORY_ADVICE}"
+            f"a text of {tokens} tokens takes more memory than the {memory.available() / 1e9:.3g} "
+            "GB there are; lower --max-seq-length or --lora-layers, or take a smaller model"
         )
-    model.update(before)
+    if fitting < at_least:
+        parts = -(-rows // fitting)
+        warn(
+            f"{rows} texts of up to {tokens} tokens do not fit into {memory.available() / 1e9:.3g} "
+            f"GB of memory, so each batch is computed in {parts} parts, with the same result"
+        )
+    return parts
 
 
 # --- The training loop --------------------------------------------------------------------------
 
 
-def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -> None:
+def train(model: nn.Module, loss: Loss, examples: dict[str, dataset.Examples], plan: Plan) -> None:
     """Train to the last iteration, or to the one at which a signal asks for a stop.
 
     Raises:
@@ -501,8 +468,9 @@ def train(model: nn.Module, examples: dict[str, dataset.Examples], plan: Plan) -
     with StopSignals() as stop:
         try:
             with memory.device_errors(MEMORY_ADVICE):
-                check_memory(model, training, plan.batch_size)
-                training_loop(model, optimizer, examples, plan, stop.check)
+                parts = fit_memory(model, loss, training, plan.batch_size, plan.progress.parts)
+                plan.progress.parts = parts
+                training_loop(model, loss, optimizer, examples, plan, stop.check)
         except Interrupted as interrupted:
             outcome = save_unfinished(model, optimizer, plan, first)
             raise Interrupted(interrupted.signal, outcome) from None
@@ -534,6 +502,7 @@ def start_or_resume(model: nn.Module, plan: Plan) -> optim.Adam:
 
 def training_loop(
     model: nn.Module,
+    loss: Loss,
     optimizer: optim.Optimizer,
     examples: dict[str, dataset.Examples],
     plan: Plan,
@@ -545,9 +514,9 @@ def training_loop(
     one left undone. `check_stop` raises Interrupted where a stop is asked for.
     """
     progress = plan.progress
-    step = make_atomic_step(model, optimizer)
+    step = make_step(model, loss, optimizer)
     batches = dataset.training_batches(
-        examples["train"], plan.batch_size, plan.seed, progress.iteration
+        examples["train"], plan.batch_size, plan.seed, progress.iteration, progress.parts
     )
     bar = tqdm(desc="Training", initial=progress.iteration, total=plan.iters, disable=None)
     while True:
@@ -561,7 +530,7 @@ def training_loop(
         # once in a while, and before the first step: validate, and keep the adapter if it is best
         due = last or progress.validated < 0 or iteration % plan.steps_per_eval == 0
         if due and progress.validated != iteration:
-            validate(model, examples["valid"], plan, check_stop)
+            validate(model, loss, examples["valid"], plan, check_stop)
 
         # once in a while: save the adapter, and what it takes to go on from here
         if last or (iteration % plan.save_every == 0 and not progress.finished):
@@ -571,10 +540,10 @@ def training_loop(
 
         # one step; what is not finite must never reach a save, so it ends the run
         start = time.perf_counter()
-        total, num_targets, parameter_sum = step(*map(mx.array, next(batches)))
-        progress.add_step(total.item(), num_targets.item(), time.perf_counter() - start)
-        check_finite(total.item(), "the loss", plan)
-        check_finite(parameter_sum.item(), "a gradient or a parameter", plan)
+        total, num_targets, parameter_sum = step(next(batches))
+        progress.add_step(total, num_targets, time.perf_counter() - start)
+        check_finite(total, "the loss", plan)
+        check_finite(parameter_sum, "a gradient or a parameter", plan)
         bar.update()
     bar.close()
 
@@ -607,14 +576,20 @@ def report(progress: checkpoint.Progress, files: run_files.RunFiles) -> None:
 
 
 def validate(
-    model: nn.Module, examples: dataset.Examples, plan: Plan, before_batch: Callable[[], None]
+    model: nn.Module,
+    loss: Loss,
+    examples: dataset.Examples,
+    plan: Plan,
+    before_batch: Callable[[], None],
 ) -> None:
     """Report the validation loss, and keep the adapter if it is the best so far.
 
     The validation before the first step is reported as of the iteration that this makes.
     """
     progress, start = plan.progress, time.perf_counter()
-    mean = evaluate(model, examples, plan.batch_size, plan.val_batches, before_batch)
+    mean = evaluate(
+        model, loss, examples, plan.batch_size, plan.val_batches, before_batch, progress.parts
+    )
     model.train()
     took = time.perf_counter() - start
     check_finite(mean, "the validation loss", plan)
@@ -751,9 +726,10 @@ def run(args: argparse.Namespace) -> None:
         UserError, OSError: something that the user can put right.
     """
     plan = check(args)
-    if mx.default_device() == mx.cpu:
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
         linux_cpu.warn_of_slow_blas()
-        linux_cpu.do_without_compiling()
+    fast_exp.put_in_place(slow_exp=on_cpu and linux_cpu.can_compile())
     memory.set_limits(memory.available())
     folder = models.find_model(args.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
@@ -776,13 +752,14 @@ def run(args: argparse.Namespace) -> None:
         max_text_length(args, limits),
     )  # fmt: skip
     warn_beyond_context(examples, asked, models.context_length(folder))
+    loss = losses.make_loss(model) if examples else None
     if args.train:
         plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
-        train(model, examples, plan)
+        train(model, loss, examples, plan)
     else:
         checkpoint.warn_of_other_model(plan.source, fingerprints)
     if args.test:
-        test(model, examples["test"], args.batch_size, args.test_batches, plan.files.report)
+        test(model, loss, examples["test"], args.batch_size, args.test_batches, plan.files.report)
     for prompt in asked:
         generate(model, tokenizer, prompt, args.temp, args.seed)
 

@@ -69,6 +69,7 @@ class Progress:
             in nats over all target tokens.
         validated: the iteration of the last validation, -1 before the first.
         best_loss, best_iteration: of the validation with the lowest loss.
+        parts: how many each batch is computed in, for its memory.
         log_size: bytes of the log; what is after them belongs to no saved iteration.
     """
 
@@ -81,6 +82,7 @@ class Progress:
     validated: int = -1
     best_loss: float = math.inf
     best_iteration: int = 0
+    parts: int = 1
     log_size: int = 0
 
     def add_step(self, total: float, tokens: int, seconds: float) -> None:

@@ -35,6 +35,8 @@ QUESTION_HEADING, ANSWER_HEADING = "### 질문:", "### 답변:"
 UP_TO_ANSWER = re.compile(rf"\s*{QUESTION_HEADING}.*\n{ANSWER_HEADING}\s*(?=\S)", re.DOTALL)
 
 Entry = dict[str, Any]
+# Tokens int32 (rows, width), and whether each is a target, bool (rows, width).
+Batch = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -337,7 +339,7 @@ class Examples:
         """Tokens of each text that the loss counts, int64 (number of texts,)."""
         return np.diff(np.append(0, np.cumsum(self.is_target))[self.starts])
 
-    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, rows: np.ndarray) -> Batch:
         """The given texts, padded on the right, as `loss` takes them.
 
         Returns:
@@ -465,15 +467,19 @@ def epoch_batches(
 
 
 def training_batches(
-    examples: Examples, batch_size: int, seed: int, start: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The batches from iteration start + 1 on, endlessly; each depends on the seed alone."""
+    examples: Examples, batch_size: int, seed: int, start: int, parts: int = 1
+) -> Iterator[list[Batch]]:
+    """The batches from iteration start + 1 on, endlessly; each depends on the seed alone.
+
+    Args:
+        parts: how many a batch comes in, as far as it has texts.
+    """
     per_epoch = math.ceil(len(examples) / batch_size)
     for epoch in count(start // per_epoch):
         rng = np.random.default_rng([seed, epoch])
         batches = epoch_batches(examples.lengths, batch_size, rng)
         for rows in batches[start % per_epoch :]:
-            yield examples.batch(rows)
+            yield [examples.batch(part) for part in split_batch(rows, parts)]
         start = 0
 
 
@@ -486,8 +492,16 @@ def padding_share(
     return 1 - (lengths - 1).sum() / inputs
 
 
-def evaluation_batches(examples: Examples, batch_size: int, num_batches: int) -> list[np.ndarray]:
-    """The first `num_batches` batches of examples (-1: all), sorted by length."""
+def split_batch(rows: np.ndarray, parts: int) -> list[np.ndarray]:
+    """The texts of a batch in so many parts, or fewer, of nearly the same size."""
+    return np.array_split(rows, min(parts, len(rows)))
+
+
+def evaluation_batches(
+    examples: Examples, batch_size: int, num_batches: int, parts: int = 1
+) -> list[np.ndarray]:
+    """The first `num_batches` batches of examples (-1: all), sorted by length, each in parts."""
     number = len(examples) if num_batches == -1 else min(len(examples), num_batches * batch_size)
     order = np.argsort(examples.lengths[:number], kind="stable")
-    return np.split(order, range(0, number, batch_size)[1:])
+    batches = np.split(order, range(0, number, batch_size)[1:])
+    return [part for batch in batches for part in split_batch(batch, parts)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -78,6 +79,42 @@ def set_limits(limit: int) -> None:
     # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
     mx.set_cache_limit(limit // 8)
     maybe_set_recommended_wired_limit()  # where there is Metal, weights then stay in memory
+
+
+def number_that_fits(step: Callable[[int], None], most: int) -> int:
+    """How many texts a step can take at once, up to `most`; 0 if not even one.
+
+    Some systems kill a process that runs out of memory. So before several texts are tried, their
+    memory is extrapolated from one, and where that might be too much from one and two.
+
+    Args:
+        step: does a step on so many of the longest texts.
+    """
+    limit, base = available(), mx.get_active_memory()
+
+    def peak(number: int) -> float:
+        """Bytes that a step takes, infinite where it cannot get them."""
+        mx.reset_peak_memory()
+        try:
+            step(number)
+        except FAILURES as error:
+            if not is_lacking(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            mx.clear_cache()
+            return math.inf
+        return mx.get_peak_memory()
+
+    if (one := peak(1)) > limit:
+        return 0
+    number = most
+    if most > 1 and base + (one - base) * most > limit:
+        if (two := peak(2)) > limit:
+            return 1
+        number = min(most, 2 + int((limit - two) // max(1, two - one)))
+    while number > 2 and peak(number) > limit:
+        number -= -(-number // 8)
+    return number
 
 
 # --- Where the device fails ---------------------------------------------------------------------

@@ -9,12 +9,12 @@ import importlib
 import json
 import pkgutil
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import models
 import train_lora
-from lora_finetune import adapters
+from lora_finetune import adapters, losses
 from lora_finetune.command_line import UserError
 
 import mlx.core as mx
@@ -79,24 +79,16 @@ def trainable(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
 
 
-def make_step(model: nn.Module) -> tuple[Callable, list]:
-    """The program's step and its state."""
-    return train_lora.make_step(model, train_lora.make_optimizer(model, 1e-3, {}))
-
-
 def train(model: nn.Module, steps: int = 2) -> list[float]:
     """Train on one batch with the program's step; the loss before each step, and after the last.
 
     A has no gradient before B has moved: it takes two steps to move both.
     """
+    loss = losses.make_loss(model)
     model.train()
-    step, state = make_step(model)
-    losses = []
-    for _ in range(steps):
-        total, *others = step(TOKENS, IS_TARGET)
-        mx.eval(state, total, *others)
-        losses.append(total.item())
-    return [*losses, train_lora.loss(model, TOKENS, IS_TARGET)[0].item()]
+    step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 1e-3, {}))
+    totals = [step([(TOKENS, IS_TARGET)])[0] for _ in range(steps)]
+    return [*totals, loss(model, TOKENS, IS_TARGET)[0].item()]
 
 
 def logits(model: nn.Module) -> np.ndarray:
@@ -195,9 +187,9 @@ def test_what_mlx_cannot_train_is_reported(name: str):
     model = build(name)
     adapt(model)
     mx.enable_compile()
-    step, _ = make_step(model)
+    gradients_of = train_lora.make_gradients(model, losses.loss)
     with pytest.raises(UserError, match="cannot be trained"):
-        step(TOKENS, IS_TARGET)
+        gradients_of(TOKENS, IS_TARGET)
 
 
 @pytest.mark.skipif(
@@ -219,9 +211,9 @@ def test_the_step_compiles(name: str):
 
     model.__class__ = Counting
     mx.enable_compile()
-    step, _ = make_step(model)
+    gradients_of = train_lora.make_gradients(model, losses.loss)
     for _ in range(3):  # kimi_k3 is traced twice: its first run adds arrays to its state
-        step(TOKENS, IS_TARGET)
+        gradients_of(TOKENS, IS_TARGET)
     assert (len(calls) < 3) == (name not in NOT_COMPILED)
 
 

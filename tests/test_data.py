@@ -127,7 +127,7 @@ def test_training_can_start_at_any_iteration_of_a_run(
         next(whole)
     part = dataset.training_batches(examples, batch_size, seed, start)
     for _ in range(3):
-        for expected, found in zip(next(whole), next(part), strict=True):
+        for expected, found in zip(*next(whole), *next(part), strict=True):
             assert np.array_equal(expected, found)
 
 
@@ -136,7 +136,7 @@ def test_another_seed_and_another_epoch_deal_other_batches() -> None:
     first = dataset.training_batches(make_examples(lengths), 10, 1, 0)
     again = dataset.training_batches(make_examples(lengths), 10, 1, 10)
     other = dataset.training_batches(make_examples(lengths), 10, 2, 0)
-    deals = [[next(batches)[1].tolist() for _ in range(10)] for batches in (first, again, other)]
+    deals = [[next(batches)[0][1].tolist() for _ in range(10)] for batches in (first, again, other)]
     assert deals[0] != deals[1] != deals[2] != deals[0]
 
 
@@ -173,7 +173,7 @@ def test_the_share_of_padding_is_that_of_the_first_epoch(
 ) -> None:
     examples = make_examples(lengths)
     batches = dataset.training_batches(examples, batch_size, seed, 0)
-    widths = [next(batches)[0][:, :-1] for _ in range(math.ceil(len(lengths) / batch_size))]
+    widths = [next(batches)[0][0][:, :-1] for _ in range(math.ceil(len(lengths) / batch_size))]
     share = dataset.padding_share(lengths, batch_size, seed)
     assert share == pytest.approx(1 - sum(lengths - 1) / sum(inputs.size for inputs in widths))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import models
 import train_lora
+from lora_finetune import losses
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,7 +48,7 @@ def test_the_adapted_layers_are_those_of_the_reference(reference):
 
 def test_the_loss_is_that_of_pytorch(reference):
     model, arrays = reference
-    total, number = train_lora.loss(model, *batch(arrays))
+    total, number = losses.loss(model, *batch(arrays))
     assert number.item() == arrays["num_tokens"]
     assert total.item() / number.item() == pytest.approx(arrays["loss"].item(), abs=1e-5)
 
@@ -62,7 +63,7 @@ def test_each_gradient_is_that_of_peft(reference):
 
 def mean_gradients(model: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The gradients of the mean loss over the reference's batch, float64."""
-    (_, number), gradients = nn.value_and_grad(model, train_lora.loss)(model, *batch(arrays))
+    (_, number), gradients = nn.value_and_grad(model, losses.loss)(model, *batch(arrays))
     return {
         name: np.array(gradient, np.float64) / number.item()
         for name, gradient in tree_flatten(gradients)
@@ -73,7 +74,7 @@ def test_padding_to_the_right_changes_nothing(reference):
     model, arrays = reference
     tokens, is_target = batch(arrays)
     wider = mx.pad(tokens, [(0, 0), (0, 15)], constant_values=7)
-    total, number = train_lora.loss(model, wider, mx.pad(is_target, [(0, 0), (0, 15)]))
+    total, number = losses.loss(model, wider, mx.pad(is_target, [(0, 0), (0, 15)]))
     assert number.item() == arrays["num_tokens"]
     assert total.item() / number.item() == pytest.approx(arrays["loss"].item(), abs=1e-5)
 
@@ -84,19 +85,19 @@ def test_the_masked_loss_is_the_mean_over_the_answers_by_hand(reference):
     tokens, is_target = map(np.array, batch(arrays))
     is_target[0, :3] = is_target[0, 5:7] = is_target[2] = False
     logits = np.array(model(mx.array(tokens[:, :-1])), np.float64)
-    losses = [
+    expected = [
         np.log(np.exp(logits[row, t - 1]).sum()) - logits[row, t - 1, tokens[row, t]]
         for row, t in zip(*np.nonzero(is_target), strict=True)
     ]
-    total, number = train_lora.loss(model, mx.array(tokens), mx.array(is_target))
-    assert number.item() == len(losses)
-    assert total.item() / number.item() == pytest.approx(np.mean(losses), abs=1e-5)
+    total, number = losses.loss(model, mx.array(tokens), mx.array(is_target))
+    assert number.item() == len(expected)
+    assert total.item() / number.item() == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_three_steps_of_training_are_adam_without_bias_correction(reference):
     """m and v are the moving averages of g and g²; a step is rate · m / (√v + ε)."""
     model, arrays = reference
-    step, state = train_lora.make_step(model, train_lora.make_optimizer(model, 1e-3, {}))
+    step = train_lora.make_step(model, losses.loss, train_lora.make_optimizer(model, 1e-3, {}))
     expected = parameters(model)
     m, v = ({name: np.zeros_like(array) for name, array in expected.items()} for _ in "mv")
     for _ in range(3):
@@ -104,7 +105,7 @@ def test_three_steps_of_training_are_adam_without_bias_correction(reference):
             m[name] = 0.9 * m[name] + 0.1 * g
             v[name] = 0.999 * v[name] + 0.001 * g**2
             expected[name] -= 1e-3 * m[name] / (np.sqrt(v[name]) + 1e-8)
-        mx.eval(state, step(*batch(arrays)))
+        step([batch(arrays)])
         for name, array in parameters(model).items():
             np.testing.assert_allclose(array, expected[name], atol=1e-5, rtol=0)
 

@@ -278,24 +278,6 @@ def test_a_folder_that_goes_away_is_reported(args: list[object], tmp_path: Path)
     assert checkpoint.read(tmp_path / "elsewhere" / "a.npz")
 
 
-def test_too_little_memory_for_the_largest_batch_is_reported_before_training(
-    call: Run, model: Path, tmp_path: Path
-) -> None:
-    tiny.write_jsonl(tmp_path, "train", ["a" * 2047] * 5_000)
-    tiny.write_jsonl(tmp_path, "valid", ["a"] * 4)
-    args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
-    ended = call(*args, "--train", "--lora-layers", 4, "--batch-size", 5_000)
-    assert ended.returncode == 2
-    assert "Iter" not in ended.stdout
-    assert re.fullmatch(
-        r"error: a batch of 5000 texts, the longest of 2048 tokens, "
-        r"would take [\d.e+]+ GB of memory, "
-        r"and there are [\d.]+ GB; lower --batch-size, --max-seq-length or --lora-layers\n",
-        ended.stderr,
-    )
-    assert not (tmp_path / "a.npz").exists()
-
-
 # --- Diverged -----------------------------------------------------------------------------------
 
 
