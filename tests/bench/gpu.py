@@ -1,0 +1,244 @@
+"""Training on a GPU beside mlx-lm: single steps, and whole runs, with random weights.
+
+    python tests/bench/gpu.py [--steps] [--runs] [--quantized] [--small]
+
+--steps: a compiled step of this program and the plain one of mlx_lm.lora in turn, on Gumini-1B's
+shape in bfloat16, against the arithmetic at the matrix rate measured beside them. --runs: 2,000
+texts of log-normal length, 1 epoch, whole processes in turn. --quantized: the specification's
+example, Phi-3's shape in 8 bits, batch 4, 8 of 32 layers, 3 epochs. --small: all at a tiny shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import models  # noqa: E402, F401
+import tiny  # noqa: E402
+import train_lora  # noqa: E402
+from lora_finetune import adapters, fast_exp, losses  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+import numpy as np  # noqa: E402
+from mlx_lm.tuner.trainer import default_loss  # noqa: E402
+from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
+
+KEYS = ["self_attn.q_proj", "self_attn.v_proj"]
+GUMINI = {
+    "model_type": "qwen2",
+    "hidden_size": 2048,
+    "num_hidden_layers": 10,
+    "intermediate_size": 11008,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "tie_word_embeddings": True,
+}
+PHI_3 = {
+    "model_type": "phi3",
+    "hidden_size": 3072,
+    "num_hidden_layers": 32,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32_064,
+    "tie_word_embeddings": False,
+}
+SMALL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 320,
+}
+
+
+def build(config: dict) -> nn.Module:
+    mx.random.seed(0)
+    model = tiny.build_model(tiny.LLAMA | config)
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+    return model
+
+
+# --- Steps --------------------------------------------------------------------------------------
+
+
+def plain_step(model: nn.Module) -> Callable:
+    """The step of mlx_lm.lora."""
+    layers = len(model.layers)
+    model.freeze()
+    options = {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": KEYS}
+    linear_to_lora_layers(model, layers, options)
+    model.train()
+    optimizer = optim.Adam(learning_rate=2e-5)
+    state = [model.state, optimizer.state, mx.random.state]
+    function = nn.value_and_grad(model, default_loss)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def compiled(tokens: mx.array, lengths: mx.array) -> tuple:
+        (loss, number), gradients = function(model, tokens, lengths)
+        optimizer.update(model, gradients)
+        return loss, number
+
+    def step(tokens: np.ndarray, is_target: np.ndarray) -> None:
+        lengths = mx.array([[0, tokens.shape[1] - 1]] * len(tokens))
+        mx.eval(state, compiled(mx.array(tokens), lengths))
+
+    return step
+
+
+def our_step(model: nn.Module) -> Callable:
+    adapters.adapt(model, {}, None, len(model.layers))
+    loss = losses.make_loss(model)
+    model.train()
+    step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 2e-5, {}))
+    return lambda *batch: step([batch])
+
+
+def matrix_rate(size: int) -> float:
+    """Floating-point operations a second in products of bfloat16 matrices."""
+    a, b = (mx.random.normal((size, size)).astype(mx.bfloat16) for _ in range(2))
+    mx.eval(a @ b)
+    start = time.perf_counter()
+    for _ in range(10):
+        mx.eval(a @ b)
+    return 10 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def compare_steps(config: dict, small: bool) -> None:
+    plain = plain_step(build(config))
+    fast_exp.put_in_place(slow_exp=False)
+    contenders = {"mlx-lm": plain, "train_lora.py": our_step(build(config))}
+    weights = sum(
+        a.size for n, a in nn.utils.tree_flatten(build(config).parameters()) if a.ndim == 2
+    )
+    for rows, width in [(2, 33)] if small else [(10, 257), (10, 1025)]:
+        tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (rows, width))
+        batch = tokens.astype(np.int32), np.arange(width)[None].repeat(rows, 0) > 0
+        seconds, peaks = {name: [] for name in contenders}, {}
+        for name, step in contenders.items():
+            step(*batch)
+            step(*batch)
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            step(*batch)
+            peaks[name] = mx.get_peak_memory() / 1e9
+        for _ in range(5):
+            for name, step in contenders.items():
+                start = time.perf_counter()
+                for _ in range(5):
+                    step(*batch)
+                seconds[name].append((time.perf_counter() - start) / 5)
+        rate = matrix_rate(64 if small else 8192)
+        arithmetic = 4 * weights * rows * (width - 1) / rate
+        print(
+            f"{rows} x {width - 1}: {rate / 1e12:.0f} TFLOP/s, arithmetic {arithmetic * 1e3:.1f} ms"
+        )
+        for name in contenders:
+            median = statistics.median(seconds[name])
+            share, peak = arithmetic / median, peaks[name]
+            print(f"  {name:14} {median * 1e3:7.1f} ms {share:5.0%} {peak:7.2f} GB")
+        pairs = zip(*seconds.values(), strict=True)
+        print(f"  faster by {statistics.median(a / b for a, b in pairs):.2f}", flush=True)
+
+
+# --- Whole runs ---------------------------------------------------------------------------------
+
+
+# mlx_lm.lora, which does not print its peak of memory.
+MLX_LM_LORA = """
+import mlx.core as mx
+from mlx_lm.lora import main
+main()
+print(f"Peak mem {mx.get_peak_memory() / 1e9:.3f} GB")
+"""
+
+
+def write_texts(folder: Path, number: int, small: bool) -> None:
+    """Texts whose tokens are their letters, of log-normal length."""
+    rng = random.Random(0)
+    for split, size in [("train", number), ("valid", 20)]:
+        lengths = [int(rng.lognormvariate(3 if small else 5.3, 0.6)) + 2 for _ in range(size)]
+        texts = ["".join(rng.choice("abcdefg ") for _ in range(min(1500, n))) for n in lengths]
+        tiny.write_jsonl(folder, split, texts)
+
+
+def run(arguments: list[str], work: Path) -> tuple[float, float]:
+    """Seconds and peak memory in GB, as the program reports it, of a process."""
+    start = time.perf_counter()
+    ended = subprocess.run(
+        [sys.executable, *arguments], cwd=work, capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - start
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{ended.stdout}{ended.stderr}")
+    return seconds, float(re.findall(r"Peak mem ([\d.]+)", ended.stdout)[-1])
+
+
+def compare_runs(name: str, config: dict, options: dict, bits: int | None, small: bool) -> None:
+    """Whole runs in turn: a first of each to warm the kernels' cache on disk, then two."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        tiny.write_model(work / "model", build(config), tiny.LLAMA | config, bits)
+        number, (batch_size, layers, epochs) = 20 if small else options["texts"], options["run"]
+        layers = min(layers, config["num_hidden_layers"])
+        write_texts(work / "data", number, small)
+        iters = epochs * -(-number // batch_size)
+        mlx_epoch = epochs * (number // batch_size)
+        (work / "config.yaml").write_text(
+            "lora_parameters: {rank: 8, scale: 20.0, dropout: 0.0, "
+            f"keys: {json.dumps(options['keys'])}}}\n"
+        )
+        shared = ["--train", "--model", "model", "--data", "data", "--batch-size", str(batch_size)]
+        ours = [str(ROOT / "train_lora.py"), *shared, "--lora-layers", str(layers)]
+        ours += ["--iters", str(iters), "--adapter-file", "a.npz"]
+        theirs = ["-c", MLX_LM_LORA, *shared, "--num-layers", str(layers), "-c", "config.yaml"]
+        theirs += ["--iters", str(mlx_epoch), "--adapter-path", "theirs"]
+        results = {"mlx_lm.lora": [], "train_lora.py": []}
+        for turn in range(2):
+            for contender, arguments in (("mlx_lm.lora", theirs), ("train_lora.py", ours)):
+                results[contender].append(run(arguments, work))
+                print(f"  {name}, turn {turn}: {contender:14} {results[contender][-1]}", flush=True)
+        last = {contender: found[-1] for contender, found in results.items()}
+        ratio = last["mlx_lm.lora"][0] / last["train_lora.py"][0]
+        memory = last["train_lora.py"][1] / last["mlx_lm.lora"][1]
+        print(f"{name}: faster by {ratio:.2f}, memory {memory:.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for part in ("steps", "runs", "quantized", "small"):
+        parser.add_argument(f"--{part}", action="store_true")
+    args = parser.parse_args()
+    every = not (args.steps or args.runs or args.quantized)
+    small = SMALL if args.small else {}
+    print(mx.device_info().get("device_name"), "mlx", mx.__version__, flush=True)
+    if args.runs or every:
+        options = {"texts": 2000, "run": (10, 16, 1), "keys": KEYS}
+        compare_runs("2,000 texts", GUMINI | small, options, None, args.small)
+    if args.quantized or every:
+        options = {"texts": 360, "run": (4, 8, 3), "keys": ["self_attn.qkv_proj"]}
+        compare_runs("Phi-3 in 8 bits", PHI_3 | small, options, 8, args.small)
+    if args.steps or every:
+        compare_steps(GUMINI | small, args.small)
+
+
+if __name__ == "__main__":
+    main()
