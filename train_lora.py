@@ -739,6 +739,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
         mx.random.seed(args.seed)
         adapters.adapt(model, plan.adapter, plan.source, args.lora_layers if args.train else None)
+        loss = losses.make_loss(model) if plan.data else None
         print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
     if args.train:
         learnt = prompts.learnt_format(plan.data["train"], tokenizer)
@@ -752,7 +753,6 @@ def run(args: argparse.Namespace) -> None:
         max_text_length(args, limits),
     )  # fmt: skip
     warn_beyond_context(examples, asked, models.context_length(folder))
-    loss = losses.make_loss(model) if examples else None
     if args.train:
         plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
         train(model, loss, examples, plan)
