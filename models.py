@@ -9,7 +9,8 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,23 +311,33 @@ def find_limits(model: nn.Module) -> Limits:
     """
     lookups = []
 
-    def look_up(table: nn.Module, indices: mx.array) -> mx.array:
+    def look_up(table: nn.Module, kind: type, indices: mx.array) -> mx.array:
         lookups.append((table.weight.shape[0], np.array(indices).flatten()))
-        return type(table).__base__.__call__(table, mx.zeros_like(indices))
+        return kind.__call__(table, mx.zeros_like(indices))
 
     tables = [m for m in model.modules() if "Embedding" in type(m).__name__ and "weight" in m]
-    kinds = {id(table): (table, type(table)) for table in tables}
     unknown = 2**31 - 1
-    try:
-        for table, kind in kinds.values():
-            table.__class__ = type(kind.__name__, (kind,), {"__call__": look_up})
+    with contextlib.ExitStack() as stack:
+        for table in {id(table): table for table in tables}.values():
+            stack.enter_context(intercepted(table, partial(look_up, table, type(table))))
         logits = model(mx.full((1, 3), unknown, mx.int32))
-    finally:
-        for table, kind in kinds.values():
-            table.__class__ = kind
     by_id = [rows for rows, indices in lookups if (indices == unknown).all()]
     by_position = [rows - int(i[0]) for rows, i in lookups if (np.diff(i) == 1).all()]
     return Limits(min([logits.shape[-1], *by_id]), min(by_position, default=math.inf))
+
+
+@contextlib.contextmanager
+def intercepted(
+    module: nn.Module, reply: Callable[..., Any], method: str = "__call__"
+) -> Iterator[None]:
+    """While it lasts, `reply` answers in place of a module's method, with the same arguments."""
+    original = type(module)
+    replaced = {method: lambda _, *args, **options: reply(*args, **options)}
+    module.__class__ = type(original.__name__, (original,), replaced)
+    try:
+        yield
+    finally:
+        module.__class__ = original
 
 
 # What the longest length of a text is called in configurations.

@@ -129,6 +129,7 @@ from lora_finetune import (
     dataset,
     demo_model,
     fast_exp,
+    frozen_prefix,
     linux_cpu,
     losses,
     memory,
@@ -344,7 +345,7 @@ def make_step(
 
     def step(batch: list[dataset.Batch]) -> tuple[float, int, float]:
         before, moments = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
-        num_targets = sum(int(is_target[:, 1:].sum()) for _, is_target in batch)
+        num_targets = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
         try:
             total, gradients = gradients_of(*batch[0])
             for part in batch[1:]:
@@ -362,9 +363,7 @@ def make_step(
     return step
 
 
-def make_gradients(
-    model: nn.Module, loss: Loss
-) -> Callable[[np.ndarray, np.ndarray], tuple[mx.array, dict]]:
+def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array, dict]]:
     """The sum of the loss over (part of) a batch, and its gradients, compiled.
 
     What it returns raises UserError where MLX has no gradient of something in the model.
@@ -464,12 +463,18 @@ def train(model: nn.Module, loss: Loss, examples: dict[str, dataset.Examples], p
         f"{training.lengths.max()}, {training.num_truncated} cut, {padding:.1%} padding an epoch",
         flush=True,
     )
+    if prefix := frozen_prefix.find(model):
+        loss = prefix.loss(loss)
+        examples = {split: prefix.examples(examples[split]) for split in ("train", "valid")}
     model.train()  # before the step is traced: some layers have kernels without a gradient else
     with StopSignals() as stop:
         try:
             with memory.device_errors(MEMORY_ADVICE):
-                parts = fit_memory(model, loss, training, plan.batch_size, plan.progress.parts)
-                plan.progress.parts = parts
+                plan.progress.parts = fit_memory(
+                    model, loss, examples["train"], plan.batch_size, plan.progress.parts
+                )
+                if prefix:
+                    examples = keep_states(prefix, examples, plan)
                 training_loop(model, loss, optimizer, examples, plan, stop.check)
         except Interrupted as interrupted:
             outcome = save_unfinished(model, optimizer, plan, first)
@@ -480,6 +485,29 @@ def train(model: nn.Module, loss: Loss, examples: dict[str, dataset.Examples], p
         except UserError:
             plan.files.save_best_after_error(plan.progress)
             raise
+
+
+def keep_states(
+    prefix: frozen_prefix.Prefix, examples: dict[str, dataset.Examples], plan: Plan
+) -> dict[str, dataset.Examples]:
+    """Keep the frozen states of all texts that come more than once, if there is room.
+
+    They are computed batch by batch of the first epoch, and of a validation. So the first epoch
+    takes no longer, and is the same to the last bit where nothing is kept; that of an epoch that
+    comes later is not, so a run without room for them goes on without when it is resumed.
+    """
+    training, validation, progress = examples["train"], examples["valid"], plan.progress
+    keep = partial(frozen_prefix.keep, prefix, folder=plan.files.adapter.parent)
+    batches = dataset.evaluation_batches(
+        validation, plan.batch_size, plan.val_batches, progress.parts
+    )
+    kept = {"valid": keep(validation, batches) or validation, "train": training}
+    batches = dataset.epoch_batches(training.lengths, plan.batch_size, plan.seed, epoch=0)
+    if plan.iters > len(batches) and progress.has_room:
+        groups = [part for rows in batches for part in dataset.split_batch(rows, progress.parts)]
+        kept["train"] = keep(training, groups) or training
+        progress.has_room = kept["train"] is not training
+    return kept
 
 
 def start_or_resume(model: nn.Module, plan: Plan) -> optim.Adam:

@@ -70,6 +70,7 @@ class Progress:
         validated: the iteration of the last validation, -1 before the first.
         best_loss, best_iteration: of the validation with the lowest loss.
         parts: how many each batch is computed in, for its memory.
+        has_room: whether the states of frozen layers, if any, can be kept for later epochs.
         log_size: bytes of the log; what is after them belongs to no saved iteration.
     """
 
@@ -83,6 +84,7 @@ class Progress:
     best_loss: float = math.inf
     best_iteration: int = 0
     parts: int = 1
+    has_room: bool = True
     log_size: int = 0
 
     def add_step(self, total: float, tokens: int, seconds: float) -> None:

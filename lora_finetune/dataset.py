@@ -8,7 +8,7 @@ import math
 import re
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -35,8 +35,9 @@ QUESTION_HEADING, ANSWER_HEADING = "### 질문:", "### 답변:"
 UP_TO_ANSWER = re.compile(rf"\s*{QUESTION_HEADING}.*\n{ANSWER_HEADING}\s*(?=\S)", re.DOTALL)
 
 Entry = dict[str, Any]
-# Tokens int32 (rows, width), and whether each is a target, bool (rows, width).
-Batch = tuple[np.ndarray, np.ndarray]
+# Tokens int32 (rows, width), and whether each is a target, bool (rows, width); where the model
+# starts from hidden states, these too.
+Batch = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,8 @@ class Examples:
             text never counts.
         num_truncated: how many of the texts were longer.
         max_length: what they were cut to, and the most inputs in a batch, padding included.
+        states: gives for the indices and the tokens of a batch the hidden states that the model
+            starts from; None where it starts from the tokens.
     """
 
     tokens: np.ndarray
@@ -325,6 +328,7 @@ class Examples:
     is_target: np.ndarray
     num_truncated: int = 0
     max_length: float = math.inf
+    states: Callable[[np.ndarray, np.ndarray], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -343,7 +347,8 @@ class Examples:
         """The given texts, padded on the right, as `loss` takes them.
 
         Returns:
-            Tokens int32 (rows, width), and whether each is a target, bool (rows, width).
+            Tokens int32 (rows, width), and whether each is a target, bool (rows, width); and what
+            `states` gives, if there is such.
         """
         lengths = self.lengths[rows]
         shape = len(rows), padded_width(lengths, self.max_length)
@@ -351,7 +356,7 @@ class Examples:
         for row, (start, length) in enumerate(zip(self.starts[rows], lengths, strict=True)):
             tokens[row, :length] = self.tokens[start : start + length]
             is_target[row, :length] = self.is_target[start : start + length]
-        return tokens, is_target
+        return (tokens, is_target, *([self.states(rows, tokens)] if self.states else []))
 
 
 # A fast tokenizer shares a chunk of texts out among the cores, and takes up to 500 bytes of memory
@@ -450,14 +455,13 @@ def padded_length(length: int) -> int:
 POOL_BATCHES = 50
 
 
-def epoch_batches(
-    lengths: np.ndarray, batch_size: int, rng: np.random.Generator
-) -> list[np.ndarray]:
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """A random order of batches of similar length, with each example in one of them.
 
     Returns:
         ceil(examples / batch size) arrays of example indices; at most one is short.
     """
+    rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     batches = []
     for pool in np.split(order, range(0, len(order), POOL_BATCHES * batch_size)[1:]):
@@ -476,8 +480,7 @@ def training_batches(
     """
     per_epoch = math.ceil(len(examples) / batch_size)
     for epoch in count(start // per_epoch):
-        rng = np.random.default_rng([seed, epoch])
-        batches = epoch_batches(examples.lengths, batch_size, rng)
+        batches = epoch_batches(examples.lengths, batch_size, seed, epoch)
         for rows in batches[start % per_epoch :]:
             yield [examples.batch(part) for part in split_batch(rows, parts)]
         start = 0
@@ -487,7 +490,7 @@ def padding_share(
     lengths: np.ndarray, batch_size: int, seed: int, max_inputs: float = math.inf
 ) -> float:
     """The fraction of the model's inputs in the first epoch that is padding."""
-    batches = epoch_batches(lengths, batch_size, np.random.default_rng([seed, 0]))
+    batches = epoch_batches(lengths, batch_size, seed, 0)
     inputs = sum(len(rows) * (padded_width(lengths[rows], max_inputs) - 1) for rows in batches)
     return 1 - (lengths - 1).sum() / inputs
 

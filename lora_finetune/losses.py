@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ from lora_finetune.fast_exp import exp, log_sum_exp
 import mlx.core as mx
 import mlx.nn as nn
 
-Loss = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
+# Takes the model and the arrays of a batch.
+Loss = Callable[..., tuple[mx.array, mx.array]]
 
 
 @mx.custom_function
@@ -149,7 +150,7 @@ class Head(NamedTuple):
     def hidden_states(self, inputs: mx.array) -> mx.array:
         """What the head is given for tokens (rows, length): (rows, length, width)."""
         given, logits = [], mx.zeros((*inputs.shape, self.num_logits))  # which is never computed
-        with intercepted(self.module, lambda hidden: (given.append(hidden), logits)[1]):
+        with replaced(self.module, lambda hidden: (given.append(hidden), logits)[1]):
             self.model(inputs)
         return given[0]
 
@@ -158,7 +159,7 @@ class Head(NamedTuple):
         logits = as_linear(self.module)(hidden)
         if self.is_last:
             return logits
-        with intercepted(self.module, lambda _: logits[None]):
+        with replaced(self.module, lambda _: logits[None]):
             return self.model(ONE_TOKEN)[0]  # whatever the tokens are, this is made of the logits
 
 
@@ -171,12 +172,12 @@ def find_head(model: nn.Module) -> Head | None:
     with ExitStack() as stack:
         for module in model.modules():
             if num_outputs(module) == logits.shape[-1]:
-                stack.enter_context(intercepted(module, recorder(module, called)))
+                stack.enter_context(replaced(module, recorder(module, called)))
         model(ONE_TOKEN)
     if sum(module is called[-1] for module in called) != 1:
         return None
     module, same = called[-1], mx.zeros(logits.shape)
-    with intercepted(module, lambda _: same):
+    with replaced(module, lambda _: same):
         return Head(model, module, logits.shape[-1], model(ONE_TOKEN) is same)
 
 
@@ -191,20 +192,15 @@ def as_linear(module: nn.Module) -> Callable[[mx.array], mx.array]:
     return getattr(type(module), "as_linear", type(module).__call__).__get__(module)
 
 
+def replaced(
+    module: nn.Module, reply: Callable[[mx.array], mx.array]
+) -> AbstractContextManager[None]:
+    """While it lasts, `reply` answers in place of a linear layer, or an embedding used as one."""
+    return models.intercepted(module, reply, as_linear(module).__name__)
+
+
 def num_outputs(module: nn.Module) -> int:
     """The rows of the weight of a linear layer or embedding; 0 for other modules."""
     if hasattr(module, "as_linear"):
         return module.weight.shape[0]
     return models.linear_shape(module)[0] if models.is_linear(module) else 0
-
-
-@contextmanager
-def intercepted(module: nn.Module, reply: Callable[[mx.array], mx.array]) -> Iterator[None]:
-    """While it lasts, `reply` answers in place of a linear layer, or an embedding used as one."""
-    original = type(module)
-    method = as_linear(module).__name__
-    module.__class__ = type(original.__name__, (original,), {method: lambda _, x: reply(x)})
-    try:
-        yield
-    finally:
-        module.__class__ = original

@@ -1,0 +1,253 @@
+"""The hidden states below the first adapted layer, which training does not change: computed once.
+
+Of causal layers, the states of a text depend neither on what is padded behind it nor on the texts
+beside it. So they can be kept for later epochs, and for every validation.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import models
+from lora_finetune import dataset, memory
+from lora_finetune.command_line import warn
+from lora_finetune.losses import Loss
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+
+class Prefix(NamedTuple):
+    """The layers of a model below the first one that is trained.
+
+    Attributes:
+        model: the model that they are in.
+        num_layers: how many they are.
+    """
+
+    model: nn.Module
+    num_layers: int
+
+    def states(self, tokens: np.ndarray, lengths: np.ndarray) -> mx.array:
+        """What these layers make of a batch: what the first trained layer is given.
+
+        Args:
+            tokens: int32 (rows, width); all but the last of a row are inputs.
+            lengths: tokens of each text, int64 (rows,).
+
+        Returns:
+            (rows, width − 1, size), zero in padding, of the model's own type; not computed yet.
+        """
+        inputs, given = mx.array(tokens[:, :-1]), []
+
+        def pass_on(hidden: mx.array, *_: object, **__: object) -> mx.array:
+            given.append(hidden)
+            return hidden
+
+        was_training = self.model.training
+        self.model.eval()  # some layers have faster kernels where there is no gradient
+        try:
+            with intercepted(self.model.layers[self.num_layers :], pass_on):
+                self.model(inputs)
+        finally:
+            self.model.train(was_training)
+        is_text = mx.arange(inputs.shape[1]) < mx.array(lengths - 1)[:, None]
+        return mx.where(is_text[..., None], given[0], 0)
+
+    @contextmanager
+    def replaced(self, states: mx.array) -> Iterator[None]:
+        """While it lasts, these layers put out given states for a batch of that shape."""
+
+        def reply(hidden: mx.array, *_: object, **__: object) -> mx.array:
+            return states if hidden.shape == states.shape else hidden
+
+        with intercepted(self.model.layers[: self.num_layers], reply):
+            yield
+
+    def loss(self, loss: Loss) -> Loss:
+        """A loss that takes the states of the batch as its last argument."""
+
+        def loss_from_states(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
+            *arrays, states = batch
+            with self.replaced(states):
+                return loss(model, *arrays)
+
+        return loss_from_states
+
+    def examples(self, examples: dataset.Examples) -> dataset.Examples:
+        """The same texts in batches with their states, computed anew for each batch."""
+
+        def states(rows: np.ndarray, tokens: np.ndarray) -> mx.array:
+            return self.states(tokens, examples.lengths[rows])
+
+        return replace(examples, states=states)
+
+
+@contextmanager
+def intercepted(layers: list[nn.Module], reply: Callable[..., mx.array]) -> Iterator[None]:
+    """While it lasts, `reply` answers in place of each of these layers."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(models.intercepted(layer, reply))
+        yield
+
+
+def find(model: nn.Module) -> Prefix | None:
+    """The layers of a model below the first one that is trained; None where there are none.
+
+    None too, with a line that says so, where their states do not stand for all that they do: some
+    architectures hand keys and values of one layer to others, or more than states.
+    """
+    trained = [bool(tree_flatten(layer.trainable_parameters())) for layer in model.layers]
+    if not any(trained) or trained[0]:
+        return None
+    prefix = Prefix(model, trained.index(True))
+    with suppress(Exception):  # whatever an architecture does where layers do not do their part
+        if stands_for_its_layers(prefix):
+            return prefix
+    warn(
+        f"in models of this kind ({models.model_family(model)}) the layers below the first adapted "
+        "one have to be computed again in each epoch, though nothing in them changes"
+    )
+    return None
+
+
+def stands_for_its_layers(prefix: Prefix) -> bool:
+    """Whether a model's logits are the same from states, and a text's states the same alone.
+
+    Shown on a text, and a shorter one with padding behind it. The shorter one is computed alone in
+    between, so that nothing that layers may have left behind for others can serve.
+    """
+    tokens, lengths = np.array([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 0, 0, 0, 0]]), [9, 5]
+    model = prefix.model.eval()
+    logits, states = model(mx.array(tokens[:, :-1])), prefix.states(tokens, np.array(lengths))
+    mx.eval(logits, states)
+    alone = prefix.states(tokens[1:, :5], np.array([5]))
+    mx.eval(alone)
+    with prefix.replaced(states):
+        from_states = model(mx.array(tokens[:, :-1]))
+    most = mx.finfo(states.dtype).eps ** 0.5
+    errors = [relative_error(alone[0], states[1, :4])]
+    errors += [
+        relative_error(from_states[i, : n - 1], logits[i, : n - 1]) for i, n in ((0, 9), (1, 5))
+    ]
+    return all(error <= most for error in errors) and mx.isfinite(from_states).all().item()
+
+
+def relative_error(found: mx.array, expected: mx.array) -> float:
+    """The norm of the error of a row against that of the row, on average."""
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    norm = mx.linalg.norm
+    return (norm(found - expected, axis=-1) / norm(expected, axis=-1)).mean().item()
+
+
+# --- Keeping ------------------------------------------------------------------------------------
+
+
+class Kept:
+    """The states of texts, computed for a whole group when one of its texts is first asked for.
+
+    The groups are fixed, so that the last bits of a text's states do not depend on which batch
+    asked for them first: on the one after which a run was resumed, for example.
+
+    Attributes:
+        examples: the texts, in batches with states that are computed anew.
+        groups: arrays of their indices, no two with a text in common.
+        array: bytes of the states of all inputs, text after text: uint8 (inputs, bytes of one).
+        dtype: what the bytes are.
+    """
+
+    def __init__(
+        self, examples: dataset.Examples, groups: list[np.ndarray], array: np.ndarray,
+        dtype: mx.Dtype,
+    ):  # fmt: skip
+        self.examples, self.groups, self.array, self.dtype = examples, groups, array, dtype
+        self.group_of = np.zeros(len(examples), np.int64)
+        for number, rows in enumerate(groups):
+            self.group_of[rows] = number
+        self.is_computed = np.zeros(len(groups), bool)
+        self.starts = np.append(0, np.cumsum(num_inputs(examples, groups)))
+
+    def __call__(self, rows: np.ndarray, tokens: np.ndarray) -> mx.array:
+        """The states (rows, width − 1, size) of a batch, zero in padding; `rows` are its texts."""
+        for number in np.unique(self.group_of[rows]):
+            if not self.is_computed[number]:
+                self.compute(number)
+        states = np.zeros((len(rows), tokens.shape[1] - 1, self.array.shape[1]), np.uint8)
+        for row, text in zip(states, rows, strict=True):
+            kept = self.array[self.starts[text] : self.starts[text + 1]]
+            row[: len(kept)] = kept
+        return mx.array(states).view(self.dtype)
+
+    def compute(self, number: int) -> None:
+        rows = self.groups[number]
+        *_, states = self.examples.batch(rows)
+        for row, text in zip(np.asarray(states.view(mx.uint8)), rows, strict=True):
+            start, end = self.starts[text : text + 2]
+            self.array[start:end] = row[: end - start]
+        self.is_computed[number] = True
+
+
+def num_inputs(examples: dataset.Examples, groups: list[np.ndarray]) -> np.ndarray:
+    """Inputs of each text, int64 (number of texts,); 0 for those that are in no group."""
+    numbers, rows = np.zeros(len(examples), np.int64), np.concatenate(groups)
+    numbers[rows] = np.maximum(examples.lengths[rows] - 1, 0)
+    return numbers
+
+
+def keep(
+    prefix: Prefix, examples: dataset.Examples, groups: list[np.ndarray], folder: Path
+) -> dataset.Examples | None:
+    """The same texts in batches with states that are kept; None, and a line, without room for it.
+
+    Args:
+        examples: as `Prefix.examples` gives them.
+        groups: of texts that are computed together; each is as much work as a batch.
+        folder: for the file, if there has to be one.
+    """
+    one = prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # which is never computed
+    inputs = num_inputs(examples, groups).sum()
+    array = make_room((inputs, one.shape[-1] * one.dtype.size), folder)
+    return (
+        None
+        if array is None
+        else replace(examples, states=Kept(examples, groups, array, one.dtype))
+    )
+
+
+# How much of the memory there is the states of training texts may take, and those of validation.
+MEMORY_SHARE = 1 / 16
+# How much of a disk they leave free.
+FREE_SHARE = 1 / 10
+
+
+def make_room(shape: tuple[int, int], folder: Path) -> np.ndarray | None:
+    """An array of bytes in memory, or in a file without a name, which ends with the process."""
+    size = math.prod(map(int, shape))
+    free = min(memory.available(), memory.machine_memory()) - mx.get_active_memory()
+    if size <= free * MEMORY_SHARE:
+        return np.empty(shape, np.uint8)
+    taken = f"the hidden states of layers that do not change take {size / 1e9:.3g} GB"
+    try:
+        disk = shutil.disk_usage(folder)
+        if disk.free - size < disk.total * FREE_SHARE:
+            raise OSError
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            array = np.memmap(file, np.uint8, "w+", shape=shape)
+    except OSError:
+        warn(f"{taken}, for which {folder} has no room, so they are computed again in each epoch")
+        return None
+    warn(f"{taken} and are kept in a temporary file in {folder}, which goes with this process")
+    return array
