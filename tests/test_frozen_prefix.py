@@ -1,0 +1,270 @@
+"""What lies below the first adapted layer is computed once for each text, with the same result."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import background
+import models
+import tiny
+import train_lora
+from conftest import Run, listing
+from lora_finetune import adapters, checkpoint, dataset, frozen_prefix, losses
+from test_survival import wait_for
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+ARCHITECTURES = json.loads((Path(__file__).parent / "architectures.json").read_text("utf-8"))
+BATCH_SIZE, EPOCHS = 3, 3
+
+
+def build(name: str, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """A tiny model with its last two layers adapted, the same random weights each time."""
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(0)
+    config = copy.deepcopy(ARCHITECTURES[name]["config"])
+    model = module.Model(module.ModelArgs.from_dict(config))
+    model.set_dtype(dtype)
+    adapters.adapt(model, {}, None, 2)
+    return model
+
+
+def make_examples(number: int, seed: int) -> dataset.Examples:
+    """Random texts of 1 to 45 tokens."""
+    rng = np.random.default_rng(seed)
+    starts = np.append(0, np.cumsum([1, *rng.integers(2, 46, number - 1)]))
+    is_target = np.ones(starts[-1], bool)
+    is_target[starts[:-1]] = False
+    return dataset.Examples(rng.integers(1, 128, starts[-1], np.int32), starts, is_target)
+
+
+@pytest.fixture
+def examples() -> dict[str, dataset.Examples]:
+    return {"train": make_examples(8, 0), "valid": make_examples(7, 1)}
+
+
+def with_kept_states(
+    prefix: frozen_prefix.Prefix,
+    examples: dict[str, dataset.Examples],
+    folder: Path,
+    parts: int = 1,
+) -> dict[str, dataset.Examples]:
+    groups = {
+        "train": dataset.epoch_batches(examples["train"].lengths, BATCH_SIZE, 0, 0),
+        "valid": dataset.evaluation_batches(examples["valid"], BATCH_SIZE, -1),
+    }
+    return {
+        split: frozen_prefix.keep(
+            prefix,
+            prefix.examples(examples[split]),
+            [part for rows in groups[split] for part in dataset.split_batch(rows, parts)],
+            folder,
+        )
+        for split in groups
+    }
+
+
+def train(
+    model: nn.Module, loss: losses.Loss, examples: dict[str, dataset.Examples], parts: int = 1
+) -> Iterator[float]:
+    """The loss of each step of a few epochs, and of a validation after each epoch."""
+    model.train()
+    step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 1e-3, {}))
+    batches = dataset.training_batches(examples["train"], BATCH_SIZE, 0, 0, parts)
+    for _ in range(EPOCHS):
+        for batch in itertools.islice(batches, math.ceil(len(examples["train"]) / BATCH_SIZE)):
+            yield step(batch)[0]
+        yield train_lora.evaluate(model, loss, examples["valid"], BATCH_SIZE, -1, parts=parts)
+        model.train()
+
+
+def assert_trains_the_same(
+    name: str, examples: dict[str, dataset.Examples], folder: Path, parts: int = 1
+) -> None:
+    plain, model = build(name), build(name)
+    expected = list(train(plain, losses.make_loss(plain), examples, parts))
+    prefix = frozen_prefix.find(model)
+    assert prefix.num_layers == len(model.layers) - 2
+    loss = prefix.loss(losses.make_loss(model))
+    found = list(train(model, loss, with_kept_states(prefix, examples, folder, parts), parts))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    arrays = dict(tree_flatten(model.trainable_parameters()))
+    for path, array in tree_flatten(plain.trainable_parameters()):
+        # Adam divides by gradients, so that a few of the smallest may turn.
+        assert np.abs(np.array(arrays[path] - array)).mean() < 1e-2 * 1e-3, path
+    batch = list(map(mx.array, examples["valid"].batch(np.arange(7))))
+    test_losses = [losses.loss(each, *batch)[0].item() for each in (model, plain)]
+    assert test_losses[0] == pytest.approx(test_losses[1], 1e-4)
+
+
+NAMES = ("llama", "qwen2", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_next")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_adapter_are_those_of_the_whole_model(
+    name: str, examples: dict[str, dataset.Examples], tmp_path: Path
+) -> None:
+    mx.disable_compile()  # which takes most of the time
+    try:
+        assert_trains_the_same(name, examples, tmp_path)
+    finally:
+        mx.enable_compile()
+
+
+def test_the_same_in_a_compiled_step_and_in_parts(
+    examples: dict[str, dataset.Examples], tmp_path: Path
+) -> None:
+    assert_trains_the_same("gemma2", examples, tmp_path, parts=2)
+
+
+def test_each_text_is_computed_once_for_all_epochs_and_validations(
+    examples: dict[str, dataset.Examples], tmp_path: Path
+) -> None:
+    model = build("llama")
+    prefix = frozen_prefix.find(model)
+    loss, kept = prefix.loss(losses.make_loss(model)), with_kept_states(prefix, examples, tmp_path)
+    layer, rows = model.layers[0], []
+    kind = type(layer)
+
+    def count(hidden: mx.array, *args: object, **options: object) -> mx.array:
+        rows.append(len(hidden))
+        return kind.__call__(layer, hidden, *args, **options)
+
+    with models.intercepted(layer, count):
+        list(train(model, loss, kept))
+    assert sum(rows) == len(examples["train"]) + len(examples["valid"])
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_what_is_kept_has_the_type_of_the_model_and_every_bit_whoever_asks_first(
+    dtype: mx.Dtype, examples: dict[str, dataset.Examples], tmp_path: Path
+) -> None:
+    prefix = frozen_prefix.find(build("llama", dtype))
+    kept = with_kept_states(prefix, examples, tmp_path)["train"]
+    other = with_kept_states(prefix, examples, tmp_path)["train"]
+    for row in range(len(kept))[::-1]:
+        *_, states = other.batch(np.array([row]))
+        assert states.dtype == dtype
+    for rows in dataset.epoch_batches(kept.lengths, BATCH_SIZE, 0, 0):
+        *_, expected = prefix.examples(examples["train"]).batch(rows)
+        for each in (kept, other):
+            assert mx.array_equal(each.batch(rows)[-1], expected).item()
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4_text", "hunyuan", "kimi_k3"])
+def test_layers_that_hand_on_more_than_states_are_left_to_the_model_and_a_line_says_so(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert frozen_prefix.find(build(name)) is None
+    line = capsys.readouterr().err
+    assert line.startswith(f"warning: in models of this kind ({name}) the layers below the first ")
+    assert line.count("\n") == 1
+
+
+def test_nothing_is_looked_for_where_all_layers_are_adapted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = build("llama")
+    models.add_lora(model, dict.fromkeys(models.find_targets(build("llama"), 4), 8))
+    assert frozen_prefix.find(model) is None
+    assert capsys.readouterr().err == ""
+
+
+# --- Runs ---------------------------------------------------------------------------------------
+
+SETTINGS = ["--train", "--lora-layers", 2, "--batch-size", 4, "--learning-rate", "1e-2"]
+SETTINGS += ["--steps-per-eval", 7, "--save-every", 3, "--adapter-file", "a.npz"]
+
+
+@pytest.fixture
+def args(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    monkeypatch.chdir(tmp_path)
+    return ["--model", model, "--data", data, *SETTINGS]
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_run_of_some_epochs_resumed_for_more_ends_in_the_adapter_of_a_run_at_once(
+    call: Run, args: list[object], first: int
+) -> None:
+    """Also where the first part was a single epoch, of which nothing is kept."""
+    for more in ([first], [4, "--resume-adapter-file", "a.npz"], [4, "--adapter-file", "b.npz"]):
+        ended = call(*args, "--epochs", *more)
+        assert (ended.returncode, ended.stderr) == (0, "")
+    assert Path("a.npz").read_bytes() == Path("b.npz").read_bytes()
+
+
+def test_a_model_of_such_layers_is_trained_the_plain_way(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    config = {"vocab_size": 300, "max_position_embeddings": 512}
+    model = tiny.make_model(tmp_path / "model", **ARCHITECTURES["hunyuan"]["config"] | config)
+    ended = call(*args, "--model", model, "--epochs", 2)
+    assert ended.returncode == 0
+    assert ended.stderr.startswith("warning: in models of this kind (hunyuan)")
+
+
+def run_without_memory(folder: Path, args: list[str]) -> None:
+    frozen_prefix.MEMORY_SHARE = 0
+    background.run(folder, args, 0, None)
+
+
+def test_beyond_the_memory_a_file_serves_which_nobody_sees_and_a_kill_takes_along(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    assert call(*args, "--epochs", 3).returncode == 0
+    expected = Path("a.npz").read_bytes()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    more = map(str, [*args, "--epochs", 1000])
+    process = background.CONTEXT.Process(target=run_without_memory, args=(folder, [*more]))
+    process.start()
+    wait_for(folder / "out", "Iter 30: Saved", process)
+    held = Path(f"/proc/{process.pid}/map_files")
+    mapped = [str(file.readlink()) for file in held.iterdir()]
+    assert sum(str(folder) in file and file.endswith(" (deleted)") for file in mapped) == 2
+    process.kill()
+    process.join()
+    names = {Path(file).name for file in listing(folder)}
+    whole = {"a.npz", "a.state.npz", "a.best.npz", "a.log.jsonl", "out", "err"}
+    assert {name for name in names if not name.endswith(".part")} == whole  # of a save that it hit
+    lines = (folder / "err").read_text().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("warning: the hidden states of layers that do not change take 0.0")
+        assert "are kept in a temporary file in" in line
+    again = map(str, [*args, "--epochs", 3])
+    process = background.CONTEXT.Process(target=run_without_memory, args=(folder, [*again]))
+    process.start()
+    process.join()
+    assert (folder / "a.npz").read_bytes() == expected
+
+
+def test_without_room_on_the_disk_either_each_epoch_computes_them_and_so_it_goes_on(
+    call: Run, args: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resumed run has room, and ends in the same adapter all the same."""
+    assert call(*args, "--epochs", 4, "--adapter-file", "kept.npz").returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(frozen_prefix, "MEMORY_SHARE", 0)
+        patch.setattr(frozen_prefix, "FREE_SHARE", 1)
+        for name, epochs in [("a.npz", 2), ("b.npz", 4)]:
+            ended = call(*args, "--epochs", epochs, "--adapter-file", name)
+            assert ended.returncode == 0
+            assert ended.stderr.count("has no room, so they are computed again in each epoch") == 2
+    assert not checkpoint.read(Path("a.npz")).progress.has_room
+    ended = call(*args, "--epochs", 4, "--resume-adapter-file", "a.npz")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert Path("a.npz").read_bytes() == Path("b.npz").read_bytes()
+    with np.load("a.npz") as found, np.load("kept.npz") as expected:
+        for path in expected:
+            assert np.abs(found[path] - expected[path]).mean() < 1e-2 * 1e-2
