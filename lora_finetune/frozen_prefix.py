@@ -192,7 +192,9 @@ class Kept:
     def compute(self, number: int) -> None:
         rows = self.groups[number]
         *_, states = self.examples.batch(rows)
-        for row, text in zip(np.asarray(states.view(mx.uint8)), rows, strict=True):
+        # Of an array that the device failed to compute, NumPy itself would drop the error.
+        computed = np.asarray(memoryview(states.view(mx.uint8)))
+        for row, text in zip(computed, rows, strict=True):
             start, end = self.starts[text : text + 2]
             self.array[start:end] = row[: end - start]
         self.is_computed[number] = True
