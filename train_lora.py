@@ -415,6 +415,7 @@ def fit_memory(
     """
     longest = np.argsort(examples.lengths, kind="stable")[-batch_size:]
     before, rows, tokens = model.trainable_parameters(), len(longest), examples.lengths.max()
+    limit = memory.available()
 
     def try_step(number: int) -> None:
         step = make_step(model, loss, make_optimizer(model, 0.0, {}))
@@ -423,20 +424,23 @@ def fit_memory(
         finally:
             model.update(before)
 
-    at_least = -(-rows // parts)
-    if not (fitting := memory.number_that_fits(try_step, at_least)):
-        warn(f"a text of {tokens} tokens takes too much memory, so layers are computed twice")
+    most = -(-rows // parts)
+    if not (fitting := memory.number_that_fits(try_step, most, limit)):
+        warn(
+            f"a text of {tokens} tokens takes too much memory, so layers are computed "
+            "twice, which is slower"
+        )
         models.checkpoint_layers(model)
-        fitting = memory.number_that_fits(try_step, at_least)
+        fitting = memory.number_that_fits(try_step, most, limit)
     if not fitting:
         raise UserError(
-            f"a text of {tokens} tokens takes more memory than the {memory.available() / 1e9:.3g} "
+            f"a text of {tokens} tokens takes more memory than the {limit / 1e9:.3g} "
             "GB there are; lower --max-seq-length or --lora-layers, or take a smaller model"
         )
-    if fitting < at_least:
+    if fitting < most:
         parts = -(-rows // fitting)
         warn(
-            f"{rows} texts of up to {tokens} tokens do not fit into {memory.available() / 1e9:.3g} "
+            f"{rows} texts of up to {tokens} tokens do not fit into {limit / 1e9:.3g} "
             f"GB of memory, so each batch is computed in {parts} parts, with the same result"
         )
     return parts

@@ -81,8 +81,8 @@ def set_limits(limit: int) -> None:
     maybe_set_recommended_wired_limit()  # where there is Metal, weights then stay in memory
 
 
-def number_that_fits(step: Callable[[int], None], most: int) -> int:
-    """How many texts a step can take at once, up to `most`; 0 if not even one.
+def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
+    """How many texts a step can take at once in `limit` bytes, up to `most`; 0 if not even one.
 
     Some systems kill a process that runs out of memory. So before several texts are tried, their
     memory is extrapolated from one, and where that might be too much from one and two.
@@ -90,7 +90,7 @@ def number_that_fits(step: Callable[[int], None], most: int) -> int:
     Args:
         step: does a step on so many of the longest texts.
     """
-    limit, base = available(), mx.get_active_memory()
+    base = mx.get_active_memory()
 
     def peak(number: int) -> float:
         """Bytes that a step takes, infinite where it cannot get them."""
