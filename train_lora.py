@@ -776,7 +776,8 @@ def run(args: argparse.Namespace) -> None:
     if args.train:
         learnt = prompts.learnt_format(plan.data["train"], tokenizer)
     else:
-        learnt = checkpoint.settings_of(plan.source).get(LEARNT_FORMAT)
+        saved = checkpoint.settings_of(plan.source)
+        learnt = saved.get(LEARNT_FORMAT)
     asked = prompts.encode(
         plan.prompts, args.prompt_format, learnt, args.system, tokenizer, args.max_tokens, limits
     )
@@ -789,7 +790,7 @@ def run(args: argparse.Namespace) -> None:
         plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
         train(model, loss, examples, plan)
     else:
-        checkpoint.warn_of_other_model(plan.source, fingerprints)
+        checkpoint.warn_of_other_model(plan.source, saved, fingerprints)
     if args.test:
         test(model, loss, examples["test"], args.batch_size, args.test_batches, plan.files.report)
     for prompt in asked:

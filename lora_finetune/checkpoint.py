@@ -260,7 +260,7 @@ def warn_of_changes(source: Path, state: State | None, settings: dict[str, Any])
     """
     if not state:
         warn(f"{source} has no training state beside it, so Adam starts with fresh moments")
-        warn_of_other_model(source, settings)
+        warn_of_other_model(source, settings_of(source), settings)
         return False
     if state.save_interrupted:
         iteration = state.progress.iteration
@@ -290,9 +290,8 @@ def settings_of(source: Path) -> dict[str, Any]:
     return state.settings if state else {}
 
 
-def warn_of_other_model(source: Path, settings: dict[str, Any]) -> None:
-    """Warn where a state beside an adapter tells that it was trained on another model."""
-    saved = settings_of(source)
+def warn_of_other_model(source: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Warn where the saved settings of an adapter tell that it was trained on another model."""
     names = [name for name in settings if name.startswith("the model")]
     if other := [name for name in names if saved.get(name, settings[name]) != settings[name]]:
         differs = ", ".join(name.removeprefix("the model's ") for name in other)
