@@ -183,12 +183,13 @@ def render(entry: Entry, template: Template | None, mask_prompt: bool) -> Text:
         ValueError: there is no template for messages, or it does not take them.
     """
     if "text" in entry:
-        whole, prompt = entry["text"], UP_TO_ANSWER.match(entry["text"])
+        whole = entry["text"]
+        start = UP_TO_ANSWER.match(whole).end() if mask_prompt else 0
     elif "messages" in entry or template:
         return render_chat(as_messages(entry), entry.get("tools"), template, mask_prompt)
     else:
-        whole, prompt = entry["prompt"] + entry["completion"], [entry["prompt"]]
-    return Text(whole, [(len(prompt[0]), len(whole))] if mask_prompt else None)
+        whole, start = entry["prompt"] + entry["completion"], len(entry["prompt"])
+    return Text(whole, [(start, len(whole))] if mask_prompt else None)
 
 
 def as_messages(entry: Entry) -> list[Message]:
