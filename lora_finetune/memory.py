@@ -100,8 +100,7 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
         except FAILURES as error:
             if not is_lacking(error):
                 raise
-            traceback.clear_frames(error.__traceback__)
-            mx.clear_cache()
+            release(error)
             return math.inf
         return mx.get_peak_memory()
 
@@ -151,10 +150,15 @@ def device_errors(advice: str) -> Iterator[None]:
     try:
         yield
     except FAILURES as error:
-        traceback.clear_frames(error.__traceback__)  # they hold what the computation has taken
-        with suppress(*FAILURES):
-            mx.clear_cache()
+        release(error)
         raise DeviceError(explain(error, advice)) from error
+
+
+def release(error: Exception) -> None:
+    """Give back the memory that a failed computation has taken, which its frames hold."""
+    traceback.clear_frames(error.__traceback__)
+    with suppress(*FAILURES):
+        mx.clear_cache()
 
 
 def explain(error: Exception, advice: str) -> str:
