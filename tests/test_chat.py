@@ -12,7 +12,7 @@ from typing import NamedTuple
 import models
 import templates
 import tiny
-from conftest import ROOT, Run, one_error
+from conftest import ROOT, Ended, Run, one_error
 from lora_finetune import chat, dataset
 from test_long_texts import TOKENIZERS, build
 
@@ -247,21 +247,25 @@ def test_tools_that_are_none_are_named(tmp_path: Path, call: Run, tools: object)
 # --- Nothing vanishes in silence ----------------------------------------------------------------
 
 
-def train(call: Run, model: Path, folder: Path, *args: object) -> object:
-    file = folder / "train.jsonl"
-    (folder / "valid.jsonl").write_bytes(file.read_bytes())
-    adapter = folder / "a.npz"
-    fixed = ["--train", "--lora-layers", 1, "--model", model, "--data", folder]
-    return call(*fixed, "--adapter-file", adapter, "--batch-size", 2, "--iters", 1, *args)
+@pytest.fixture
+def train_on(call: Run, make_model: MakeModel, tmp_path: Path) -> Callable[[str, str], Ended]:
+    """A run that trains on a file of the cases, with one of their templates."""
+
+    def train_on(case: str, template: str) -> Ended:
+        for split in ("train", "valid"):
+            (tmp_path / f"{split}.jsonl").write_bytes((CASES / case).read_bytes())
+        args = ["--train", "--lora-layers", 1, "--batch-size", 2, "--iters", 1]
+        args += ["--model", make_model(CASE_TEMPLATES[template]), "--data", tmp_path]
+        return call(*args, "--adapter-file", tmp_path / "a.npz")
+
+    return train_on
 
 
 def test_a_message_that_the_template_shows_nowhere_is_an_error(
-    call: Run, make_model: MakeModel, tmp_path: Path
+    train_on: Callable[[str, str], Ended], tmp_path: Path
 ) -> None:
-    model = make_model(CASE_TEMPLATES["roles"])
-    file = tmp_path / "train.jsonl"
-    file.write_bytes((CASES / "messages-unknown-role.jsonl").read_bytes())
-    error = one_error(train(call, model, tmp_path), f"{file}, line 2", "message 2", '"bot"')
+    ended = train_on("messages-unknown-role.jsonl", "roles")
+    error = one_error(ended, f"{tmp_path / 'train.jsonl'}, line 2", "message 2", '"bot"')
     assert "nowhere" in error
     assert not (tmp_path / "a.npz").exists()
 
@@ -294,16 +298,13 @@ def test_a_second_message_with_the_words_of_a_first_does_not_stand_for_it(learn:
 
 
 def test_reasoning_that_the_template_cuts_off_is_told_once(
-    call: Run, make_model: MakeModel, tmp_path: Path
+    train_on: Callable[[str, str], Ended],
 ) -> None:
-    model = make_model(CASE_TEMPLATES["answer-only"])
-    file = tmp_path / "train.jsonl"
-    file.write_bytes((CASES / "messages-reasoning.jsonl").read_bytes())
-    ended = train(call, model, tmp_path)
+    ended = train_on("messages-reasoning.jsonl", "answer-only")
     assert ended.returncode == 0
     warnings = ended.stderr.splitlines()
-    assert [split in line for line, split in zip(warnings, ("train", "valid"), strict=True)]
-    for line in warnings:
+    for line, split in zip(warnings, ("train", "valid"), strict=True):
+        assert f"{split}.jsonl: " in line
         assert "leaves out part of a message in 1 of 2 texts, the first in line 1" in line
 
 
