@@ -125,6 +125,7 @@ if __name__ == "__main__":  # parsed before the imports, which take seconds: --h
 import models
 from lora_finetune import (
     adapters,
+    attention,
     checkpoint,
     dataset,
     demo_model,
@@ -761,6 +762,7 @@ def run(args: argparse.Namespace) -> None:
     on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
         linux_cpu.warn_of_slow_blas()
+        linux_cpu.keep_freed_memory()
     fast_exp.put_in_place(slow_exp=on_cpu and linux_cpu.can_compile())
     memory.set_limits(memory.available())
     folder = models.find_model(args.model or str(demo_model.fetch()))
@@ -786,13 +788,15 @@ def run(args: argparse.Namespace) -> None:
         max_text_length(args, limits),
     )  # fmt: skip
     warn_beyond_context(examples, asked, models.context_length(folder))
-    if args.train:
-        plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
-        train(model, loss, examples, plan)
-    else:
-        checkpoint.warn_of_other_model(plan.source, saved, fingerprints)
-    if args.test:
-        test(model, loss, examples["test"], args.batch_size, args.test_batches, plan.files.report)
+    with attention.by_blocks():
+        if args.train:
+            plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
+            train(model, loss, examples, plan)
+        else:
+            checkpoint.warn_of_other_model(plan.source, saved, fingerprints)
+        if args.test:
+            batches = args.batch_size, args.test_batches
+            test(model, loss, examples["test"], *batches, plan.files.report)
     for prompt in asked:
         generate(model, tokenizer, prompt, args.temp, args.seed)
 
