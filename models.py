@@ -34,7 +34,10 @@ from transformers.utils import logging
 # On CUDA, MLX would round the factors of float32 products to TF32's 10 bits: gradients 1 % off.
 # And cuDNN's attention has gradients that differ from run to run: none could be resumed exactly.
 # Only there, since without TF32 the newest Macs do not use their matrix units for float32.
+# And what it hands over at a time, of which ten may wait, is made small: they hold gigabytes.
 if mx.cuda.is_available():
+    os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "50")
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "300")
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
     os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
 
@@ -385,7 +388,33 @@ class LowRank(nn.Module):
         self.lora_b = mx.zeros((r, d_out))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return (self.scale * ((x @ self.lora_a) @ self.lora_b)).astype(x.dtype)
+        return low_rank(x, self.lora_a, self.lora_b, self.scale)
+
+
+def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
+    """scale · (x a) b, computed in float32 and of the type of x.
+
+    Of x no copy in float32 is kept for the gradients.
+    """
+
+    @mx.custom_function
+    def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        z = x.astype(a.dtype) @ a
+        return (scale * (z @ b)).astype(x.dtype), z
+
+    @forward.vjp
+    def gradients(primals, cotangents, outputs):
+        (x, a, b), (dy, _), (_, z) = primals, cotangents, outputs
+        (x,) = mx.depends([x], [dy])  # else, compiled, the copy of above would be kept
+        x, dy, z = (array.flatten(0, -2) for array in (x, scale * dy.astype(a.dtype), z))
+        dz = dy @ b.T
+        return (
+            (dz @ a.T).reshape(primals[0].shape).astype(x.dtype),
+            x.astype(a.dtype).T @ dz,
+            z.T @ dy,
+        )
+
+    return forward(x, a, b)[0]
 
 
 class LoRALinear(LowRank):

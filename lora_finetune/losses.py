@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import models
 from lora_finetune.fast_exp import exp, log_sum_exp
@@ -15,6 +15,19 @@ import mlx.nn as nn
 
 # Takes the model and the arrays of a batch.
 Loss = Callable[..., tuple[mx.array, mx.array]]
+
+
+def in_turn(function: Callable[..., Any], size: int, *arrays: mx.array) -> list[Any]:
+    """What a function makes of `size` rows of arrays at a time, in turn."""
+    values = []
+    for start in range(0, len(arrays[0]), size):
+        rows = [array[start : start + size] for array in arrays]
+        values.append(function(*(mx.depends(rows, values[-1]) if values else rows)))
+    return values
+
+
+# How many logits the cache of a CPU can hold while they are worked on.
+CACHED_LOGITS = 2**19
 
 
 @mx.custom_function
@@ -28,7 +41,10 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.arr
     Returns:
         The losses in nats, and the log-sum-exp of the logits; both float32 (rows,).
     """
-    log_sums = log_sum_exp(logits.astype(mx.float32))
+    rows = max(1, CACHED_LOGITS // logits.shape[1])
+    log_sums = mx.concatenate(
+        in_turn(lambda rows: log_sum_exp(rows.astype(mx.float32)), rows, logits)
+    )
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return log_sums - target_logits.astype(mx.float32), log_sums
 
@@ -39,12 +55,26 @@ def cross_entropy_vjp(
     cotangents: tuple[mx.array, mx.array],
     outputs: tuple[mx.array, mx.array],
 ) -> tuple[mx.array, mx.array]:
-    """Softmax − one-hot, times the cotangent: elementwise, so it fuses into one kernel."""
+    """Softmax − one-hot, times the cotangent."""
     (logits, targets), (_, log_sums) = primals, outputs
-    softmax = exp(logits.astype(mx.float32) - log_sums[:, None])
-    one_hot = mx.arange(logits.shape[1]) == targets[:, None]
-    gradient = (softmax - one_hot) * cotangents[0][:, None]
-    return gradient.astype(logits.dtype), mx.zeros_like(targets)
+
+    def gradient(
+        logits: mx.array, targets: mx.array, log_sums: mx.array, cotangent: mx.array
+    ) -> mx.array:
+        softmax = exp(logits.astype(mx.float32) - log_sums[:, None])
+        one_hot = mx.arange(logits.shape[1]) == targets[:, None]
+        return ((softmax - one_hot) * cotangent[:, None]).astype(logits.dtype)
+
+    rows = max(1, CACHED_LOGITS // logits.shape[1])
+    gradients = in_turn(gradient, rows, logits, targets, log_sums, cotangents[0])
+    return mx.concatenate(gradients), mx.zeros_like(targets)
+
+
+def losses_of(logits: mx.array, targets: mx.array) -> mx.array:
+    """The cross-entropy of each row, in nats and float32; on a GPU with MLX's own kernel."""
+    if mx.default_device() == mx.gpu:
+        return mx.fast.cross_entropy(logits, targets)
+    return cross_entropy(logits, targets)[0]
 
 
 def loss(model: nn.Module, tokens: mx.array, is_target: mx.array) -> tuple[mx.array, mx.array]:
@@ -60,15 +90,15 @@ def loss(model: nn.Module, tokens: mx.array, is_target: mx.array) -> tuple[mx.ar
         The sum in nats, and the number of targets that count; both scalars.
     """
     inputs, targets, mask = tokens[:, :-1], tokens[:, 1:], is_target[:, 1:]
-    losses, _ = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    losses = losses_of(model(inputs).flatten(0, 1), targets.flatten())
     return (losses * mask.flatten()).sum(), mask.sum()
 
 
 # --- Piece by piece -----------------------------------------------------------------------------
 
-# How many logits there are in a piece. A few pieces are in memory at a time, since MLX runs ahead
-# by some operations; and small ones would not fill a GPU.
-PIECE_LOGITS = {mx.DeviceType.cpu: 2**22, mx.DeviceType.gpu: 2**27}
+# How large a piece is: in rows on a CPU, whose products of fewer rows are slow, and in logits on a
+# GPU, which small pieces would not fill.
+PIECE_ROWS, PIECE_LOGITS = 128, 2**27
 
 
 def make_loss(model: nn.Module) -> Loss:
@@ -98,20 +128,13 @@ def loss_by_pieces(
     targets, mask = tokens[:, 1:].flatten(), is_target[:, 1:].flatten()
 
     def piece_loss(hidden: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
-        return (cross_entropy(head.logits(hidden), targets)[0] * mask).sum()
+        return (losses_of(head.logits(hidden), targets) * mask).sum()
 
-    def in_turn(function: Callable[..., mx.array], *arrays: mx.array) -> list[mx.array]:
-        """The values of a function on the pieces, each begun when the one before is done."""
-        size = rows_of_piece(len(hidden), head.num_logits)
-        values = []
-        for start in range(0, len(hidden), size):
-            piece = [array[start : start + size] for array in arrays]
-            values.append(function(*(mx.depends(piece, values[-1]) if values else piece)))
-        return values
+    size = rows_of_piece(len(hidden), head.num_logits)
 
     @mx.custom_function
     def with_gradient(*arrays: mx.array) -> tuple[mx.array, mx.array]:
-        totals, gradients = zip(*in_turn(mx.value_and_grad(piece_loss), *arrays), strict=True)
+        totals, gradients = zip(*in_turn(mx.value_and_grad(piece_loss), size, *arrays), strict=True)
         return sum(totals), mx.concatenate(gradients)
 
     @with_gradient.vjp
@@ -122,13 +145,14 @@ def loss_by_pieces(
     if model.training:
         total, _ = with_gradient(hidden, targets, mask.astype(mx.float32))
     else:
-        total = sum(in_turn(piece_loss, hidden, targets, mask))
+        total = sum(in_turn(piece_loss, size, hidden, targets, mask))
     return total, mask.sum()
 
 
 def rows_of_piece(rows: int, num_logits: int) -> int:
     """Rows in a piece, a multiple of 16 that divides so many rows evenly."""
-    pieces = -(-rows * num_logits // PIECE_LOGITS[mx.default_device().type])
+    on_gpu = mx.default_device() == mx.gpu
+    pieces = -(-rows * num_logits // PIECE_LOGITS) if on_gpu else -(-rows // PIECE_ROWS)
     return -(-rows // pieces // 16) * 16
 
 

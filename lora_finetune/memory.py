@@ -73,11 +73,16 @@ def cgroup_limits(root: Path) -> Iterator[int]:
                 continue
 
 
+MLX_LIMIT = mx.get_memory_limit()
+
+
 def set_limits(limit: int) -> None:
     """Set MLX's memory, cache and (Metal) wired limits, in bytes."""
-    mx.set_memory_limit(min(limit, mx.get_memory_limit()))
+    mx.set_memory_limit(min(limit, MLX_LIMIT))
     # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
-    mx.set_cache_limit(limit // 8)
+    # On a CPU the C library does so better.
+    if mx.default_device() == mx.gpu:
+        mx.set_cache_limit(limit // 8)
     maybe_set_recommended_wired_limit()  # where there is Metal, weights then stay in memory
 
 
@@ -87,13 +92,20 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
     Some systems kill a process that runs out of memory. So before several texts are tried, their
     memory is extrapolated from one, and where that might be too much from one and two.
 
+    MLX runs ahead of the device, and holds memory for what will be computed much later. So one text
+    is tried without that, and what it takes sets a limit for as many texts, which stays.
+
     Args:
         step: does a step on so many of the longest texts.
     """
-    base = mx.get_active_memory()
+    base, of_a_text = mx.get_active_memory(), 0
+
+    def allow(number: int) -> None:
+        mx.set_memory_limit(min(limit, int(base + of_a_text * number)))
 
     def peak(number: int) -> float:
         """Bytes that a step takes, infinite where it cannot get them."""
+        allow(number)
         mx.reset_peak_memory()
         try:
             step(number)
@@ -106,13 +118,14 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
 
     if (one := peak(1)) > limit:
         return 0
-    number = most
-    if most > 1 and base + (one - base) * most > limit:
+    number, of_a_text = most, one - base
+    if most > 1 and base + of_a_text * most > limit:
         if (two := peak(2)) > limit:
             return 1
         number = min(most, 2 + int((limit - two) // max(1, two - one)))
     while number > 2 and peak(number) > limit:
         number -= -(-number // 8)
+    allow(number)
     return number
 
 
