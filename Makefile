@@ -25,8 +25,9 @@ lint: .venv/installed-for-tests
 	$(BIN)/ruff format --check .
 
 bench: .venv/installed
-	$(BIN)/python tests/bench/compare_mlx_lm.py
-	$(BIN)/python tests/bench/compare_mlx_lm.py --float32
+	$(BIN)/python tests/bench/cpu.py
+	$(BIN)/python tests/bench/cpu.py --epochs 3
+	$(BIN)/python tests/bench/cpu.py --vocabulary
 	$(BIN)/python tests/bench/prepare.py
 	$(BIN)/python tests/bench/tokenizing.py
 

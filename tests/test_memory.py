@@ -267,7 +267,7 @@ def test_the_bound_of_a_run_is_that_of_what_mlx_takes_keeps_and_wires(
     monkeypatch.setattr(mx, "set_wired_limit", wired.append)
     bounded(GB, "a.npz", "--iters", 1)
     assert wired == [GB]
-    assert mx.get_memory_limit() == GB
+    assert mx.get_memory_limit() <= GB
     assert mx.set_cache_limit(0) == GB // 8
 
 

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import models  # noqa: E402, F401
 import tiny  # noqa: E402
 import train_lora  # noqa: E402
-from lora_finetune import adapters, fast_exp, losses  # noqa: E402
+from lora_finetune import adapters, attention, fast_exp, losses, memory  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -70,6 +70,7 @@ SMALL = {
 
 
 def build(config: dict) -> nn.Module:
+    sys.modules.pop(f"mlx_lm.models.{config['model_type']}", None)  # for the SwiGLU of then
     mx.random.seed(0)
     model = tiny.build_model(tiny.LLAMA | config)
     model.set_dtype(mx.bfloat16)
@@ -109,7 +110,12 @@ def our_step(model: nn.Module) -> Callable:
     loss = losses.make_loss(model)
     model.train()
     step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 2e-5, {}))
-    return lambda *batch: step([batch])
+
+    def by_blocks(*batch: np.ndarray) -> None:
+        with attention.by_blocks():
+            step([batch])
+
+    return by_blocks
 
 
 def matrix_rate(size: int) -> float:
@@ -129,23 +135,34 @@ def compare_steps(config: dict, small: bool) -> None:
     weights = sum(
         a.size for n, a in nn.utils.tree_flatten(build(config).parameters()) if a.ndim == 2
     )
+    other_model = mx.get_active_memory() / len(contenders)
     for rows, width in [(2, 33)] if small else [(10, 257), (10, 1025)]:
         tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (rows, width))
         batch = tokens.astype(np.int32), np.arange(width)[None].repeat(rows, 0) > 0
-        seconds, peaks = {name: [] for name in contenders}, {}
+        seconds, peaks = {name: [] for name in contenders}, dict.fromkeys(contenders, 0.0)
+        limits = {"mlx-lm": memory.MLX_LIMIT}
         for name, step in contenders.items():
+            mx.set_memory_limit(memory.MLX_LIMIT)
             step(*batch)
             step(*batch)
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            step(*batch)
-            peaks[name] = mx.get_peak_memory() / 1e9
+            if name != "mlx-lm":  # as in a run
+                memory.number_that_fits(
+                    lambda n, step=step, batch=batch: step(*(array[:n] for array in batch)),
+                    rows,
+                    memory.available(),
+                )
+                limits[name] = mx.get_memory_limit()
         for _ in range(5):
             for name, step in contenders.items():
+                mx.set_memory_limit(limits[name])
+                mx.clear_cache()
+                step(*batch)
+                mx.reset_peak_memory()
                 start = time.perf_counter()
                 for _ in range(5):
                     step(*batch)
                 seconds[name].append((time.perf_counter() - start) / 5)
+                peaks[name] = max(peaks[name], mx.get_peak_memory() - other_model)
         rate = matrix_rate(64 if small else 8192)
         arithmetic = 4 * weights * rows * (width - 1) / rate
         print(
@@ -153,7 +170,7 @@ def compare_steps(config: dict, small: bool) -> None:
         )
         for name in contenders:
             median = statistics.median(seconds[name])
-            share, peak = arithmetic / median, peaks[name]
+            share, peak = arithmetic / median, peaks[name] / 1e9
             print(f"  {name:14} {median * 1e3:7.1f} ms {share:5.0%} {peak:7.2f} GB")
         pairs = zip(*seconds.values(), strict=True)
         print(f"  faster by {statistics.median(a / b for a, b in pairs):.2f}", flush=True)

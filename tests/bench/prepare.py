@@ -12,12 +12,13 @@ import csv
 import json
 import multiprocessing
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from compare_mlx_lm import ROOT, measured
+from cpu import ROOT, measured
 
 WORDS = ["물은", "산소와", "수소로", "이루어져", "있으며", "그", "비율은", "언제나", "같습니다"]
 
@@ -56,7 +57,9 @@ def measure(source: Path, output: Path) -> tuple[float, float]:
     """Seconds and peak memory in MB of one run."""
     start = time.perf_counter()
     script = str(ROOT / "prepare_lora_data.py")
-    _, gigabytes = measured([script, "--source", str(source), "--output", str(output)])
+    _, gigabytes = measured(
+        [sys.executable, script, "--source", str(source), "--output", str(output)]
+    )
     return time.perf_counter() - start, 1e3 * gigabytes
 
 

@@ -1,0 +1,166 @@
+"""Whole runs on a CPU beside mlx_lm.lora and PyTorch + PEFT, in turn, in float32.
+
+    python tests/bench/cpu.py [--epochs 1] [--rounds 2] [--vocabulary] [--peft PYTHON]
+
+All adapt the query and value projections of the last 16 layers of the demo model with rank 8, on
+160 questions of the shipped set in batches of 4, and validate on 20 before and after. With
+--vocabulary: a random model of Gemma 3 270M's shape (262,144 tokens), 20 batches of 2 texts of 136
+tokens. --peft: the Python of an environment with torch, transformers and peft. mlx_lm.lora has the
+same BLAS. Seconds are of the whole process, and memory is the most that it held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+GEMMA_270M = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "vocab_size": 262_144,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 32_768,
+}
+MLX_LM_LORA = "from lora_finetune import linux_cpu; from mlx_lm.lora import main; main()"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--vocabulary", action="store_true")
+    parser.add_argument("--peft", metavar="PYTHON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        if args.vocabulary:
+            make_gemma(work / "model")
+            texts = list(random_texts(60, 135))
+            write_data(work / "data", texts[:40], texts[40:])
+            batch_size, layers = 2, 18
+        else:
+            make_float32(work / "model")
+            texts = list(questions())
+            write_data(work / "data", texts[:160], texts[160:180])
+            batch_size, layers = 4, 16
+        compare(contenders(work, batch_size, layers, args.epochs, args.peft), args.rounds)
+
+
+def make_float32(folder: Path) -> None:
+    """The demo model in float32, as all three can load it."""
+    program = (
+        "import sys, models, mlx_lm.utils as u; from lora_finetune import demo_model;"
+        "source = demo_model.fetch(); model, tokenizer = models.load(source);"
+        "config = u.load_config(source); config.pop('quantization', None);"
+        "u.save(u.Path(sys.argv[1]), str(source), model, tokenizer, config)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, check=True)
+
+
+def make_gemma(folder: Path) -> None:
+    import tiny
+
+    config = tiny.LLAMA | GEMMA_270M
+    model = tiny.build_model(config)
+    model.pop("lm_head")  # it is tied to the embedding
+    tiny.write_model(folder, model, config)
+
+
+def questions() -> Iterator[str]:
+    for file in sorted((ROOT / "data" / "korean_textbooks_qa").glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)["question"]
+
+
+def random_texts(number: int, letters: int) -> Iterator[str]:
+    rng = random.Random(0)
+    for _ in range(number):
+        yield "".join(rng.choice("abcdefg ") for _ in range(letters))
+
+
+def write_data(folder: Path, training: list[str], validation: list[str]) -> None:
+    folder.mkdir()
+    for split, texts in [("train", training), ("valid", validation)]:
+        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def contenders(
+    work: Path, batch_size: int, layers: int, epochs: int, peft: str | None
+) -> dict[str, list[str]]:
+    """The command of each, by its name."""
+    number = len((work / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    iters = epochs * number // batch_size
+    (work / "config.yaml").write_text(
+        "lora_parameters: {rank: 8, scale: 20.0, dropout: 0.0, "
+        "keys: [self_attn.q_proj, self_attn.v_proj]}\n"
+    )
+    shared = ["--train", "--model", str(work / "model"), "--data", str(work / "data")]
+    shared += ["--batch-size", str(batch_size), "--iters", str(iters), "--learning-rate", "2e-5"]
+    ours = [sys.executable, str(ROOT / "train_lora.py"), *shared, "--lora-layers", str(layers)]
+    ours += ["--adapter-file", str(work / "ours.npz")]
+    theirs = [sys.executable, "-c", MLX_LM_LORA, *shared, "--num-layers", str(layers)]
+    theirs += ["-c", str(work / "config.yaml"), "--adapter-path", str(work / "theirs")]
+    found = {"train_lora.py": ours, "mlx_lm.lora": theirs}
+    if peft:
+        script = str(Path(__file__).with_name("peft_lora.py"))
+        numbers = [str(number) for number in (batch_size, layers, iters)]
+        found["PEFT"] = [peft, script, str(work / "model"), str(work / "data"), *numbers]
+    return found
+
+
+def compare(commands: dict[str, list[str]], rounds: int) -> None:
+    """Run all in turn, and print a line a run, then the medians of the ratios."""
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for number in range(1, rounds + 1):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            _, memory = measured(command)
+            results[name].append((time.perf_counter() - start, memory))
+            seconds = results[name][-1][0]
+            print(f"round {number}: {name:13} {seconds:7.1f} s {memory:6.2f} GB", flush=True)
+    ours = results.pop("train_lora.py")
+    for name, runs in results.items():
+        pairs = list(zip(ours, runs, strict=True))
+        speed = statistics.median(other[0] / mine[0] for mine, other in pairs)
+        memory = statistics.median(mine[1] / other[1] for mine, other in pairs)
+        print(f"{name}: {speed:.2f} times its speed, {memory:.2f} of its memory", flush=True)
+
+
+def measured(command: list[str]) -> tuple[str, float]:
+    """Run a command; its standard output and its peak memory in GB."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        output.seek(0)
+        text = output.read()
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{text}")
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, else KiB
+    return text, usage.ru_maxrss * unit / 1e9
+
+
+if __name__ == "__main__":
+    main()
