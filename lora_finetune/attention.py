@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from lora_finetune import fast_exp
 
@@ -25,45 +26,63 @@ def attention(
     sinks: mx.array | None = None,
     **options: object,
 ) -> mx.array:
-    """As mx.fast.scaled_dot_product_attention, block by block of the queries of a text.
+    """As mx.fast.scaled_dot_product_attention, for one block of a text after another.
 
-    For the gradients the scores of a block are computed again. Under a causal mask, keys behind the
-    block are left out.
+    For the gradients the scores of a block of queries are computed again. Under a causal mask, keys
+    behind the block are left out.
 
     Args:
         queries: (rows, heads, length, size).
         keys, values: (rows, heads, length, size); their heads can be fewer.
-        mask: "causal", or an array (..., length, length).
+        mask: "causal", or an array (..., length, length). One that is added may have gradients of
+            its own, and is left to MLX.
     """
     rows, heads, length, size = queries.shape
-    shape = mask.shape[-2:] if isinstance(mask, mx.array) else (length, keys.shape[2])
-    is_bool = (
-        mask == "causal" if isinstance(mask, str) else mask is not None and mask.dtype == mx.bool_
-    )
-    by_hand = fast_exp.in_place and is_bool and sinks is None
-    if shape != (length, length) or options or (length <= BLOCK and not by_hand):
+    is_array = isinstance(mask, mx.array)
+    is_added = is_array and mask.dtype != mx.bool_
+    by_hand = fast_exp.in_place and mask is not None and sinks is None
+    shape = mask.shape[-2:] if is_array else (length, keys.shape[2])
+    is_short = length <= BLOCK and not by_hand
+    if options or is_added or is_short or shape != (length, length):
         return whole_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks, **options
         )
-
-    def attend(q: mx.array, k: mx.array, v: mx.array, *masks: mx.array) -> mx.array:
-        if by_hand:
-            return attention_by_hand(q, k, v, scale, *masks)
-        return whole_attention(q, k, v, scale=scale, mask=[*masks, None][0], sinks=sinks)
-
-    attend = mx.checkpoint(attend) if length > BLOCK else attend
     # On a GPU the queries of a group, which have the same keys, are put one behind the other. Else
     # the keys would be copied for each.
     group = 1 if by_hand or sinks is not None else heads // keys.shape[1]
-    blocks = []
-    for start in range(0, length, BLOCK):
+
+    def attend(start: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         end = min(start + BLOCK, length)
-        seen = end if isinstance(mask, str) else length
-        q = queries[:, :, start:end].reshape(rows, heads // group, -1, size)
-        masks = [in_groups(mask_of(mask, start, end), group)] if mask is not None else []
-        block = attend(q, keys[:, :, :seen], values[:, :, :seen], *masks)
-        blocks.append(block.reshape(rows, heads, end - start, -1))
-    return mx.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
+        seen = length if mask is None or is_array else end
+        q, k, v = q[:, :, start:end], k[:, :, :seen], v[:, :, :seen]
+        block = None if mask is None else in_groups(mask_of(mask, start, end), group)
+        if by_hand:
+            return attention_by_hand(q, k, v, scale, block)
+        q = q.reshape(rows, heads // group, -1, size)
+        attended = whole_attention(q, k, v, scale=scale, mask=block, sinks=sinks)
+        return attended.reshape(rows, heads, end - start, -1)
+
+    if length <= BLOCK:
+        return attend(0, queries, keys, values)
+
+    @mx.custom_function
+    def in_turn(*inputs: mx.array) -> mx.array:
+        blocks = [attend(0, *inputs)]
+        for start in range(BLOCK, length, BLOCK):
+            blocks.append(attend(start, *mx.depends(inputs, blocks[-1:])))
+        return mx.concatenate(blocks, axis=2)
+
+    @in_turn.vjp
+    def gradients(inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
+        totals, ready = [0.0] * 3, mx.depends(inputs, [cotangent])
+        for start in range(0, length, BLOCK):
+            of_block = cotangent[:, :, start : start + BLOCK]
+            found = mx.vjp(partial(attend, start), ready, [of_block])[1]
+            totals = [total + gradient for total, gradient in zip(totals, found, strict=True)]
+            ready = mx.depends(inputs, totals)
+        return totals
+
+    return in_turn(queries, keys, values)
 
 
 def attention_by_hand(

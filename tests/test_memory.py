@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import json
 import os
@@ -178,6 +179,7 @@ def bounded(
         tiny.write_jsonl(tmp_path, split, LONG)
 
     def bounded(limit: float, adapter: str, *args: object) -> Ended:
+        gc.collect()  # models of earlier tests would count as this one's memory
         device = M1 | {"max_recommended_working_set_size": int(limit)}
         monkeypatch.setattr(mx, "device_info", lambda: device)
         fixed = ["--model", model, "--data", tmp_path, "--train", "--lora-layers", 4]
@@ -266,9 +268,10 @@ def test_the_bound_of_a_run_is_that_of_what_mlx_takes_keeps_and_wires(
     wired = []
     monkeypatch.setattr(mx, "set_wired_limit", wired.append)
     bounded(GB, "a.npz", "--iters", 1)
-    assert wired == [GB]
-    assert mx.get_memory_limit() <= GB
-    assert mx.set_cache_limit(0) == GB // 8
+    assert set(wired) == {GB}
+    assert mx.get_memory_limit() == GB
+    on_cpu = mx.default_device() == mx.cpu
+    assert mx.set_cache_limit(0) == (memory.SMALL_CACHE if on_cpu else GB // 8)
 
 
 # --- Where the device fails ---------------------------------------------------------------------
