@@ -36,8 +36,8 @@ from transformers.utils import logging
 # Only there, since without TF32 the newest Macs do not use their matrix units for float32.
 # And what it hands over at a time, of which ten may wait, is made small: they hold gigabytes.
 if mx.cuda.is_available():
-    os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "50")
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "300")
+    os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
     os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
 

@@ -40,7 +40,8 @@ def attention(
     rows, heads, length, size = queries.shape
     is_array = isinstance(mask, mx.array)
     is_added = is_array and mask.dtype != mx.bool_
-    by_hand = fast_exp.in_place and mask is not None and sinks is None
+    by_hand = fast_exp.in_place and queries.dtype == mx.float32
+    by_hand = by_hand and mask is not None and sinks is None
     shape = mask.shape[-2:] if is_array else (length, keys.shape[2])
     is_short = length <= BLOCK and not by_hand
     if options or is_added or is_short or shape != (length, length):

@@ -1,4 +1,4 @@
-"""What MLX needs on a Linux CPU: a fast BLAS, and a folder for temporary files."""
+"""What MLX needs on a Linux CPU: a fast BLAS, freed memory kept, a folder for temporary files."""
 
 from __future__ import annotations
 

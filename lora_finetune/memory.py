@@ -9,6 +9,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from lora_finetune.command_line import UserError, first_line
@@ -73,12 +74,18 @@ def cgroup_limits(root: Path) -> Iterator[int]:
                 continue
 
 
-MLX_LIMIT, SMALL_CACHE = mx.get_memory_limit(), 32 * 2**20  # as MLX has them
+SMALL_CACHE = 32 * 2**20  # bytes, MLX's own default on a CPU
+
+
+@cache
+def mlx_limit() -> int:
+    """MLX's own memory limit in bytes, which is never raised."""
+    return mx.get_memory_limit()
 
 
 def set_limits(limit: int) -> None:
     """Set MLX's memory, cache and (Metal) wired limits, in bytes."""
-    mx.set_memory_limit(min(limit, MLX_LIMIT))
+    mx.set_memory_limit(min(limit, mlx_limit()))
     # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
     # On a CPU the C library does that, of any size, and better.
     on_cpu = mx.default_device() == mx.cpu
@@ -122,6 +129,7 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
     number, of_a_text = most, one - base
     if most > 1 and base + of_a_text * most > limit:
         if (two := peak(2)) > limit:
+            allow(1)
             return 1
         number = min(most, 2 + int((limit - two) // max(1, two - one)))
     while number > 2 and peak(number) > limit:

@@ -140,9 +140,9 @@ def compare_steps(config: dict, small: bool) -> None:
         tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (rows, width))
         batch = tokens.astype(np.int32), np.arange(width)[None].repeat(rows, 0) > 0
         seconds, peaks = {name: [] for name in contenders}, dict.fromkeys(contenders, 0.0)
-        limits = {"mlx-lm": memory.MLX_LIMIT}
+        limits = {"mlx-lm": memory.mlx_limit()}
         for name, step in contenders.items():
-            mx.set_memory_limit(memory.MLX_LIMIT)
+            mx.set_memory_limit(memory.mlx_limit())
             step(*batch)
             step(*batch)
             if name != "mlx-lm":  # as in a run
