@@ -490,8 +490,6 @@ def train(model: nn.Module, loss: Loss, examples: dict[str, dataset.Examples], p
         except UserError:
             plan.files.save_best_after_error(plan.progress)
             raise
-        finally:
-            memory.set_limits(memory.available())  # for what comes after training
 
 
 def keep_states(

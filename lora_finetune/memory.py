@@ -99,21 +99,13 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
     Some systems kill a process that runs out of memory. So before several texts are tried, their
     memory is extrapolated from one, and where that might be too much from one and two.
 
-    On a CPU MLX runs ahead by a hundred operations, and holds memory for them. So one text is tried
-    without that, and from what it takes, times the texts, MLX does not run ahead from then on.
-
     Args:
         step: does a step on so many of the longest texts.
     """
-    base, of_a_text = mx.get_active_memory(), 0
-
-    def allow(number: int) -> None:
-        if mx.default_device() == mx.cpu:  # a GPU would be slowed down by it
-            mx.set_memory_limit(min(limit, int(base + of_a_text * number)))
+    base = mx.get_active_memory()
 
     def peak(number: int) -> float:
         """Bytes that a step takes, infinite where it cannot get them."""
-        allow(number)
         mx.reset_peak_memory()
         try:
             step(number)
@@ -126,15 +118,13 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
 
     if (one := peak(1)) > limit:
         return 0
-    number, of_a_text = most, one - base
-    if most > 1 and base + of_a_text * most > limit:
+    number = most
+    if most > 1 and base + (one - base) * most > limit:
         if (two := peak(2)) > limit:
-            allow(1)
             return 1
         number = min(most, 2 + int((limit - two) // max(1, two - one)))
     while number > 2 and peak(number) > limit:
         number -= -(-number // 8)
-    allow(number)
     return number
 
 
