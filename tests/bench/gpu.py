@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import models  # noqa: E402, F401
 import tiny  # noqa: E402
 import train_lora  # noqa: E402
-from lora_finetune import adapters, attention, fast_exp, losses, memory  # noqa: E402
+from lora_finetune import adapters, attention, fast_exp, losses  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -140,21 +140,11 @@ def compare_steps(config: dict, small: bool) -> None:
         tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (rows, width))
         batch = tokens.astype(np.int32), np.arange(width)[None].repeat(rows, 0) > 0
         seconds, peaks = {name: [] for name in contenders}, dict.fromkeys(contenders, 0.0)
-        limits = {"mlx-lm": memory.mlx_limit()}
-        for name, step in contenders.items():
-            mx.set_memory_limit(memory.mlx_limit())
+        for step in contenders.values():
             step(*batch)
             step(*batch)
-            if name != "mlx-lm":  # as in a run
-                memory.number_that_fits(
-                    lambda n, step=step, batch=batch: step(*(array[:n] for array in batch)),
-                    rows,
-                    memory.available(),
-                )
-                limits[name] = mx.get_memory_limit()
         for _ in range(5):
             for name, step in contenders.items():
-                mx.set_memory_limit(limits[name])
                 mx.clear_cache()
                 step(*batch)
                 mx.reset_peak_memory()
