@@ -75,11 +75,11 @@ def attention(
 
     @in_turn.vjp
     def gradients(inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
-        totals, ready = [0.0] * 3, mx.depends(inputs, [cotangent])
+        totals, ready = [], mx.depends(inputs, [cotangent])
         for start in range(0, length, BLOCK):
             of_block = cotangent[:, :, start : start + BLOCK]
             found = mx.vjp(partial(attend, start), ready, [of_block])[1]
-            totals = [total + gradient for total, gradient in zip(totals, found, strict=True)]
+            totals = list(map(mx.add, totals, found)) if totals else found
             ready = mx.depends(inputs, totals)
         return totals
 

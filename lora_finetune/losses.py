@@ -30,6 +30,12 @@ def in_turn(function: Callable[..., Any], size: int, *arrays: mx.array) -> list[
 CACHED_LOGITS = 2**19
 
 
+def in_cache(function: Callable[..., mx.array], logits: mx.array, *arrays: mx.array) -> mx.array:
+    """What a function makes of the rows of logits and arrays, for as many at a time as fit."""
+    size = max(1, CACHED_LOGITS // logits.shape[1])
+    return mx.concatenate(in_turn(function, size, logits, *arrays))
+
+
 @mx.custom_function
 def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """−log softmax(logits)[target] in float32.
@@ -41,10 +47,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.arr
     Returns:
         The losses in nats, and the log-sum-exp of the logits; both float32 (rows,).
     """
-    rows = max(1, CACHED_LOGITS // logits.shape[1])
-    log_sums = mx.concatenate(
-        in_turn(lambda rows: log_sum_exp(rows.astype(mx.float32)), rows, logits)
-    )
+    log_sums = in_cache(lambda rows: log_sum_exp(rows.astype(mx.float32)), logits)
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return log_sums - target_logits.astype(mx.float32), log_sums
 
@@ -65,9 +68,7 @@ def cross_entropy_vjp(
         one_hot = mx.arange(logits.shape[1]) == targets[:, None]
         return ((softmax - one_hot) * cotangent[:, None]).astype(logits.dtype)
 
-    rows = max(1, CACHED_LOGITS // logits.shape[1])
-    gradients = in_turn(gradient, rows, logits, targets, log_sums, cotangents[0])
-    return mx.concatenate(gradients), mx.zeros_like(targets)
+    return in_cache(gradient, logits, targets, log_sums, cotangents[0]), mx.zeros_like(targets)
 
 
 def losses_of(logits: mx.array, targets: mx.array) -> mx.array:

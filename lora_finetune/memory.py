@@ -9,7 +9,6 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 from lora_finetune.command_line import UserError, first_line
@@ -77,15 +76,9 @@ def cgroup_limits(root: Path) -> Iterator[int]:
 SMALL_CACHE = 32 * 2**20  # bytes, MLX's own default on a CPU
 
 
-@cache
-def mlx_limit() -> int:
-    """MLX's own memory limit in bytes, which is never raised."""
-    return mx.get_memory_limit()
-
-
 def set_limits(limit: int) -> None:
     """Set MLX's memory, cache and (Metal) wired limits, in bytes."""
-    mx.set_memory_limit(min(limit, mlx_limit()))
+    mx.set_memory_limit(min(limit, mx.get_memory_limit()))
     # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
     # On a CPU the C library does that, of any size, and better.
     on_cpu = mx.default_device() == mx.cpu

@@ -117,7 +117,7 @@ def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
     with attention.by_blocks():
         found = function(*inputs)
         # compiled, what the backward pass computes again must not be merged into something else
-        others = [mx.compile(function)(*inputs)] if has_sinks else []
+        others = [mx.compile(function)(*inputs)] if isinstance(options["mask"], str) else []
     for other in (found, *others):
         for (_, a), (_, b) in zip(tree_flatten(expected), tree_flatten(other), strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-5)
@@ -127,7 +127,7 @@ def test_no_array_of_length_squared_is_kept_for_the_gradients() -> None:
     """The peak of memory says so: of ten layers it is less than a third of what MLX takes."""
     q, k, v = (mx.random.normal((1, 4, 1024, 8)) for _ in range(3))
     mx.eval(q, k, v)
-    peaks, limit = [], mx.set_memory_limit(0)
+    peaks = []
     for blocks in (nullcontext(), attention.by_blocks()):
         with blocks:
 
@@ -140,7 +140,6 @@ def test_no_array_of_length_squared_is_kept_for_the_gradients() -> None:
             mx.reset_peak_memory()
             mx.eval(mx.compile(mx.grad(ten_layers))(q))
             peaks.append(mx.get_peak_memory() - before)
-    mx.set_memory_limit(limit)
     assert peaks[1] < peaks[0] / 3
 
 

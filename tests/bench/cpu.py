@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -55,37 +56,46 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        if args.vocabulary:
-            make_gemma(work / "model")
-            texts = list(random_texts(60, 135))
-            write_data(work / "data", texts[:40], texts[40:])
-            batch_size, layers = 2, 18
-        else:
-            make_float32(work / "model")
-            texts = list(questions())
-            write_data(work / "data", texts[:160], texts[160:180])
-            batch_size, layers = 4, 16
+        # In a process of its own: what a parent holds when its child starts, Linux counts as the child's.
+        make = make_vocabulary if args.vocabulary else make_questions
+        process = multiprocessing.get_context("spawn").Process(target=make, args=(work,))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit("the model and the texts could not be made")
+        batch_size, layers = (2, 18) if args.vocabulary else (4, 16)
         compare(contenders(work, batch_size, layers, args.epochs, args.peft), args.rounds)
 
 
-def make_float32(folder: Path) -> None:
-    """The demo model in float32, as all three can load it."""
-    program = (
-        "import sys, models, mlx_lm.utils as u; from lora_finetune import demo_model;"
-        "source = demo_model.fetch(); model, tokenizer = models.load(source);"
-        "config = u.load_config(source); config.pop('quantization', None);"
-        "u.save(u.Path(sys.argv[1]), str(source), model, tokenizer, config)"
-    )
-    subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, check=True)
+def make_questions(work: Path) -> None:
+    """The demo model in float32, as all three can load it, and the questions."""
+    import models
+    import tiny
+    from lora_finetune import demo_model
+
+    from mlx_lm import utils
+
+    source = demo_model.fetch()
+    model, tokenizer = models.load(source)
+    config = utils.load_config(source)
+    config.pop("quantization", None)
+    utils.save(work / "model", str(source), model, tokenizer, config)
+    texts = list(questions())
+    tiny.write_jsonl(work / "data", "train", texts[:160])
+    tiny.write_jsonl(work / "data", "valid", texts[160:180])
 
 
-def make_gemma(folder: Path) -> None:
+def make_vocabulary(work: Path) -> None:
+    """The random model with the large vocabulary, and random texts."""
     import tiny
 
     config = tiny.LLAMA | GEMMA_270M
     model = tiny.build_model(config)
     model.pop("lm_head")  # it is tied to the embedding
-    tiny.write_model(folder, model, config)
+    tiny.write_model(work / "model", model, config)
+    texts = list(random_texts(60, 135))
+    tiny.write_jsonl(work / "data", "train", texts[:40])
+    tiny.write_jsonl(work / "data", "valid", texts[40:])
 
 
 def questions() -> Iterator[str]:
@@ -98,13 +108,6 @@ def random_texts(number: int, letters: int) -> Iterator[str]:
     rng = random.Random(0)
     for _ in range(number):
         yield "".join(rng.choice("abcdefg ") for _ in range(letters))
-
-
-def write_data(folder: Path, training: list[str], validation: list[str]) -> None:
-    folder.mkdir()
-    for split, texts in [("train", training), ("valid", validation)]:
-        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def contenders(
