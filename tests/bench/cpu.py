@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        # In a process of its own: Linux counts what a parent holds at a child's start as the child's.
+        # In a process of its own: Linux counts what a parent holds as its child's at the start.
         make = make_vocabulary if args.vocabulary else make_questions
         process = multiprocessing.get_context("spawn").Process(target=make, args=(work,))
         process.start()
