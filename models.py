@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -79,9 +80,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     model_type = check_files(folder)
     check_memory(folder)
     try:
-        # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit.
-        with contextlib.chdir(folder):
-            model, config = load_model(Path(), lazy=True)
+        model, config = load_as_stored(folder)
         if mx.default_device() == mx.cpu:
             model = dequantize_model(model)
             model.set_dtype(mx.float32)
@@ -112,6 +111,13 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             "download tokenizer.json, tokenizer_config.json and the like again"
         ) from error
     return model, tokenizer
+
+
+def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as it is in its folder, not evaluated yet, and its configuration."""
+    # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit.
+    with contextlib.chdir(folder):
+        return load_model(Path(), lazy=True)
 
 
 def unpacked_size(model: nn.Module) -> int:
@@ -390,6 +396,10 @@ class LowRank(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return low_rank(x, self.lora_a, self.lora_b, self.scale)
 
+    def pair(self) -> tuple[mx.array, mx.array]:
+        """A (d_in, r) and B (r, d_out) for the scale of adapter files, 20."""
+        return self.lora_a, self.lora_b * (self.scale / SCALE)
+
 
 def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     """scale · (x a) b, computed in float32 and of the type of x.
@@ -430,6 +440,14 @@ class LoRALinear(LowRank):
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear(x) + super().__call__(x)
 
+    @property
+    def frozen(self) -> nn.Module:
+        return self.linear
+
+    def merged(self) -> nn.Module:
+        """A linear layer that does the same."""
+        return with_update(self.frozen, *self.pair())
+
 
 class LoRARouter(LowRank):
     """A frozen router that holds a bare `weight` (experts, d_in), which the update is added to.
@@ -459,6 +477,14 @@ class LoRARouter(LowRank):
         finally:
             self.router.weight = frozen
 
+    @property
+    def frozen(self) -> nn.Module:
+        return self.router
+
+    def merged(self) -> nn.Module:
+        """A router that does the same."""
+        return with_update(self.frozen, *self.pair())
+
 
 class LoRAFused(nn.Module):
     """A frozen projection to queries, keys and values at once; queries and values are updated.
@@ -466,13 +492,15 @@ class LoRAFused(nn.Module):
     The keys stay bit for bit those of the frozen projection. The updates are named `q` and `v`.
     """
 
-    def __init__(self, linear: nn.Module, layout: Layout, ranks: dict[str, int]):
+    def __init__(
+        self, linear: nn.Module, layout: Layout, ranks: dict[str, int], scale: float = SCALE
+    ):
         super().__init__()
         self.linear = linear
         self.layout = layout
         d_in = linear_shape(linear)[1]
         for part, r in ranks.items():
-            self[part] = LowRank(d_in, layout.num_rows(part), r)
+            self[part] = LowRank(d_in, layout.num_rows(part), r, scale)
 
     def __call__(self, x: mx.array) -> mx.array | list[mx.array]:
         y = self.linear(x)
@@ -484,6 +512,23 @@ class LoRAFused(nn.Module):
             if part in self:
                 y[place] = y[place] + self[part](x).reshape(y[place].shape)
         return y if is_split else mx.concatenate(y, axis=-1).flatten(-2)
+
+    def pair(self) -> tuple[mx.array, mx.array]:
+        """One A and B for the whole projection: the A's side by side, the B's in blocks of rows."""
+        a, b = zip(*(self[part].pair() for part in "qv" if part in self), strict=True)
+        d_out = linear_shape(self.linear)[0]
+        blocks = [mx.zeros((len(rows), d_out)) for rows in b]
+        for block, part, rows in zip(blocks, (p for p in "qv" if p in self), b, strict=True):
+            block[:, mx.array(self.layout.rows(part, d_out))] = rows
+        return mx.concatenate(a, axis=1), mx.concatenate(blocks)
+
+    @property
+    def frozen(self) -> nn.Module:
+        return self.linear
+
+    def merged(self) -> nn.Module:
+        """A linear layer that does the same."""
+        return with_update(self.frozen, *self.pair())
 
 
 class Layout(NamedTuple):
@@ -497,6 +542,12 @@ class Layout(NamedTuple):
     def num_rows(self, part: str) -> int:
         """The rows of the part "q" or "v" in all groups."""
         return self.groups * getattr(self, part)
+
+    def rows(self, part: str, d_out: int) -> np.ndarray:
+        """Which of the projection's d_out rows those of "q" or "v" are, in their order."""
+        first = {"q": 0, "v": self.q + self.k}[part]
+        in_group = np.arange(first, first + getattr(self, part))
+        return (np.arange(0, d_out, d_out // self.groups)[:, None] + in_group).flatten()
 
 
 def is_linear(module: object) -> bool:
@@ -517,6 +568,66 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
     if "scales" in linear:
         d_in = linear.scales.shape[-1] * linear.group_size
     return d_out, d_in
+
+
+def with_update(module: nn.Module, a: mx.array, b: mx.array) -> nn.Module:
+    """A copy of a linear layer or router with the update of A and B, for scale 20, in its weight.
+
+    The sum is made in float32 and rounded once, to the type of the weight. A packed layer is
+    unpacked for it and not packed again, which would cost more than many an update.
+    """
+    weight, dtype = float_weight(module)
+    if "scales" in module:
+        merged = nn.Linear(1, 1, bias="bias" in module)
+        if "bias" in module:
+            merged.bias = module.bias
+    else:
+        merged = copy.copy(module)
+    merged.weight = (weight + SCALE * (a @ b).T).astype(dtype)
+    return merged
+
+
+def can_merge(module: nn.Module) -> bool:
+    """Whether `float_weight` knows the weight of a linear layer or router."""
+    if type(module) is nn.QuantizedLinear:
+        return True
+    return "scales" not in module and mx.issubdtype(module.weight.dtype, mx.floating)
+
+
+def float_weight(module: nn.Module) -> tuple[mx.array, mx.Dtype]:
+    """The weight (d_out, d_in) of a linear layer or router in float32, and its own float type."""
+    weight = module.weight
+    if "scales" not in module:
+        return weight.astype(mx.float32), weight.dtype
+    dtype = module.scales.dtype if mx.issubdtype(module.scales.dtype, mx.floating) else mx.bfloat16
+    unpacked = mx.dequantize(
+        weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode,
+        module.get("global_scale"), dtype=mx.float32,
+    )  # fmt: skip
+    return unpacked, dtype
+
+
+def lora_modules(model: nn.Module) -> dict[str, LoRALinear | LoRARouter | LoRAFused]:
+    """What has taken the place of the adapted layers, by their paths."""
+    kinds = (LoRALinear, LoRARouter, LoRAFused)
+    found = {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
+    return {path: found[path] for path in sorted(found, key=natural_order)}
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """While it lasts, LoRA is in the weights of the layers that are not packed.
+
+    Such a model generates as fast as without an adapter.
+    """
+    adapted = {p: m for p, m in lora_modules(model).items() if "scales" not in m.frozen}
+    plain = {path: module.merged() for path, module in adapted.items()}
+    mx.eval([module.parameters() for module in plain.values()])
+    model.update_modules(tree_unflatten(list(plain.items())))
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(list(adapted.items())))
 
 
 # --- Where LoRA goes ----------------------------------------------------------------------------
@@ -575,17 +686,26 @@ def attention_projections(model: nn.Module) -> Iterator[tuple[str, tuple[int, in
     for path, attention in model.named_modules():
         if any(part in EXCLUDED for part in path.split(".")):
             continue
-        linears = {name for name, child in attention.items() if is_linear(child)}
-        fused = [name for name in (*CONTIGUOUS, *GROUPED) if name in linears]
-        query = [name for name in QUERIES if name in linears]
-        value = [name for name in VALUES if name in linears]
-        for name in fused:
+        linears = linear_names(attention)
+        for name in fused_names(attention):
             layout = fused_layout(model, attention, name)
             for part in "qv":
                 d_in = linear_shape(attention[name])[1]
                 yield f"{path}.{name}.{part}", (layout.num_rows(part), d_in)
+        query = [name for name in QUERIES if name in linears]
+        value = [name for name in VALUES if name in linears]
         for name in [*query[:1], *(value[:1] if query else [])]:
             yield f"{path}.{name}", linear_shape(attention[name])
+
+
+def linear_names(module: nn.Module) -> set[str]:
+    """What the linear layers directly in a module are called there."""
+    return {name for name, child in module.items() if is_linear(child)}
+
+
+def fused_names(attention: nn.Module) -> list[str]:
+    """What the fused projections of an attention module are called."""
+    return [name for name in (*CONTIGUOUS, *GROUPED) if name in linear_names(attention)]
 
 
 def fused_layout(model: nn.Module, attention: nn.Module, name: str) -> Layout:
@@ -655,7 +775,7 @@ def checkpoint_layers(model: nn.Module) -> None:
         grad_checkpoint(layer)
 
 
-def add_lora(model: nn.Module, ranks: dict[str, int]) -> None:
+def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> None:
     """Freeze the model and put a fresh low-rank update of the given rank at each path.
 
     A path names a linear layer, a router, or the part `q` or `v` of a fused projection.
@@ -668,13 +788,13 @@ def add_lora(model: nn.Module, ranks: dict[str, int]) -> None:
             projection, _, part = path.rpartition(".")
             fused.setdefault(projection, {})[part] = r
         elif is_linear(modules[path]):
-            wrapped[path] = LoRALinear.from_base(modules[path], r)
+            wrapped[path] = LoRALinear.from_base(modules[path], r, scale)
         else:
-            wrapped[path] = LoRARouter.from_base(modules[path], r)
+            wrapped[path] = LoRARouter.from_base(modules[path], r, scale)
     for path, parts in fused.items():
         attention, _, name = path.rpartition(".")
         layout = fused_layout(model, modules[attention], name)
-        wrapped[path] = LoRAFused(modules[path], layout, parts)
+        wrapped[path] = LoRAFused(modules[path], layout, parts, scale)
     if not hasattr(model, "_no_grad"):  # recurrent_gemma leaves its base class's __init__ out
         nn.Module.__init__(model)
     model.freeze()

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,12 @@ from lora_finetune.command_line import (
     UserError,
     begin_process,
     first_line,
+    hint_if_slow,
     in_project,
     is_unicode,
     nonempty,
     nonnegative_number,
+    positive_number,
     run_and_report_errors,
     warn,
     whole_number,
@@ -43,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="train_lora.py",
         description="Fine-tune a language model with LoRA on your own text, in MLX.",
-        epilog="Phases run in the order train, test, generate; ask for at least one of them.",
+        epilog="Phases run in the order train, test, generate, export; ask for at least one.",
     )
     add, switch, more = parser.add, parser.switch, parser.add_argument_group("more options")
     positive, all_or_positive = whole_number(1), whole_number(1, also=-1)
@@ -75,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     switch("--test", "evaluate on the test set, after training or loading an adapter")
     add("--test-batches", all_or_positive, 500, "number of test batches, -1 for all")
     add("--seed", whole_number(0), 0, "seed of the random number generators")
+    add("--lora-rank", positive, None, "rank of the LoRA update (default: 8, or that of the "
+        "adapter to resume)", group=more)  # fmt: skip
+    add("--lora-scale", positive_number, None, "scale of the LoRA update (default: 20.0, or that "
+        "of the run to resume); adapter files are for 20, so another is folded into B there",
+        group=more)  # fmt: skip
     add("--max-seq-length", whole_number(2), 2048, "truncate texts to this many tokens", group=more)
     switch("--mask-prompt", "compute the loss on answers only: completions, the assistant's "
            "messages, and "
@@ -82,8 +90,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt-format", str, "auto", "how a prompt is put: raw, as it stands; chat, through the "
         "chat template; qa, as ### 질문: and ### 답변:; auto, through the chat template where the "
         "adapter learnt chats", choices=("auto", "raw", "chat", "qa"), group=more)  # fmt: skip
+    add("--patience", positive, None, "end training when so many validations in a row brought no "
+        "better loss", group=more)  # fmt: skip
     add("--system", nonempty, None, "system message for the chat form of a prompt", group=more)
+    add("--export", str, None, "write what was trained as a new FOLDER, in the FORM mlx-lm or peft "
+        "(an adapter), merged (a whole model, as packed as the base) or merged-float (unpacked); "
+        "may be given several times", action="append", nargs=2, metavar=("FORM", "FOLDER"),
+        group=more)  # fmt: skip
     return parser
+
+
+FORMS = ("mlx-lm", "peft", "merged", "merged-float")  # of --export
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,8 +112,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not (args.train or args.test or args.prompt):
-        parser.error("nothing to do: ask for --train, --test or --prompt, or several of them")
+    if not (args.train or args.test or args.prompt or args.export):
+        parser.error(
+            "nothing to do: ask for --train, --test, --prompt or --export, or several of them"
+        )
     for name, texts in {"prompt": args.prompt or [], "system": [args.system or ""]}.items():
         if not all(map(is_unicode, texts)):
             parser.error(f"argument --{name}: is not UTF-8")
@@ -106,6 +125,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --system: is for a --prompt in the chat form")
     if args.resume_adapter_file and not args.train:
         parser.error("argument --resume-adapter-file: resumes training, so it needs --train")
+    if not args.train and (flags := {"lora_rank", "lora_scale"} & args.typed):
+        flag = min(flags).replace("_", "-")
+        parser.error(f"argument --{flag}: is for training; an adapter file brings its own")
+    for form, folder in args.export or []:
+        if form not in FORMS or not folder:
+            parser.error(f"argument --export: takes a form ({', '.join(FORMS)}) and a folder")
     for name in {"data", "adapter_file"} - args.typed:
         setattr(args, name, in_project(getattr(args, name)))
     if {"iters", "epochs"} <= args.typed:
@@ -129,11 +154,13 @@ from lora_finetune import (
     checkpoint,
     dataset,
     demo_model,
+    export,
     fast_exp,
     frozen_prefix,
     linux_cpu,
     losses,
     memory,
+    outcome,
     prompts,
     run_files,
 )
@@ -168,6 +195,8 @@ class Plan:
         settings: what the result of training depends on, by the name to report it under.
         files: where the adapter is saved, and all that is beside it.
         prompts: the prompts to generate after.
+        scale: the scale of LoRA that the adapter is for.
+        exports: the forms to export to, and their folders.
         start_iter: the iteration to start from that was given, None where none was.
         The rest are flags, under their own names.
     """
@@ -181,6 +210,8 @@ class Plan:
     settings: dict[str, Any]
     files: run_files.RunFiles
     prompts: list[str]
+    scale: float
+    exports: list[export.Export]
     start_iter: int | None
     batch_size: int
     learning_rate: float
@@ -189,6 +220,7 @@ class Plan:
     steps_per_report: int
     steps_per_eval: int
     save_every: int
+    patience: int | None
 
 
 def check(args: argparse.Namespace) -> Plan:
@@ -200,7 +232,9 @@ def check(args: argparse.Namespace) -> Plan:
     splits = ["train", "valid"] * args.train + ["test"] * args.test
     data = {s: dataset.read(Path(args.data, f"{s}.jsonl"), args.mask_prompt) for s in splits}
     adapter_file = real_file(Path(args.adapter_file))
-    source, state, adapter = read_start(args, adapter_file)
+    source, state, adapter, scale = read_start(args, adapter_file)
+    exports = [export.Export(form, Path(folder)) for form, folder in args.export or []]
+    export.check_folders(exports)
     progress = state.progress if state else checkpoint.Progress()
     if args.start_iter not in (None, progress.iteration):
         progress = checkpoint.Progress(args.start_iter)
@@ -210,6 +244,10 @@ def check(args: argparse.Namespace) -> Plan:
         if files.log.exists():
             files.lock()  # a run that is training this adapter is reported at once
         iters = args.iters or args.epochs * math.ceil(len(data["train"]) / args.batch_size)
+        if args.patience and iters <= progress.ended_for:
+            iters = progress.iteration
+        elif progress.ended_for:
+            progress.not_better = progress.ended_for = 0
         if progress.iteration > iters or (progress.iteration == iters and not state):
             raise UserError(
                 f"iteration {progress.iteration} of {iters} is done already (--start-iter, or the "
@@ -227,35 +265,42 @@ def check(args: argparse.Namespace) -> Plan:
             "--batch-size": args.batch_size,
             "--learning-rate": args.learning_rate,
             "--seed": args.seed,
+            "--lora-scale": scale,
             "--val-batches": args.val_batches,
             "--add-eos-token": args.add_eos_token,
             "--max-seq-length": args.max_seq_length,
             "--mask-prompt": args.mask_prompt,
             **{file.path.name: file.checksum for split, file in data.items() if split != "test"},
         },
-        files=files, prompts=prompts.read(args.prompt or []), start_iter=args.start_iter,
+        files=files, prompts=prompts.read(args.prompt or []), scale=scale, exports=exports,
+        start_iter=args.start_iter,
         batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed,
         val_batches=args.val_batches, steps_per_report=args.steps_per_report,
-        steps_per_eval=args.steps_per_eval, save_every=args.save_every,
+        steps_per_eval=args.steps_per_eval, save_every=args.save_every, patience=args.patience,
     )  # fmt: skip
 
 
 def read_start(
     args: argparse.Namespace, adapter_file: Path
-) -> tuple[Path | None, checkpoint.State | None, adapters.Adapter]:
+) -> tuple[Path | None, checkpoint.State | None, adapters.Adapter, float]:
     """The adapter to start from: its file, the state of its run, its A's and B's; or none of them.
+
+    And the scale of LoRA, which they are for.
 
     Raises:
         UserError: it is not there, or damaged.
     """
     if args.train and not args.resume_adapter_file:
-        return None, None, {}
+        return None, None, {}, args.lora_scale or models.SCALE
     source = real_file(Path(args.resume_adapter_file)) if args.train else adapter_file
     if not args.train and not source.exists():
         raise UserError(f"there is no adapter file {source}; --train makes one")
     source = adapters.find_adapter(source)
     state = checkpoint.read(source) if args.train else None
-    return source, state, state.adapter if state else adapters.read_adapter(source)
+    adapter = state.adapter if state else adapters.read_adapter(source)
+    old = state.settings["--lora-scale"] if state else models.SCALE
+    scale = args.lora_scale or old
+    return source, state, adapters.rescaled(adapter, old, scale), scale
 
 
 # --- Evaluation ---------------------------------------------------------------------------------
@@ -395,11 +440,16 @@ def make_update(optimizer: optim.Optimizer) -> Callable[..., tuple[dict, mx.arra
     def update(parameters: dict, gradients: dict, divisor: mx.array) -> tuple[dict, mx.array]:
         gradients = tree_map(lambda gradient: gradient / divisor, gradients)
         parameters = optimizer.apply_gradients(gradients, parameters)
-        return parameters, sum(parameter.sum() for _, parameter in tree_flatten(parameters))
+        sums = [parameter.sum() for _, parameter in tree_flatten(parameters)]
+        return parameters, mx.stack(sums).sum()  # added one by one, CUDA would compile each number
 
     return update
 
 
+# What a first run on a GPU is waiting for, when nothing is trained yet.
+WAIT = (
+    "trying a step for its memory; on a GPU the first run compiles its kernels, for a minute or two"
+)
 MEMORY_ADVICE = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
@@ -426,7 +476,9 @@ def fit_memory(
             model.update(before)
 
     most = -(-rows // parts)
-    if not (fitting := memory.number_that_fits(try_step, most, limit)):
+    with hint_if_slow(WAIT):
+        fitting = memory.number_that_fits(try_step, most, limit)
+    if not fitting:
         warn(
             f"a text of {tokens} tokens takes too much memory, so layers are computed "
             "twice, which is slower"
@@ -481,6 +533,7 @@ def train(model: nn.Module, loss: Loss, examples: dict[str, dataset.Examples], p
                 if prefix:
                     examples = keep_states(prefix, examples, plan)
                 training_loop(model, loss, optimizer, examples, plan, stop.check)
+            plan.files.draw_losses()
         except Interrupted as interrupted:
             outcome = save_unfinished(model, optimizer, plan, first)
             raise Interrupted(interrupted.signal, outcome) from None
@@ -565,6 +618,16 @@ def training_loop(
         if due and progress.validated != iteration:
             validate(model, loss, examples["valid"], plan, check_stop)
 
+        # end early where validation has not become better for so long
+        if plan.patience and progress.not_better >= plan.patience and not last:
+            last, progress.ended_for = True, plan.iters
+            if progress.steps:
+                report(progress, plan.files)
+            run_files.print_line(
+                f"Iter {iteration}: Training ends, since {progress.not_better} validations in a "
+                f"row brought no better loss than that of iteration {progress.best_iteration}."
+            )
+
         # once in a while: save the adapter, and what it takes to go on from here
         if last or (iteration % plan.save_every == 0 and not progress.finished):
             save(model, optimizer, plan, finished=True)
@@ -597,6 +660,7 @@ def report(progress: checkpoint.Progress, files: run_files.RunFiles) -> None:
         "it_per_sec": progress.steps / progress.seconds,
         "tokens_per_sec": progress.tokens / progress.seconds,
         "peak_mem_gb": mx.get_peak_memory() / 1e9,
+        "tokens": progress.trained_tokens,
     }
     files.report(
         f"Iter {progress.iteration}: Train loss {numbers['train_loss']:.3f}, "
@@ -629,9 +693,7 @@ def validate(
     iteration = progress.iteration + (progress.validated < 0)
     line = f"Iter {iteration}: Val loss {mean:.3f}, Val took {took:.3f}s"
     plan.files.report(line, iter=iteration, val_loss=mean)
-    progress.validated = progress.iteration
-    if mean < progress.best_loss:
-        progress.best_loss, progress.best_iteration = mean, progress.iteration
+    if progress.add_validation(mean):
         plan.files.keep_best(model)
 
 
@@ -642,7 +704,8 @@ def save(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, finished: boo
     plan.files.save(model, optimizer.state, progress, plan.settings)
     best = checkpoint.best_file(plan.files.adapter)
     line = f"Iter {progress.iteration}: Saved adapter weights to {plan.files.adapter}."
-    if finished and progress.iteration == plan.iters and best.is_file():
+    is_last = progress.iteration == plan.iters or progress.ended_for
+    if finished and is_last and best.is_file():
         line += f" The best is of iteration {progress.best_iteration} "
         line += f"(validation {progress.best_loss:.3f}), in {best}."
     run_files.print_line(line)
@@ -660,6 +723,7 @@ def save_unfinished(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, fi
     try:
         plan.files.save_elsewhere_if_shorter(progress.iteration)
         save(model, optimizer, plan, finished=progress.finished)
+        plan.files.draw_losses()
     except Exception as error:  # a full disk, or a device that lets nothing be read any more
         return f"iteration {progress.iteration} could not be saved: {first_line(error)}"
     without = "" if plan.start_iter is None else " and without --start-iter"
@@ -739,7 +803,7 @@ def warn_beyond_context(
     """Warn where a text, or a prompt with its continuation, exceeds the model's context length."""
     lengths = [max(split.lengths) for split in examples.values()]
     lengths += [len(prompt.tokens) + prompt.max_tokens for prompt in asked]
-    if max(lengths) > context_length:
+    if max(lengths, default=0) > context_length:
         warn(
             f"the longest text, or the prompt with --max-tokens, has {max(lengths)} tokens, and "
             f"the model's context length is {context_length:.0f} (max_position_embeddings or the "
@@ -772,7 +836,9 @@ def run(args: argparse.Namespace) -> None:
         limits, fingerprints = models.find_limits(model), models.fingerprints(model, folder)
         print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
         mx.random.seed(args.seed)
-        adapters.adapt(model, plan.adapter, plan.source, args.lora_layers if args.train else None)
+        layers = args.lora_layers if args.train else None
+        adapters.adapt(model, plan.adapter, plan.source, layers, args.lora_rank, plan.scale)
+        export.check_forms(plan.exports, model, folder)
         loss = losses.make_loss(model) if plan.data else None
         print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
     if args.train:
@@ -797,8 +863,14 @@ def run(args: argparse.Namespace) -> None:
         if args.test:
             batches = args.batch_size, args.test_batches
             test(model, loss, examples["test"], *batches, plan.files.report)
-    for prompt in asked:
-        generate(model, tokenizer, prompt, args.temp, args.seed)
+    with models.merged(model) if asked else nullcontext():
+        for prompt in asked:
+            generate(model, tokenizer, prompt, args.temp, args.seed)
+    if plan.exports:
+        export.write_all(plan.exports, model, folder, args.model or str(folder))
+    if args.train:
+        commands = outcome.next_commands(args, plan.files.adapter, plan.progress)
+        print(outcome.summary(plan.progress), *commands, sep="\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

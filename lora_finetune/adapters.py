@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import models
 from lora_finetune.command_line import UserError, warn
@@ -38,6 +41,23 @@ def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
 
 
+def file_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The same as files have them: for scale 20, so that another is folded into B."""
+    low_rank = {path: m for path, m in model.named_modules() if isinstance(m, models.LowRank)}
+    return {
+        f"{path}.{name}": np.array(array)
+        for path in sorted(low_rank, key=natural_order)
+        for name, array in zip(
+            ("lora_a", "lora_b"), models.LowRank.pair(low_rank[path]), strict=True
+        )
+    }
+
+
+def rescaled(adapter: Adapter, old: float, new: float) -> Adapter:
+    """The same adapter for another scale, with other B's."""
+    return {path: (a, b * np.float32(old / new)) for path, (a, b) in adapter.items()}
+
+
 def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the arrays of an adapter, whole or not at all."""
     with atomic_write(file) as [stream]:
@@ -45,16 +65,16 @@ def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def find_adapter(path: Path) -> Path:
-    """The adapter file that a path means: itself, or the one in a folder of mlx_lm.lora.
+    """The adapter file that a path means: itself, or the one in a folder of mlx-lm or PEFT.
 
     Raises:
         UserError: a folder without one; names the files that might be meant.
     """
-    file = path / "adapters.safetensors"
-    if not path.is_dir() or file.is_file():
-        return file if path.is_dir() else path
-    if (path / "adapter_model.safetensors").is_file():
-        raise UserError(f"{path} holds an adapter of PEFT; only those of mlx-lm can be read")
+    if not path.is_dir():
+        return path
+    for file in (path / "adapters.safetensors", path / "adapter_model.safetensors"):
+        if file.is_file():
+            return file
     files = sorted(file.name for file in path.iterdir() if file.suffix in (".npz", ".safetensors"))
     name_one = f"name one of its files: {', '.join(files)}" if files else "it holds no adapter file"
     raise UserError(f"{path} is a folder without adapters.safetensors; {name_one}")
@@ -63,28 +83,161 @@ def find_adapter(path: Path) -> Path:
 def read_adapter(file: Path) -> Adapter:
     """Read an .npz or .safetensors file and check it by itself; nothing pickled is ever loaded.
 
+    A .safetensors file is of mlx-lm, or of PEFT as its names tell; the scale is that of the
+    adapter_config.json beside it.
+
     Returns:
         For each adapted path, first layer first, A (d_in, r) and B (r, d_out), for scale 20.
 
     Raises:
-        UserError: no such file, not a whole .npz file, or not pairs of matrices.
+        UserError: no such file, not a whole one, not pairs of matrices, or not plain LoRA.
     """
     if not file.is_file():
         raise UserError(f"there is no adapter file {file}")
-    factor = mlx_lm_scale(file) / models.SCALE
-    pairs = pair_arrays(file, read_arrays(file))
-    return {path: (a, b * np.float32(factor)) for path, (a, b) in pairs.items()}
+    arrays = read_arrays(file)
+    if file.suffix != ".safetensors":
+        return pair_arrays(file, arrays)
+    config = read_config(file)
+    if any(PEFT_NAME.fullmatch(name) for name in arrays):
+        arrays = from_peft(file, arrays, config)
+    else:
+        scale = np.float32(mlx_lm_scale(file, config) / models.SCALE)
+        arrays = {
+            n: array * scale if n.endswith(".lora_b") else array for n, array in arrays.items()
+        }
+    return pair_arrays(file, arrays)
 
 
-def mlx_lm_scale(file: Path) -> float:
-    """The scale of an adapter: that which mlx_lm.lora wrote beside its file, or 20."""
-    config = file.with_name("adapter_config.json")
-    if not file.name.endswith("adapters.safetensors") or not config.is_file():
-        return models.SCALE
+# --- The configurations of other tools ----------------------------------------------------------
+
+CONFIG = "adapter_config.json"
+
+
+def read_config(file: Path) -> dict[str, Any] | None:
+    """The adapter_config.json beside an adapter, None where there is none."""
+    config = file.with_name(CONFIG)
+    if not config.is_file():
+        return None
     try:
-        return float(json.loads(config.read_bytes())["lora_parameters"]["scale"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{config} names no scale under lora_parameters") from None
+        return dict(json.loads(config.read_bytes()))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{config} is not a whole JSON object; copy it again") from None
+
+
+def mlx_lm_config(model: nn.Module) -> dict[str, Any]:
+    """What mlx-lm needs to know of the adapter of a model, for files of scale 20.
+
+    It adapts the modules of certain names in so many layers from the last. `alpha` is for Ollama,
+    which knows no scale.
+    """
+    adapted, layers = models.lora_modules(model), models.layer_paths(model)
+    rank = max(module.pair()[0].shape[1] for module in adapted.values())
+    keys, num_layers = set(), 0
+    for path in adapted:
+        place = next((n for n, layer in enumerate(layers) if path.startswith(f"{layer}.")), None)
+        keys.add(path if place is None else path.removeprefix(f"{layers[place]}."))
+        num_layers = max(num_layers, 0 if place is None else len(layers) - place)
+    return {
+        "fine_tune_type": "lora",
+        "num_layers": num_layers,
+        "lora_parameters": {
+            "rank": rank,
+            "scale": models.SCALE,
+            "alpha": models.SCALE * rank,
+            "dropout": 0.0,
+            "keys": sorted(keys, key=natural_order),
+        },
+    }
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    with atomic_write(folder / CONFIG) as [stream]:
+        stream.write(json.dumps(config, indent=2, ensure_ascii=False).encode())
+
+
+def mlx_lm_scale(file: Path, config: dict[str, Any] | None) -> float:
+    """The scale by the configuration of mlx_lm.lora; 20, with a warning, where there is none."""
+    if config is None:
+        warn(f"there is no {CONFIG} beside {file}, so its scale is taken to be {models.SCALE:g}")
+        return models.SCALE
+    kind = config.get("fine_tune_type", "lora")
+    if kind != "lora":
+        raise UserError(f"{file} is of mlx-lm's fine-tune type {kind!r}; only lora can be read")
+    try:
+        return float(config["lora_parameters"]["scale"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{file.with_name(CONFIG)} names no scale under lora_parameters, as mlx-lm's does"
+        ) from None
+
+
+# How PEFT names A and B, in some versions with the name of the adapter, "default".
+PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(\.default)?\.weight")
+
+# Settings of PEFT under which an adapter is more, or something else, than A and B.
+PEFT_OTHER = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save")
+PEFT_OTHER += ("layer_replication", "alora_invocation_tokens", "trainable_token_indices")
+PEFT_OTHER += ("kasa_config", "monteclora_config", "arrow_config")
+PEFT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def from_peft(
+    file: Path, arrays: dict[str, np.ndarray], config: dict[str, Any] | None
+) -> dict[str, np.ndarray]:
+    """The arrays of an adapter of PEFT, as mlx-lm names and shapes them, for scale 20.
+
+    Its A is (r, d_in) and its B (d_out, r); its scale is lora_alpha / r, with rsLoRA
+    lora_alpha / sqrt(r).
+
+    Raises:
+        UserError: it is something other than LoRA, or no configuration tells its scale.
+    """
+    if config is None:
+        raise UserError(f"there is no {CONFIG} beside {file}, which tells the scale of PEFT's LoRA")
+    check_peft(file, config)
+    found = {}
+    for name, array in arrays.items():
+        match = PEFT_NAME.fullmatch(name)
+        if not match or array.ndim != 2:
+            raise UserError(f"{file} holds {name}, which is not LoRA of a linear layer")
+        path, which = match[1], match[2].lower()
+        if which == "b":
+            array = array * np.float32(peft_scale(path, array.shape[1], config) / models.SCALE)
+        found[f"{path}.lora_{which}"] = array.T
+    return found
+
+
+def check_peft(file: Path, config: dict[str, Any]) -> None:
+    """Raise UserError where a configuration of PEFT is of more, or of something else, than LoRA."""
+    where = file.with_name(CONFIG)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise UserError(f"{where} has peft_type {kind!r}; only LORA can be read")
+    for name in PEFT_OTHER:
+        if config.get(name):
+            raise UserError(f"{where} has {name}, which is more than plain LoRA; it cannot be read")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{where} has bias {config['bias']!r}; biases cannot be read")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(PEFT_CHANGES_BASE):
+        raise UserError(
+            f"{where} has init_lora_weights {start!r}, for which PEFT changed the base weights; "
+            "convert it to plain LoRA there (path_initial_model_for_weight_conversion)"
+        )
+    if alone := set(config.get("rank_pattern") or {}) - set(config.get("alpha_pattern") or {}):
+        raise UserError(f"{where} has a rank_pattern without its alpha_pattern: {min(alone)}")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise UserError(f"{where} has no lora_alpha, which tells the scale")
+
+
+def peft_scale(path: str, rank: int, config: dict[str, Any]) -> float:
+    """The scale of one layer, whose lora_alpha a pattern may set."""
+    patterns = config.get("alpha_pattern") or {}
+    fitting = (a for pattern, a in patterns.items() if re.search(rf"(^|\.){pattern}$", path))
+    alpha = next(fitting, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+# --- The arrays ---------------------------------------------------------------------------------
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
@@ -117,6 +270,8 @@ def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
         if set(pair) != {"lora_a", "lora_b"}:
             raise UserError(f"{file} has {path}.{' and '.join(pair)}, not a lora_a and its lora_b")
         a, b = pair["lora_a"], pair["lora_b"]
+        if a.ndim == 3:
+            raise UserError(f"{file}: {path} is LoRA of all experts of a layer, which has no place")
         matrices = a.ndim == b.ndim == 2 and a.dtype.kind == b.dtype.kind == "f"
         if not (matrices and a.shape[1] == b.shape[0] > 0):
             raise UserError(f"{file}: {path} is not a pair of matrices (d_in, r) and (r, d_out)")
@@ -152,16 +307,32 @@ def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
         raise UserError(f"{file} is not for this model: {'; '.join(wrong[:3])}{more}")
 
 
-def adapt(model: nn.Module, adapter: Adapter, source: Path | None, lora_layers: int | None) -> None:
+def adapt(
+    model: nn.Module,
+    adapter: Adapter,
+    source: Path | None,
+    lora_layers: int | None,
+    rank: int | None = None,
+    scale: float = models.SCALE,
+) -> None:
     """Put LoRA into a model: where the adapter read from `source` has it, or in the last layers.
 
     With both an adapter and `lora_layers`, what the adapter lacks of those layers starts fresh.
+
+    Args:
+        rank: of what starts fresh; by default that of the adapter, else 8.
+        scale: what the adapter is for.
 
     Raises:
         UserError: the adapter is not for this model, or reaches outside those layers.
     """
     check_adapter(source, adapter, model)
+    adapter = by_parts(model, adapter)
     ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
+    if rank and any(rank != found for found in ranks.values()):
+        raise UserError(
+            f"{source} has rank {min(ranks.values())}, not --lora-rank {rank}; leave that out"
+        )
     if lora_layers is not None:
         layers = models.layer_paths(model)
         if lora_layers > len(layers):
@@ -173,13 +344,41 @@ def adapt(model: nn.Module, adapter: Adapter, source: Path | None, lora_layers: 
                 f"{source} adapts {outside[0]}, which is not in the last {lora_layers} layers; "
                 "raise --lora-layers, or leave it out to adapt what the file does"
             )
-        rank = next(iter(ranks.values()), models.RANK)
+        rank = rank or next(iter(ranks.values()), models.RANK)
         wanted = dict.fromkeys(models.find_targets(model, lora_layers), rank)
+        for whole in ranks:  # of a fused projection
+            wanted = {path: r for path, r in wanted.items() if path[:-2] != whole}
         if ranks and (fresh := wanted.keys() - ranks.keys()):
             warn(f"{source} lacks {len(fresh)} of {len(wanted)} adapted layers; they start fresh")
         ranks = wanted | ranks
-    models.add_lora(model, ranks)
+    models.add_lora(model, ranks, scale)
     load_adapter(model, adapter)
+
+
+def by_parts(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The same adapter with the updates of fused projections as those of their queries and values.
+
+    So are they trained here; in the forms of other tools they are one. A projection whose keys are
+    updated too stays whole.
+    """
+    modules, found = dict(model.named_modules()), {}
+    for path, (a, b) in adapter.items():
+        attention, _, name = path.rpartition(".")
+        parts = {}
+        if attention in modules and name in models.fused_names(modules[attention]):
+            layout = models.fused_layout(model, modules[attention], name)
+            columns = {part: layout.rows(part, b.shape[1]) for part in "qv"}
+            others = np.delete(b, np.concatenate(list(columns.values())), axis=1)
+            if not others.any():
+                parts = {f"{path}.{part}": own_part(a, b[:, c]) for part, c in columns.items()}
+        found |= parts or {path: (a, b)}
+    return found
+
+
+def own_part(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A and B without the directions that B makes nothing of, unless it is nothing of all."""
+    used = b.any(axis=1) if b.any() else slice(None)
+    return np.ascontiguousarray(a[:, used]), np.ascontiguousarray(b[used])
 
 
 def load_adapter(model: nn.Module, adapter: Adapter) -> None:

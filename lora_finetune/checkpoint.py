@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import models
 from lora_finetune import adapters
 from lora_finetune.command_line import UserError, warn
 from lora_finetune.files import atomic_write, file_checksum
@@ -40,18 +41,23 @@ def variant(adapter_file: Path, kind: str) -> Path:
     return sibling(adapter_file, kind + (".safetensors" if is_safetensors else ".npz"))
 
 
+def picture_file(adapter_file: Path) -> Path:
+    return sibling(adapter_file, "png")
+
+
 def best_file(adapter_file: Path) -> Path:
     return variant(adapter_file, "best")
 
 
 def files_of_run(adapter_file: Path) -> list[Path]:
-    """All that a run leaves: adapter, state, best adapter and log."""
-    return [adapter_file, state_file(adapter_file), best_file(adapter_file), log_file(adapter_file)]
+    """All that a run leaves: adapter, state, best adapter, log and the picture of its losses."""
+    others = state_file, best_file, log_file, picture_file
+    return [adapter_file, *(file(adapter_file) for file in others)]
 
 
 def legacy_files_of_run(adapter_file: Path) -> list[Path]:
     """The same as they were named before: without the ending of the adapter's name."""
-    endings = [".state.npz", f".best{adapter_file.suffix}", ".log.jsonl"]
+    endings = [".state.npz", f".best{adapter_file.suffix}", ".log.jsonl", ".png"]
     return [adapter_file, *map(adapter_file.with_suffix, endings)]
 
 
@@ -67,8 +73,13 @@ class Progress:
         finished: whether all that was due at it is done: report, validation, save.
         total, tokens, steps, seconds: sums since the last training report; `total` is of the loss
             in nats over all target tokens.
+        trained_tokens, trained_seconds: sums since the first iteration.
         validated: the iteration of the last validation, -1 before the first.
+        first_loss, last_loss: of the first and the last validation.
         best_loss, best_iteration: of the validation with the lowest loss.
+        not_better: how many validations in a row, the last included, brought no lower loss.
+        ended_for: the iterations that training was to have where it ended early for lack of better
+            losses; 0 where it did not.
         parts: how many each batch is computed in, for its memory.
         has_room: whether the states of frozen layers, if any, can be kept for later epochs.
         log_size: bytes of the log; what is after them belongs to no saved iteration.
@@ -80,9 +91,15 @@ class Progress:
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
+    trained_tokens: int = 0
+    trained_seconds: float = 0.0
     validated: int = -1
+    first_loss: float = math.inf
+    last_loss: float = math.inf
     best_loss: float = math.inf
     best_iteration: int = 0
+    not_better: int = 0
+    ended_for: int = 0
     parts: int = 1
     has_room: bool = True
     log_size: int = 0
@@ -94,6 +111,19 @@ class Progress:
         self.tokens += tokens
         self.steps += 1
         self.seconds += seconds
+        self.trained_tokens += tokens
+        self.trained_seconds += seconds
+
+    def add_validation(self, loss: float) -> bool:
+        """Count a validation after the last iteration; returns whether it is the best so far."""
+        is_best = loss < self.best_loss
+        if self.validated < 0:
+            self.first_loss = loss
+        self.validated, self.last_loss = self.iteration, loss
+        self.not_better = 0 if is_best else self.not_better + 1
+        if is_best:
+            self.best_loss, self.best_iteration = loss, self.iteration
+        return is_best
 
     def reset_sums(self) -> None:
         self.total, self.tokens, self.steps, self.seconds = 0.0, 0, 0, 0.0
@@ -102,7 +132,8 @@ class Progress:
         """Keep only the iteration: earlier losses are not comparable."""
         self.reset_sums()
         self.finished, self.validated = True, -1
-        self.best_loss, self.best_iteration = math.inf, 0
+        self.first_loss = self.last_loss = self.best_loss = math.inf
+        self.best_iteration = self.not_better = self.ended_for = 0
 
 
 def read_progress(saved: object) -> Progress:
@@ -125,7 +156,7 @@ class State(NamedTuple):
 
     Attributes:
         file: where it was read.
-        adapter: A and B of each adapted path.
+        adapter: A and B of each adapted path, for the scale of its training.
         optimizer: Adam's moments and step, by the names that MLX gives them.
         progress: how far the run has come.
         settings: what its result depends on.
@@ -145,6 +176,7 @@ class State(NamedTuple):
 
 def write_state(
     adapter_file: Path,
+    saved: dict[str, np.ndarray],
     adapter: dict[str, np.ndarray],
     optimizer: dict,
     progress: Progress,
@@ -158,11 +190,12 @@ def write_state(
     one that this replaces, so a crash between the writes is detected and nothing is missing.
 
     Args:
-        adapter: the arrays of the adapter, by their names.
+        saved: what the adapter file will hold, by names.
+        adapter: the same as it is trained, for the scale of training.
         optimizer: Adam's state as MLX has it.
         best, log: what of these is not in files yet.
     """
-    content = adapters.adapter_content(adapter, adapter_file.suffix)
+    content = adapters.adapter_content(saved, adapter_file.suffix)
     notes = {
         "progress": asdict(progress),
         "settings": settings,
@@ -228,6 +261,8 @@ def read_state(file: Path, adapter_file: Path | None) -> State | None:
         if not isinstance(log, str | None):
             raise TypeError
         progress, settings = read_progress(notes["progress"]), dict(notes["settings"])
+        if not 0 < settings.setdefault("--lora-scale", models.SCALE) < math.inf:
+            raise ValueError
     except (UserError, KeyError, ValueError, TypeError, RecursionError):
         raise UserError(f"{file} is damaged; delete it to resume with fresh Adam moments") from None
     return State(file, adapter, optimizer, progress, settings, not is_whole, best, log)

@@ -14,7 +14,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -82,6 +83,18 @@ def hint(message: str) -> None:
     print(f"hint: {one_line(message)}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def hint_if_slow(message: str, seconds: float = 10) -> Iterator[None]:
+    """Tell what the wait is if what is done meanwhile takes longer than so many seconds."""
+    timer = threading.Timer(seconds, hint, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like all errors of these programs.
 
@@ -130,7 +143,15 @@ def nonnegative_number(text: str) -> float:
     return number
 
 
-nonnegative_number.__name__ = "number"  # for argparse's "invalid … value"
+def positive_number(text: str) -> float:
+    """An argparse type: a finite real number above zero."""
+    if not (number := nonnegative_number(text)):
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return number
+
+
+for number_type in (nonnegative_number, positive_number):
+    number_type.__name__ = "number"  # for argparse's "invalid … value"
 
 
 def whole_number(least: int, also: int | None = None, below: float = 2**31) -> Callable[[str], int]:

@@ -136,7 +136,7 @@ def loss_by_pieces(
     @mx.custom_function
     def with_gradient(*arrays: mx.array) -> tuple[mx.array, mx.array]:
         totals, gradients = zip(*in_turn(mx.value_and_grad(piece_loss), size, *arrays), strict=True)
-        return sum(totals), mx.concatenate(gradients)
+        return mx.stack(totals).sum(), mx.concatenate(gradients)
 
     @with_gradient.vjp
     def with_gradient_vjp(arrays, cotangents, outputs):
@@ -146,7 +146,7 @@ def loss_by_pieces(
     if model.training:
         total, _ = with_gradient(hidden, targets, mask.astype(mx.float32))
     else:
-        total = sum(in_turn(piece_loss, size, hidden, targets, mask))
+        total = mx.stack(in_turn(piece_loss, size, hidden, targets, mask)).sum()
     return total, mask.sum()
 
 

@@ -111,6 +111,8 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
 
     if (one := peak(1)) > limit:
         return 0
+    if base + (one - base) * most <= limit / 2:  # far from the limit, the time is saved
+        return most
     number = most
     if most > 1 and base + (one - base) * most > limit:
         if (two := peak(2)) > limit:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from lora_finetune import adapters, checkpoint
+from lora_finetune import adapters, checkpoint, outcome
 from lora_finetune.checkpoint import Progress, State, best_file, files_of_run, log_file, state_file
 from lora_finetune.command_line import UserError, warn
 from lora_finetune.files import atomic_write, file_size, same_file
@@ -126,7 +126,7 @@ class RunFiles:
 
     def keep_best(self, model: nn.Module) -> None:
         """Keep the adapter as it is now as the best, to be written with the next save."""
-        self.pending_best = adapters.trainable_arrays(model)
+        self.pending_best = adapters.file_arrays(model)
 
     def save(
         self, model: nn.Module, optimizer: dict, progress: Progress, settings: dict[str, Any]
@@ -136,15 +136,24 @@ class RunFiles:
             self.back_up_previous()
         in_memory = self.pending_log is not None
         progress.log_size = len(self.pending_log) if in_memory else file_size(self.log)
-        arrays = adapters.trainable_arrays(model)
-        unsaved = self.pending_best, self.pending_log
-        checkpoint.write_state(self.adapter, arrays, optimizer, progress, settings, *unsaved)
+        arrays = adapters.file_arrays(model)
+        checkpoint.write_state(
+            self.adapter, arrays, adapters.trainable_arrays(model), optimizer, progress, settings,
+            self.pending_best, self.pending_log,
+        )  # fmt: skip
+        if self.adapter.suffix == ".safetensors":
+            adapters.write_config(self.adapter.parent, adapters.mlx_lm_config(model))
         if self.pending_best:
             adapters.write_arrays(best_file(self.adapter), self.pending_best)
         if in_memory:
             self.write_log(self.pending_log)
         adapters.write_arrays(self.adapter, arrays)
         self.earlier, self.pending_log, self.pending_best = None, None, {}
+
+    def draw_losses(self) -> None:
+        """Draw the losses of the run, if its log is in its place."""
+        if self.pending_log is None:
+            outcome.draw_losses(self.log, checkpoint.picture_file(self.adapter))
 
     def back_up_previous(self) -> None:
         """Copy the files of the other run to NAME.previous…; what is there goes to previous.2 …"""
@@ -185,10 +194,11 @@ def check_writable(adapter_file: Path) -> None:
     """
     if adapter_file.is_dir():
         raise UserError(f"the adapter file {adapter_file} is a folder; name a file in it")
-    if adapters.mlx_lm_scale(adapter_file) != models.SCALE:
+    config = adapters.read_config(adapter_file) if adapter_file.suffix == ".safetensors" else None
+    if config is not None and adapters.mlx_lm_scale(adapter_file, config) != models.SCALE:
         raise UserError(
-            f"the adapter_config.json beside {adapter_file} sets another scale than "
-            f"{models.SCALE}, for which adapters are saved; give another --adapter-file"
+            f"the {adapters.CONFIG} beside {adapter_file} sets another scale than {models.SCALE}, "
+            "for which adapters are saved; give an --adapter-file in another folder"
         )
     if RESERVED.search(adapter_file.name):
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -85,9 +86,8 @@ def run() -> Run:
             check=False,
             **options,
         )
-        # Decoded here, since text mode would take each \r that a model says for a line end.
-        ended.stdout, ended.stderr = ended.stdout.decode(), ended.stderr.decode()
-        return ended
+        # Decoded there, since text mode would take each \r that a model says for a line end.
+        return without_outcome(Ended(ended.args, ended.returncode, ended.stdout, ended.stderr))
 
     return run
 
@@ -103,9 +103,17 @@ def call(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(sys, name, getattr(sys, name))
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(argv[0], run_name="__main__")
-        return Ended(argv, ended.value.code, *(out.decode() for out in capfdbinary.readouterr()))
+        return without_outcome(Ended(argv, ended.value.code, *capfdbinary.readouterr()))
 
     return call
+
+
+def without_outcome(ended: Ended) -> Ended:
+    """What a program wrote, decoded; the last lines of training, on stderr, are in `outcome`."""
+    ended.stdout, stderr = ended.stdout.decode(), ended.stderr.decode()
+    outcome = r"(Validation loss .*\nAsk it: .*\nGo on: .*\nExport it: .*\n)?\Z"
+    ended.stderr, ended.outcome, _ = re.split(outcome, stderr, maxsplit=1)
+    return ended
 
 
 def as_argument(arg: object) -> str | bytes:

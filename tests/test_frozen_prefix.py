@@ -252,7 +252,11 @@ def test_beyond_the_memory_a_file_serves_which_nobody_sees_and_a_kill_takes_alon
 def test_without_room_on_the_disk_either_each_epoch_computes_them_and_so_it_goes_on(
     call: Run, args: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The resumed run has room, and ends in the same adapter all the same."""
+    """The resumed run has room, and ends in the same adapter all the same.
+
+    At a rate at which differences of rounding do not grow.
+    """
+    args = [*args, "--learning-rate", "1e-3"]
     assert call(*args, "--epochs", 4, "--adapter-file", "kept.npz").returncode == 0
     with monkeypatch.context() as patch:
         patch.setattr(frozen_prefix, "MEMORY_SHARE", 0)
@@ -267,4 +271,4 @@ def test_without_room_on_the_disk_either_each_epoch_computes_them_and_so_it_goes
     assert Path("a.npz").read_bytes() == Path("b.npz").read_bytes()
     with np.load("a.npz") as found, np.load("kept.npz") as expected:
         for path in expected:
-            assert np.abs(found[path] - expected[path]).mean() < 1e-2 * 1e-2
+            assert np.abs(found[path] - expected[path]).mean() < 1e-3 * 1e-2

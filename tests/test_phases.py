@@ -138,7 +138,7 @@ def test_the_folder_holds_the_adapter_and_what_belongs_to_it_and_nothing_else(
     whole_run: tuple[Path, Ended],
 ) -> None:
     names = sorted(path.name for path in whole_run[0].iterdir())
-    endings = ["best.npz", "log.jsonl", "npz", "state.npz"]
+    endings = ["best.npz", "log.jsonl", "npz", "png", "state.npz"]
     assert names == [f"adapter.{ending}" for ending in endings]
 
 

@@ -1,0 +1,469 @@
+"""What was trained here is used elsewhere, and what was trained elsewhere is used here."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import models
+import tiny
+from conftest import Ended, Run
+from lora_finetune import adapters, export
+from lora_finetune.command_line import UserError
+from test_architectures import ADAPTED, ARCHITECTURES, adapt, build, logits
+from test_errors import one_error
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+import safetensors.numpy
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def make_base(
+    folder: Path, name: str, bits: int | None = None, dtype: mx.Dtype = mx.float32
+) -> Path:
+    """The folder of a tiny random model of an architecture, its layers packed where they can be."""
+    config = tiny.LLAMA | copy.deepcopy(ARCHITECTURES[name]["config"])
+    mx.random.seed(0)
+    model = tiny.build_model(copy.deepcopy(config))
+    model.set_dtype(dtype)
+    if bits:
+
+        def fits(_: str, module: nn.Module) -> bool:
+            return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+        nn.quantize(model, 32, bits, class_predicate=fits)
+        config["quantization"] = {"group_size": 32, "bits": bits}
+    return tiny.write_model(folder, model, config)
+
+
+def randomize(model: nn.Module) -> None:
+    """Give an adapted model B's that change what it says."""
+    for module in model.modules():
+        if isinstance(module, models.LowRank):
+            module.lora_b = mx.random.normal(module.lora_b.shape) * 0.02
+
+
+def adapted(base: Path, adapter: Path) -> nn.Module:
+    """A model with the adapter that a path means."""
+    model, _ = models.load(base)
+    file = adapters.find_adapter(adapter)
+    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    return model
+
+
+def make_adapter(file: Path, base: Path) -> np.ndarray:
+    """Write a random adapter for a model; the logits of the model with it."""
+    model, _ = models.load(base)
+    plain = logits(model)
+    adapt(model)
+    randomize(model)
+    adapters.write_arrays(file, adapters.file_arrays(model))
+    changed = logits(model)
+    assert relative(changed, plain) > 0.02
+    return changed
+
+
+def relative(found: object, expected: np.ndarray) -> float:
+    """The largest difference, as a share of the largest number."""
+    return np.abs(np.array(found, np.float32) - expected).max() / np.abs(expected).max()
+
+
+# --- Out in every form, and in again ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3_moe", "phi3", "mixtral", "gemma3_text", "gpt_neox"]
+)
+def test_every_form_says_what_the_adapter_says(
+    call: Run, tmp_path: Path, name: str, bits: int | None
+) -> None:
+    base = make_base(tmp_path / "base", name, bits)
+    expected = make_adapter(tmp_path / "a.npz", base)
+    forms = ("mlx-lm", "peft", "merged", "merged-float")
+    exports = [word for form in forms for word in ("--export", form, tmp_path / form)]
+    ended = call("--model", base, "--adapter-file", tmp_path / "a.npz", *exports)
+    assert ended.returncode == 0, ended.stderr
+    for form in ("mlx-lm", "peft"):
+        assert relative(logits(adapted(base, tmp_path / form)), expected) < 1e-5
+    theirs, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "mlx-lm"))
+    assert relative(logits(theirs), expected) < 1e-4
+    for form in ("merged", "merged-float"):
+        merged, _ = mlx_lm.load(str(tmp_path / form))
+        assert relative(logits(merged), expected) < 1e-4
+    packed = {form: packed_layers(tmp_path / form) for form in ("merged", "merged-float")}
+    changed = {f"{path}.weight" for path in models.lora_modules(adapted(base, tmp_path / "peft"))}
+    assert packed["merged"] == packed_layers(base) - changed
+    assert not packed["merged-float"]
+
+
+def packed_layers(folder: Path) -> set[str]:
+    """The weights that are packed in a model's folder."""
+    names = {name for name, _ in export.weight_shapes(folder)}
+    return {n.replace(".scales", ".weight") for n in names if n.endswith(".scales")}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_every_architecture_is_merged_and_given_to_mlx_lm(tmp_path: Path, name: str) -> None:
+    mx.disable_compile()
+    model = build(name)
+    adapt(model)
+    randomize(model)
+    expected = logits(model)
+    if np.isfinite(expected).all():  # phi3small has logits of −∞
+        with models.merged(model):
+            assert relative(logits(model), expected) < 1e-5
+        assert relative(logits(model), expected) == 0
+    if not export.check_mlx_lm(model):
+        pairs = {path: export.as_numpy(m.pair()) for path, m in models.lora_modules(model).items()}
+        export.write_mlx_lm(tmp_path, pairs, adapters.mlx_lm_config(model))
+        theirs = load_adapters(build(name), str(tmp_path))
+        ours, file = build(name), tmp_path / "adapters.safetensors"
+        adapters.adapt(ours, adapters.read_adapter(file), file, None)
+        assert set(models.lora_modules(ours)) == set(models.lora_modules(model))
+        for other in (theirs, ours):
+            np.testing.assert_allclose(logits(other), expected, rtol=1e-3, atol=1e-4)
+    mx.enable_compile()
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_bases_packed_in_other_ways_are_merged(call: Run, tmp_path: Path, mode: str) -> None:
+    group_size, bits = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
+    quantization = {"mode": mode, "bits": bits, "group_size": group_size}
+    mx.random.seed(0)
+    model = tiny.build_model(tiny.LLAMA | {"vocab_size": 320})
+    nn.quantize(model, **quantization)
+    config = tiny.LLAMA | {"vocab_size": 320, "quantization": quantization}
+    base = tiny.write_model(tmp_path / "base", model, config)
+    expected = make_adapter(tmp_path / "a.npz", base)
+    flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
+    assert call(*flags, "--export", "merged", tmp_path / "out").returncode == 0
+    assert relative(logits(mlx_lm.load(str(tmp_path / "out"))[0]), expected) < 0.02  # bfloat16
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_what_rounding_takes_of_a_small_update_is_said(
+    call: Run, tmp_path: Path, dtype: mx.Dtype
+) -> None:
+    base = make_base(tmp_path / "base", "llama", dtype=dtype)
+    make_adapter(tmp_path / "a.npz", base)
+    with np.load(tmp_path / "a.npz") as file:
+        small = {n: a * (0.002 if n.endswith("_b") else 1) for n, a in file.items()}
+    np.savez(tmp_path / "a.npz", **small)
+    flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
+    ended = call(*flags, "--export", "merged", tmp_path / "out")
+    assert ended.returncode == 0
+    assert "the merged weights are off by" in ended.stderr and "of their change" in ended.stderr
+    weights = safetensors.numpy.load_file if dtype == mx.float16 else mx.load
+    arrays = weights(str(tmp_path / "out" / "model.safetensors"))
+    assert {str(array.dtype).rpartition(".")[2] for array in arrays.values()} == {
+        str(dtype).rpartition(".")[2]
+    }
+
+
+def test_after_training_the_exported_adapter_is_that_of_the_last_iteration(
+    call: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = ["--model", model, "--data", data, "--train", "--iters", 3, "--lora-layers", 2]
+    flags += ["--adapter-file", tmp_path / "a.npz", "--learning-rate", "1e-2", "--prompt", "a"]
+    ended = call(*flags, "--export", "peft", tmp_path / "p", "--export", "mlx-lm", tmp_path / "m")
+    assert f"Exported as peft to {tmp_path / 'p'}." in ended.stdout
+    with np.load(tmp_path / "a.npz") as file:
+        saved = dict(file)
+    exported = safetensors.numpy.load_file(tmp_path / "m" / "adapters.safetensors")
+    assert saved.keys() == exported.keys()
+    assert all((saved[name] == exported[name]).all() for name in saved)
+
+
+# --- PyTorch and PEFT ---------------------------------------------------------------------------
+
+EXPORTED = pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen2_moe", "tiny_phi3"])
+
+
+@EXPORTED
+def test_an_adapter_of_peft_says_here_what_it_says_there(name: str) -> None:
+    folder = REFERENCE / name
+    with np.load(folder / "exported.npz") as file:
+        expected = dict(file)
+    model, _ = load_model(folder)
+    file = adapters.find_adapter(folder / "peft")
+    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    found = np.array(model(mx.array(expected["tokens"])))
+    np.testing.assert_allclose(found, expected["logits"], atol=1e-3)
+
+
+@EXPORTED
+def test_an_adapter_exported_to_peft_is_the_one_that_peft_writes(tmp_path: Path, name: str) -> None:
+    folder = REFERENCE / name
+    model, _ = load_model(folder)
+    file = adapters.find_adapter(folder / "peft")
+    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    assert not export.check_peft(model, folder)
+    export.write_all([export.Export("peft", tmp_path / "p")], model, folder, name)
+    arrays, configs = [], []
+    for where in (file.parent, tmp_path / "p"):
+        arrays.append(safetensors.numpy.load_file(where / "adapter_model.safetensors"))
+        configs.append(json.loads((where / "adapter_config.json").read_text()))
+    assert arrays[0].keys() == arrays[1].keys()
+    for array in arrays[0]:
+        np.testing.assert_array_equal(arrays[1][array], arrays[0][array])
+    assert {n: configs[0][n] for n in configs[1]} == configs[1]
+
+
+@EXPORTED
+def test_merged_weights_are_those_that_peft_merges(name: str) -> None:
+    folder = REFERENCE / name
+    model, _ = load_model(folder)
+    file = adapters.find_adapter(folder / "peft")
+    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    merged = {path: m.merged() for path, m in models.lora_modules(model).items()}
+    with np.load(folder / "exported.npz") as file:
+        expected = {n.removeprefix("merged/"): file[n] for n in file if n.startswith("merged/")}
+    assert merged.keys() == expected.keys()
+    for path, weight in expected.items():
+        np.testing.assert_allclose(np.array(merged[path].weight), weight, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern without its alpha_pattern: q_proj"),
+        ({"lora_alpha": None}, "no lora_alpha"),
+    ],
+)
+def test_what_is_not_plain_lora_of_peft_is_an_error_that_names_it(
+    call: Run, model: Path, tmp_path: Path, settings: dict, reason: str
+) -> None:
+    folder = tmp_path / "p"
+    write_peft(folder, settings)
+    one_error(call("--model", model, "--adapter-file", folder, "--prompt", "a"), reason)
+
+
+def write_peft(folder: Path, settings: dict) -> None:
+    """An adapter of PEFT of rank 2 for tiny.LLAMA, with these settings in its configuration."""
+    folder.mkdir()
+    path = "base_model.model.model.layers.3.self_attn.q_proj"
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{path}.lora_A.weight": rng.normal(0, 0.3, (2, 64)).astype(np.float32),
+        f"{path}.lora_B.weight": rng.normal(0, 0.3, (64, 2)).astype(np.float32),
+    }
+    safetensors.numpy.save_file(arrays, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, 4),
+        ({"use_rslora": True}, 8 / 2**0.5),
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}, 1.5),
+        ({"alpha_pattern": {r"layers\.3\.self_attn\.q_proj": 5, "v_proj": 7}}, 2.5),
+    ],
+)
+def test_the_scale_of_peft_is_that_of_its_configuration(
+    tmp_path: Path, settings: dict, scale: float
+) -> None:
+    write_peft(tmp_path / "p", settings)
+    file = tmp_path / "p" / "adapter_model.safetensors"
+    [(a, b)] = adapters.read_adapter(file).values()
+    arrays = safetensors.numpy.load_file(file)
+    theirs = [next(x for n, x in arrays.items() if f"lora_{which}" in n) for which in "BA"]
+    np.testing.assert_allclose(20 * (a @ b).T, scale * theirs[0] @ theirs[1], rtol=1e-4)
+
+
+def test_training_goes_on_from_an_adapter_of_peft(
+    call: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    write_peft(tmp_path / "p", {})
+    flags = ["--model", model, "--data", data, "--train", "--iters", 2]
+    ended = call(*flags, "--resume-adapter-file", tmp_path / "p", "--adapter-file", tmp_path / "a")
+    assert ended.returncode == 0
+    with np.load(tmp_path / "a") as file:
+        assert {name.rpartition(".")[0] for name in file} == {"model.layers.3.self_attn.q_proj"}
+
+
+# --- mlx-lm -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_other_fine_tunings_of_mlx_lm_are_an_error_that_names_them(
+    call: Run, model: Path, tmp_path: Path, kind: str
+) -> None:
+    safetensors.numpy.save_file(tiny.adapter_arrays(), tmp_path / "adapters.safetensors")
+    config = {"fine_tune_type": kind, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    one_error(call("--model", model, "--adapter-file", tmp_path, "--prompt", "a"), repr(kind))
+
+
+def test_without_a_configuration_the_scale_is_20_and_one_warning_says_so(
+    call: Run, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    safetensors.numpy.save_file(tiny.adapter_arrays(), file)
+    ended = call("--model", model, "--adapter-file", file, "--prompt", "a", "--temp", 0)
+    [warning] = ended.stderr.splitlines()
+    assert warning.startswith("warning: ") and "its scale is taken to be 20" in warning
+    np.savez(tmp_path / "a.npz", **tiny.adapter_arrays())
+    same = call(
+        "--model", model, "--adapter-file", tmp_path / "a.npz", "--prompt", "a", "--temp", 0
+    )
+    assert words(same) == words(ended)
+
+
+def words(ended: Ended) -> str:
+    """What was generated."""
+    return ended.stdout.partition("Generating\n")[2].partition("==========")[0].rstrip("\n")
+
+
+def test_a_safetensors_adapter_is_one_for_mlx_lm(
+    call: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "adapters.safetensors"
+    flags = ["--model", model, "--data", data, "--train", "--iters", 3, "--learning-rate", "1e-2"]
+    assert call(*flags, "--lora-layers", 2, "--adapter-file", file).returncode == 0
+    theirs, _ = mlx_lm.load(str(model), adapter_path=str(tmp_path))
+    assert relative(logits(theirs), logits(adapted(model, file))) < 1e-4
+
+
+def test_mlx_lm_generates_the_same_from_what_is_exported(
+    run: Run, call: Run, model: Path, tmp_path: Path
+) -> None:
+    """Adapter and merged model, in `mlx_lm.generate` itself; then a request to `mlx_lm.server`."""
+    tiny.make_adapter(tmp_path / "a.npz")
+    flags = ["--model", model, "--adapter-file", tmp_path / "a.npz", "--prompt", "ab", "--temp", 0]
+    exports = ["--export", "mlx-lm", tmp_path / "m", "--export", "merged", tmp_path / "merged"]
+    said = words(call(*flags, "--max-tokens", 12, *exports)).removeprefix("ab")
+    for command in (
+        ["--model", model, "--adapter-path", tmp_path / "m"],
+        ["--model", tmp_path / "merged"],
+    ):
+        ended = subprocess.run(
+            [sys.executable, "-m", "mlx_lm", "generate", *map(str, command), "--prompt", "ab"]
+            + ["--max-tokens", "12", "--temp", "0", "--ignore-chat-template", "--verbose", "False"],
+            capture_output=True, check=True,
+        )  # fmt: skip
+        assert ended.stdout.decode().strip("\n ") == said.strip("\n ")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlx_lm", "server", "--port", str(port)]
+    server = subprocess.Popen([*command, "--model", str(tmp_path / "merged")])
+    request = {"prompt": "ab", "max_tokens": 12, "temperature": 0}
+    try:
+        answer = ask(f"http://127.0.0.1:{port}/v1/completions", request)
+        assert answer["choices"][0]["text"].strip("\n ") == said.strip("\n ")
+    finally:
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+
+
+def ask(url: str, request: dict) -> dict:
+    """The answer of a server, which may still be starting."""
+    body = json.dumps(request).encode()
+    for _ in range(100):
+        try:
+            headers = {"Content-Type": "application/json"}
+            with urllib.request.urlopen(urllib.request.Request(url, body, headers)) as answer:
+                return json.load(answer)
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError("the server does not answer")
+
+
+# --- What cannot be exported --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exports", "reason"),
+    [
+        ([("gguf", "out")], "takes a form (mlx-lm, peft, merged, merged-float) and a folder"),
+        ([("merged", "full")], "full is not empty"),
+        ([("merged", "file")], "file is a file"),
+        ([("peft", "out"), ("mlx-lm", "out")], "names the folder"),
+        ([("peft", "nowhere/out")], "cannot be made: No such file or directory"),
+    ],
+)
+def test_a_wrong_export_is_reported_before_anything_is_loaded(
+    call: Run, data: Path, tmp_path: Path, exports: list, reason: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    (tmp_path / "file").touch()
+    flags = [w for form, folder in exports for w in ("--export", form, tmp_path / folder)]
+    ended = call("--train", "--model", "not/there", "--data", data, *flags)
+    one_error(ended, reason)
+    assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "bits", "reason"),
+    [
+        ("mlx-lm", "deepseek_v3", None, "mlx-lm has no LoRA for model.layers.2.mlp.gate"),
+        ("peft", "deepseek_v3", None, "PEFT has no LoRA for model.layers.2.mlp.gate"),
+        ("merged-float", "deepseek_v3", 4, "mlx-lm cannot unpack"),
+    ],
+)
+def test_what_a_form_cannot_hold_is_reported_before_training(
+    call: Run, data: Path, tmp_path: Path, form: str, name: str, bits: int | None, reason: str
+) -> None:
+    base = make_base(tmp_path / "base", name, bits)
+    flags = ["--model", base, "--data", data, "--train", "--adapter-file", tmp_path / "a.npz"]
+    flags += ["--lora-layers", 2]
+    ended = call(*flags, "--export", form, tmp_path / "out")
+    one_error(ended, f"--export {form}: ", reason)
+    assert "Iter" not in ended.stdout
+    assert not (tmp_path / "out").exists() and not (tmp_path / "a.npz").exists()
+
+
+def test_names_that_mlx_changed_cannot_go_to_peft(call: Run, model: Path, tmp_path: Path) -> None:
+    """As in a checkpoint whose layers are under another name, which mlx-lm puts right."""
+    base = make_base(tmp_path / "base", "gpt2")
+    weights = {f"transformer.{n}": a for n, a in mx.load(str(base / "model.safetensors")).items()}
+    mx.save_safetensors(str(base / "model.safetensors"), weights)
+    model, _ = models.load(make_base(tmp_path / "same", "gpt2"))
+    adapt(model)
+    with pytest.raises(UserError, match="a name of MLX's own"):
+        export.check_forms([export.Export("peft", tmp_path / "out")], model, base)
+
+
+def test_a_merged_model_that_says_something_else_is_not_kept(
+    call: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.make_adapter(tmp_path / "a.npz")
+    flags = ["--model", model, "--adapter-file", tmp_path / "a.npz"]
+    monkeypatch.setattr(export, "TOLERANCE", dict.fromkeys(export.TOLERANCE, -1))
+    one_error(call(*flags, "--export", "merged", tmp_path / "out"), "so it was not kept")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_an_empty_folder_is_filled(call: Run, model: Path, tmp_path: Path) -> None:
+    tiny.make_adapter(tmp_path / "a.npz")
+    (tmp_path / "out").mkdir()
+    flags = ["--model", model, "--adapter-file", tmp_path / "a.npz"]
+    assert call(*flags, "--export", "merged", tmp_path / "out").returncode == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert len(list(tmp_path.iterdir())) == 2

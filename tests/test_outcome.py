@@ -1,0 +1,191 @@
+"""Rank and scale, the end of a run, and what it leaves to look at."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+from conftest import Run
+from lora_finetune import checkpoint
+from test_errors import one_error
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def args(model: Path, data: Path, tmp_path: Path) -> list[object]:
+    """Training of tiny.LLAMA, to be given --iters."""
+    fixed = ["--model", model, "--data", data, "--train", "--lora-layers", 4, "--batch-size", 2]
+    return [*fixed, "--learning-rate", "1e-2", "--adapter-file", tmp_path / "a.npz"]
+
+
+def arrays(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file) as archive:
+        return dict(archive)
+
+
+def losses(log: Path, name: str) -> list[float]:
+    entries = map(json.loads, log.read_text().splitlines())
+    return [entry[name] for entry in entries if name in entry]
+
+
+# --- Rank and scale -----------------------------------------------------------------------------
+
+
+def test_the_rank_is_the_one_asked_for(call: Run, args: list[object], tmp_path: Path) -> None:
+    assert call(*args, "--iters", 1, "--lora-rank", 3).returncode == 0
+    saved = arrays(tmp_path / "a.npz")
+    assert {min(array.shape) for array in saved.values()} == {3}
+    resume = ["--iters", 2, "--resume-adapter-file", tmp_path / "a.npz"]
+    one_error(call(*args, *resume, "--lora-rank", 4), "has rank 3, not --lora-rank 4")
+    assert call(*args, *resume).returncode == 0
+
+
+def test_files_are_for_scale_20_whatever_the_scale_of_training(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    """The loss in the same run is that of a later one, which knows no scale."""
+    ended = call(*args, "--iters", 4, "--lora-scale", 2.5, "--test")
+    later = call(*args[:4], "--adapter-file", tmp_path / "a.npz", "--test")
+    found = [re.findall(r"Test loss ([\d.]+)", e.stdout) for e in (ended, later)]
+    assert found[0] == found[1] != []
+    other = call(*args, "--iters", 4, "--lora-scale", 20, "--test")
+    assert re.findall(r"Test loss ([\d.]+)", other.stdout) != found[0]
+
+
+def test_a_run_of_another_scale_is_resumed_exactly(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    file = tmp_path / "a.npz"
+    call(*args, "--iters", 5, "--lora-scale", 7)
+    whole = file.read_bytes()
+    call(*args, "--iters", 2, "--lora-scale", 7)
+    call(*args, "--iters", 5, "--resume-adapter-file", file)  # the state knows the scale
+    assert file.read_bytes() == whole
+
+
+def test_resumed_with_another_scale_the_model_is_the_same_and_a_warning_says_so(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    call(*args, "--iters", 2)
+    log = checkpoint.log_file(tmp_path / "a.npz")
+    before = losses(log, "val_loss")[-1]
+    resume = ["--resume-adapter-file", tmp_path / "a.npz", "--adapter-file", tmp_path / "b.npz"]
+    ended = call(*args, *resume, "--iters", 3, "--lora-scale", 5)
+    assert "--lora-scale (20.0, now 5.0)" in ended.stderr
+    assert losses(tmp_path / "b.log.jsonl", "val_loss")[0] == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--lora-rank", "--lora-scale"])
+def test_rank_and_scale_are_for_training(call: Run, model: Path, flag: str) -> None:
+    one_error(call("--model", model, "--prompt", "a", flag, 4), flag, "is for training")
+    one_error(call("--model", model, "--train", flag, 0), flag)
+
+
+# --- Patience -----------------------------------------------------------------------------------
+
+
+def test_training_ends_when_validation_does_not_become_better(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    """At a rate of 0 no validation is better than the first."""
+    still = [*args, "--learning-rate", 0, "--steps-per-eval", 2, "--patience", 3]
+    ended = call(*still, "--iters", 20, "--steps-per-report", 5)
+    assert "Iter 6: Training ends, since 3 validations in a row brought no better" in ended.stdout
+    assert losses(tmp_path / "a.log.jsonl", "iter")[-1] == 6
+    assert len(losses(tmp_path / "a.log.jsonl", "train_loss")) == 2  # of 5, and of the sixth
+    resume = ["--resume-adapter-file", tmp_path / "a.npz"]
+    same = call(*still, "--iters", 20, *resume)
+    assert same.returncode == 0 and "Train loss" not in same.stdout
+    more = call(*still, "--iters", 30, *resume)
+    assert "Iter 12: Training ends" in more.stdout
+    without = call(*args, "--learning-rate", 0, "--iters", 14, *resume)
+    assert "Iter 14: Train loss" in without.stdout
+
+
+def test_a_run_that_becomes_better_does_not_end_early(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    flags = ["--iters", 8, "--steps-per-eval", 2]
+    call(*args, *flags, "--patience", 1)
+    assert losses(tmp_path / "a.log.jsonl", "iter")[-1] == 8
+    with_patience = (tmp_path / "a.npz").read_bytes()
+    call(*args, *flags)
+    assert (tmp_path / "a.npz").read_bytes() == with_patience
+
+
+# --- The picture --------------------------------------------------------------------------------
+
+
+def test_the_losses_are_drawn_and_an_earlier_picture_is_kept(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    flags = [*args, "--steps-per-report", 1]
+    assert call(*flags, "--iters", 3).stderr == ""
+    first = (tmp_path / "a.png").read_bytes()
+    assert first.startswith(b"\x89PNG") and len(first) > 10_000
+    call(*flags, "--iters", 5, "--resume-adapter-file", tmp_path / "a.npz")
+    assert losses(tmp_path / "a.log.jsonl", "iter")[-1] == 5
+    resumed = (tmp_path / "a.png").read_bytes()
+    assert resumed != first
+    call(*flags, "--iters", 2, "--seed", 1)
+    assert (
+        (tmp_path / "a.previous.png").read_bytes() == resumed != (tmp_path / "a.png").read_bytes()
+    )
+
+
+def test_of_one_report_nothing_is_drawn(call: Run, args: list[object], tmp_path: Path) -> None:
+    call(*args, "--iters", 2)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_tokens_seen_go_on_in_a_resumed_run(call: Run, args: list[object], tmp_path: Path) -> None:
+    flags = [*args, "--steps-per-report", 1]
+    call(*flags, "--iters", 4)
+    whole = losses(tmp_path / "a.log.jsonl", "tokens")
+    call(*flags, "--iters", 2)
+    call(*flags, "--iters", 4, "--resume-adapter-file", tmp_path / "a.npz")
+    assert losses(tmp_path / "a.log.jsonl", "tokens") == whole == sorted(whole)
+
+
+# --- What to do next ----------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_commands_that_work_as_printed(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """In a folder and with names that a shell would take apart."""
+    folder = tmp_path / "내 것 $HOME 'x'"
+    folder.mkdir()
+    flags = ["--model", model, "--data", data, "--train", "--iters", 4, "--batch-size", 2]
+    ended = run(*flags, "--adapter-file", "a b.npz", "--learning-rate", "1e-2", cwd=folder)
+    told, ask, go_on, out = ended.outcome.splitlines()
+    assert re.fullmatch(
+        r"Validation loss [\d.]+ before, [\d.]+ after, [\d.]+ at best \(iteration \d\); "
+        r"4 iterations, [\d,]+ tokens, \d+ s of training\.",
+        told,
+    )
+    for line, start, expected in [
+        (ask, "Ask it:    ", "Generating"),
+        (go_on, "Go on:     ", "Iter 8: Saved adapter weights"),
+        (out, "Export it: ", "Exported as merged to a b.merged."),
+    ]:
+        assert line.startswith(start)
+        again = subprocess.run(
+            line.removeprefix(start), shell=True, cwd=folder, capture_output=True, text=True,
+            check=True, env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+        assert expected in again.stdout
+    assert (folder / "a b.merged" / "config.json").is_file()
+
+
+def test_the_best_adapter_is_asked_where_the_last_is_worse(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    """A rate at which training soon does harm."""
+    ended = call(*args, "--learning-rate", 0.5, "--iters", 5, "--steps-per-eval", 1)
+    lines = ended.outcome.splitlines()[1:]
+    assert [str(tmp_path / "a.best.npz") in line for line in lines] == [True, False, True]
