@@ -867,7 +867,9 @@ def run(args: argparse.Namespace) -> None:
         for prompt in asked:
             generate(model, tokenizer, prompt, args.temp, args.seed)
     if plan.exports:
-        export.write_all(plan.exports, model, folder, args.model or str(folder))
+        is_repository = args.model and not Path(args.model).exists()
+        name = args.model if is_repository else str(folder.absolute())
+        export.write_all(plan.exports, model, folder, name)
     if args.train:
         commands = outcome.next_commands(args, plan.files.adapter, plan.progress)
         print(outcome.summary(plan.progress), *commands, sep="\n", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,12 @@ def from_peft(
     """
     if config is None:
         raise UserError(f"there is no {CONFIG} beside {file}, which tells the scale of PEFT's LoRA")
-    check_peft(file, config)
+    where = file.with_name(CONFIG)
+    try:
+        check_peft(where, config)
+        scales = {path: peft_scale(path, rank, config) for path, rank in peft_ranks(arrays)}
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, re.error):
+        raise UserError(f"{where} is not as PEFT writes it; copy it again") from None
     found = {}
     for name, array in arrays.items():
         match = PEFT_NAME.fullmatch(name)
@@ -202,20 +208,27 @@ def from_peft(
             raise UserError(f"{file} holds {name}, which is not LoRA of a linear layer")
         path, which = match[1], match[2].lower()
         if which == "b":
-            array = array * np.float32(peft_scale(path, array.shape[1], config) / models.SCALE)
+            array = array * np.float32(scales[path] / models.SCALE)
         found[f"{path}.lora_{which}"] = array.T
     return found
 
 
-def check_peft(file: Path, config: dict[str, Any]) -> None:
+def peft_ranks(arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, int]]:
+    """The adapted paths and their ranks, as the B's (d_out, r) have them."""
+    for name, array in arrays.items():
+        match = PEFT_NAME.fullmatch(name)
+        if match and match[2] == "B" and array.ndim == 2:
+            yield match[1], array.shape[1]
+
+
+def check_peft(where: Path, config: dict[str, Any]) -> None:
     """Raise UserError where a configuration of PEFT is of more, or of something else, than LoRA."""
-    where = file.with_name(CONFIG)
     if (kind := config.get("peft_type")) != "LORA":
         raise UserError(f"{where} has peft_type {kind!r}; only LORA can be read")
     for name in PEFT_OTHER:
         if config.get(name):
             raise UserError(f"{where} has {name}, which is more than plain LoRA; it cannot be read")
-    if config.get("bias", "none") != "none":
+    if config.get("bias") not in (None, "none"):
         raise UserError(f"{where} has bias {config['bias']!r}; biases cannot be read")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(PEFT_CHANGES_BASE):

@@ -108,11 +108,15 @@ def call(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
     return call
 
 
+# How the last lines of training begin, on stderr.
+OUTCOME = ("Validation loss ", "Ask it: ", "Go on: ", "Export it: ")
+
+
 def without_outcome(ended: Ended) -> Ended:
     """What a program wrote, decoded; the last lines of training, on stderr, are in `outcome`."""
     ended.stdout, stderr = ended.stdout.decode(), ended.stderr.decode()
-    outcome = r"(Validation loss .*\nAsk it: .*\nGo on: .*\nExport it: .*\n)?\Z"
-    ended.stderr, ended.outcome, _ = re.split(outcome, stderr, maxsplit=1)
+    lines = "".join(f"{start}.*\n" for start in OUTCOME)
+    ended.stderr, ended.outcome, _ = re.split(rf"({lines})?\Z", stderr, maxsplit=1)
     return ended
 
 

@@ -248,28 +248,17 @@ def test_merged_weights_are_those_that_peft_merges(name: str) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern without its alpha_pattern: q_proj"),
         ({"lora_alpha": None}, "no lora_alpha"),
+        ({"lora_alpha": "8"}, "no lora_alpha"),
+        ({"rank_pattern": 3}, "is not as PEFT writes it"),
+        ({"alpha_pattern": {"(": 3}}, "is not as PEFT writes it"),
     ],
 )
 def test_what_is_not_plain_lora_of_peft_is_an_error_that_names_it(
     call: Run, model: Path, tmp_path: Path, settings: dict, reason: str
 ) -> None:
     folder = tmp_path / "p"
-    write_peft(folder, settings)
+    tiny.make_peft(folder, **settings)
     one_error(call("--model", model, "--adapter-file", folder, "--prompt", "a"), reason)
-
-
-def write_peft(folder: Path, settings: dict) -> None:
-    """An adapter of PEFT of rank 2 for tiny.LLAMA, with these settings in its configuration."""
-    folder.mkdir()
-    path = "base_model.model.model.layers.3.self_attn.q_proj"
-    rng = np.random.default_rng(0)
-    arrays = {
-        f"{path}.lora_A.weight": rng.normal(0, 0.3, (2, 64)).astype(np.float32),
-        f"{path}.lora_B.weight": rng.normal(0, 0.3, (64, 2)).astype(np.float32),
-    }
-    safetensors.numpy.save_file(arrays, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8} | settings
-    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +273,7 @@ def write_peft(folder: Path, settings: dict) -> None:
 def test_the_scale_of_peft_is_that_of_its_configuration(
     tmp_path: Path, settings: dict, scale: float
 ) -> None:
-    write_peft(tmp_path / "p", settings)
+    tiny.make_peft(tmp_path / "p", **settings)
     file = tmp_path / "p" / "adapter_model.safetensors"
     [(a, b)] = adapters.read_adapter(file).values()
     arrays = safetensors.numpy.load_file(file)
@@ -295,7 +284,7 @@ def test_the_scale_of_peft_is_that_of_its_configuration(
 def test_training_goes_on_from_an_adapter_of_peft(
     call: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    write_peft(tmp_path / "p", {})
+    tiny.make_peft(tmp_path / "p")
     flags = ["--model", model, "--data", data, "--train", "--iters", 2]
     ended = call(*flags, "--resume-adapter-file", tmp_path / "p", "--adapter-file", tmp_path / "a")
     assert ended.returncode == 0

@@ -24,7 +24,7 @@ import background
 import models
 import tiny
 import train_lora
-from conftest import ROOT
+from conftest import OUTCOME, ROOT
 from lora_finetune import adapters, checkpoint, dataset
 from lora_finetune.command_line import UserError
 from mutations import REPLACED, mutate
@@ -35,6 +35,9 @@ import pytest
 NUMBERS = {
     "a.npz": (500, 40),
     "s.safetensors": (300, 20),
+    "peft/adapter_model.safetensors": (200, 10),
+    "peft/adapter_config.json": (400, 10),
+    "adapter_config.json": (200, 10),
     "a.state.npz": (400, 80),
     "texts/train.jsonl": (300, 20),
     "prompts/train.jsonl": (200, 10),
@@ -69,6 +72,8 @@ COMMANDS = {
         ["--adapter-file", "s.safetensors", *GENERATE],
         [*RESUME, "--resume-adapter-file", "s.safetensors", "--adapter-file", "s.safetensors"],
     ],
+    "peft": [["--adapter-file", "peft", *GENERATE]],
+    "adapter_config.json": [["--adapter-file", "s.safetensors", *GENERATE]],
     "a.state.npz": [[*RESUME, "--resume-adapter-file", "a.npz", "--adapter-file", "a.npz"]],
     "train.jsonl": [
         [*TRAIN, "--iters", "1", "--adapter-file", "b.npz"],
@@ -154,7 +159,7 @@ def attempt(case: Case, whole: dict[Path, bytes]) -> str:
     except BaseException:
         return traceback.format_exc()
     said = Path("../err").read_text(errors="replace").splitlines()
-    errors = [line for line in said if not line.startswith(("warning: ", "hint: "))]
+    errors = [line for line in said if not line.startswith(("warning: ", "hint: ", *OUTCOME))]
     if status != (2 if errors else 0) or len(errors) > 1:
         return f"exit status {status}, and on standard error:\n" + "\n".join(said)
     if errors and not errors[0].startswith("error: "):
@@ -178,7 +183,7 @@ def run_command(case: Case) -> int:
 
 def commands_of(file: str) -> list[list[str]]:
     path = Path(file)
-    return COMMANDS["model" if path.parent.name == "model" else path.name]
+    return COMMANDS[path.parent.name if path.parent.name in COMMANDS else path.name]
 
 
 def call_function(case: Case) -> int:
@@ -190,6 +195,9 @@ def call_function(case: Case) -> int:
             read_data(file)
         elif file.parent.name == "model":
             models.load("model")
+        elif file.name == "adapter_config.json":
+            names = ("adapter_model.safetensors", "s.safetensors")
+            adapters.read_adapter(next(filter(Path.is_file, map(file.with_name, names))))
         else:
             adapters.read_adapter(file)
     except UserError as error:
@@ -262,6 +270,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         process = background.start(folder, *args)
         process.join()
         assert process.exitcode == 0, (folder / "err").read_text()
+    tiny.make_peft(
+        folder / "peft", layer=1, alpha_pattern={"q_proj": 4}, rank_pattern={"q_proj": 2}
+    )
     for path in [folder / "out", folder / "err", *folder.glob("*.best.*"), *folder.glob("*.log.*")]:
         path.unlink()
     return folder

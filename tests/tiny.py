@@ -9,6 +9,7 @@ import models  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import safetensors.numpy
 from mlx.utils import tree_flatten
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -141,6 +142,20 @@ def adapter_arrays(layers: range = range(LAYERS), rank: int = 8) -> dict[str, np
             arrays[f"{path}.lora_a"] = rng.normal(0, 0.1, (64, rank)).astype(np.float32)
             arrays[f"{path}.lora_b"] = rng.normal(0, 0.1, (rank, d_out)).astype(np.float32)
     return arrays
+
+
+def make_peft(folder: Path, layer: int = LAYERS - 1, **settings: object) -> None:
+    """Write an adapter of PEFT of rank 2 for LLAMA, with these settings in its configuration."""
+    folder.mkdir()
+    path = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{path}.lora_A.weight": rng.normal(0, 0.3, (2, 64)).astype(np.float32),
+        f"{path}.lora_B.weight": rng.normal(0, 0.3, (64, 2)).astype(np.float32),
+    }
+    safetensors.numpy.save_file(arrays, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def write_jsonl(folder: Path, split: str, texts: list[str]) -> Path:
