@@ -200,6 +200,11 @@ def write_peft(folder: Path, pairs: Pairs, base: str) -> None:
         for name, array in (("lora_A", a), ("lora_B", b)):
             full = f"base_model.model.{path}.{name}.weight"
             arrays[full] = np.ascontiguousarray(array.T)
+    if routers:
+        hint(
+            f"PEFT takes the routers ({abbreviated(routers)}) as target_parameters; other tools, "
+            "and versions of transformers that name them otherwise, may leave them out"
+        )
     rank = next(iter(wide.values()))[0].shape[1]
     config = {
         "peft_type": "LORA",
@@ -243,21 +248,45 @@ def write_merged(
     adapters.adapt(model, adapter, base, None)
     adapted = models.lora_modules(model)
     tolerance = max(TOLERANCE[dtype] for dtype in tell_rounding(adapted))
-    model.update_modules(tree_unflatten([(path, m.merged()) for path, m in adapted.items()]))
-    if unpack:
-        model = dequantize_model(model)
-    leave_unpacked(config, list(adapted), unpack)
-    save_model(folder, model, donate_model=True)
-    has_images = "vision_tower" in getattr(model, "model", {})
-    save_config(config, folder / "config.json", keep_vision_config=has_images)
+    merged = {path: module.merged() for path, module in adapted.items()}
+    if not write_changed(
+        folder, base, config, {f"{p}.weight": m.weight for p, m in merged.items()}
+    ):
+        model.update_modules(tree_unflatten(list(merged.items())))
+        if unpack:
+            model = dequantize_model(model)
+        leave_unpacked(config, list(adapted), unpack)
+        save_model(folder, model, donate_model=True)
+        has_images = "vision_tower" in getattr(model, "model", {})
+        save_config(config, folder / "config.json", keep_vision_config=has_images)
+        tell_names(base, folder)
     copy_tokenizer(base, folder)
-    tell_names(base, folder)
     found = sample_logits(models.load(folder)[0])
     if not (error := difference(found, expected)) <= tolerance:
         raise UserError(
             f"the merged model does not do what the adapted one does (its logits differ by "
             f"{error:.1%}), so it was not kept; please report this with the name of the model"
         )
+
+
+def write_changed(folder: Path, base: Path, config: dict, changed: dict[str, mx.array]) -> bool:
+    """Write the files of a base with these weights changed, as transformers has them.
+
+    Returns:
+        False, and nothing is written, if the base is packed, or MLX has other names or layouts.
+    """
+    shapes = dict(weight_shapes(base))
+    if {"quantization", "quantization_config"} & config.keys() or any(
+        shapes.get(name) != list(weight.shape) for name, weight in changed.items()
+    ):
+        return False
+    for file in base.glob("model*.safetensors"):
+        arrays, metadata = mx.load(str(file), return_metadata=True)
+        arrays |= {name: changed[name] for name in arrays.keys() & changed.keys()}
+        mx.save_safetensors(str(folder / file.name), arrays, metadata)
+    for file in (base / "config.json", *base.glob("model*.index.json")):
+        shutil.copyfile(file, folder / file.name)
+    return True
 
 
 # Tokens to compare two models on, and how far apart, of how much they differ at all, their logits

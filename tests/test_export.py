@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -236,6 +237,29 @@ def test_merged_weights_are_those_that_peft_merges(name: str) -> None:
     assert merged.keys() == expected.keys()
     for path, weight in expected.items():
         np.testing.assert_allclose(np.array(merged[path].weight), weight, atol=1e-6)
+
+
+@EXPORTED
+def test_a_merged_checkpoint_has_the_names_that_transformers_knows(
+    call: Run, model: Path, tmp_path: Path, name: str
+) -> None:
+    """All else in it is as it was, the experts one by one too, which MLX puts together."""
+    base = shutil.copytree(REFERENCE / name, tmp_path / "base")
+    for file in model.glob("tokenizer*"):
+        shutil.copyfile(file, base / file.name)
+    ended = call(
+        "--model", base, "--adapter-file", base / "peft", "--export", "merged", tmp_path / "m"
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    before, after = (
+        safetensors.numpy.load_file(where / "model.safetensors") for where in (base, tmp_path / "m")
+    )
+    assert before.keys() == after.keys()
+    with np.load(base / "exported.npz") as file:
+        merged = {f"{n.removeprefix('merged/')}.weight": file[n] for n in file if "merged/" in n}
+    for array in before:
+        np.testing.assert_allclose(after[array], merged.get(array, before[array]), atol=1e-6)
+    assert (tmp_path / "m" / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize(
