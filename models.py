@@ -268,6 +268,12 @@ def check_weights(folder: Path) -> set[str]:
     return arrays
 
 
+def public_name(path_or_repo: str | None, folder: Path) -> str:
+    """What other tools know a model by: its repository, or the absolute path of its folder."""
+    is_folder = not path_or_repo or Path(os.path.expanduser(path_or_repo)).is_dir()  # noqa: PTH111
+    return str(folder.absolute()) if is_folder else path_or_repo
+
+
 def find_model(path_or_repo: str | Path) -> Path:
     """The folder of a model; a Hugging Face repository is downloaded, or found in the cache.
 

@@ -31,8 +31,8 @@ from lora_finetune.command_line import (
     is_unicode,
     nonempty,
     nonnegative_number,
-    positive_number,
     run_and_report_errors,
+    scale_number,
     warn,
     whole_number,
 )
@@ -78,9 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     switch("--test", "evaluate on the test set, after training or loading an adapter")
     add("--test-batches", all_or_positive, 500, "number of test batches, -1 for all")
     add("--seed", whole_number(0), 0, "seed of the random number generators")
-    add("--lora-rank", positive, None, "rank of the LoRA update (default: 8, or that of the "
-        "adapter to resume)", group=more)  # fmt: skip
-    add("--lora-scale", positive_number, None, "scale of the LoRA update (default: 20.0, or that "
+    add("--lora-rank", whole_number(1, below=2**16), None, "rank of the LoRA update (default: 8, "
+        "or that of the adapter to resume)", group=more)  # fmt: skip
+    add("--lora-scale", scale_number, None, "scale of the LoRA update (default: 20.0, or that "
         "of the run to resume); adapter files are for 20, so another is folded into B there",
         group=more)  # fmt: skip
     add("--max-seq-length", whole_number(2), 2048, "truncate texts to this many tokens", group=more)
@@ -234,7 +234,7 @@ def check(args: argparse.Namespace) -> Plan:
     adapter_file = real_file(Path(args.adapter_file))
     source, state, adapter, scale = read_start(args, adapter_file)
     exports = [export.Export(form, Path(folder)) for form, folder in args.export or []]
-    export.check_folders(exports)
+    export.check_folders(exports, adapter_file)
     progress = state.progress if state else checkpoint.Progress()
     if args.start_iter not in (None, progress.iteration):
         progress = checkpoint.Progress(args.start_iter)
@@ -244,10 +244,7 @@ def check(args: argparse.Namespace) -> Plan:
         if files.log.exists():
             files.lock()  # a run that is training this adapter is reported at once
         iters = args.iters or args.epochs * math.ceil(len(data["train"]) / args.batch_size)
-        if args.patience and iters <= progress.ended_for:
-            iters = progress.iteration
-        elif progress.ended_for:
-            progress.not_better = progress.ended_for = 0
+        iters = progress.go_on(iters, args.patience)
         if progress.iteration > iters or (progress.iteration == iters and not state):
             raise UserError(
                 f"iteration {progress.iteration} of {iters} is done already (--start-iter, or the "
@@ -297,10 +294,16 @@ def read_start(
         raise UserError(f"there is no adapter file {source}; --train makes one")
     source = adapters.find_adapter(source)
     state = checkpoint.read(source) if args.train else None
-    adapter = state.adapter if state else adapters.read_adapter(source)
-    old = state.settings["--lora-scale"] if state else models.SCALE
-    scale = args.lora_scale or old
-    return source, state, adapters.rescaled(adapter, old, scale), scale
+    trained = checkpoint.settings_of(source).get("--lora-scale") if args.train else None
+    scale = args.lora_scale or trained or models.SCALE
+    if state:
+        return source, state, adapters.rescaled(state.adapter, trained, scale), scale
+    return (
+        source,
+        None,
+        adapters.rescaled(adapters.read_adapter(source), models.SCALE, scale),
+        scale,
+    )
 
 
 # --- Evaluation ---------------------------------------------------------------------------------
@@ -867,9 +870,7 @@ def run(args: argparse.Namespace) -> None:
         for prompt in asked:
             generate(model, tokenizer, prompt, args.temp, args.seed)
     if plan.exports:
-        is_repository = args.model and not Path(args.model).exists()
-        name = args.model if is_repository else str(folder.absolute())
-        export.write_all(plan.exports, model, folder, name)
+        export.write_all(plan.exports, model, folder, models.public_name(args.model, folder))
     if args.train:
         commands = outcome.next_commands(args, plan.files.adapter, plan.progress)
         print(outcome.summary(plan.progress), *commands, sep="\n", file=sys.stderr, flush=True)

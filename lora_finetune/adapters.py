@@ -42,8 +42,17 @@ def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
 
 
-def file_arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """The same as files have them: for scale 20, so that another is folded into B."""
+def file_arrays(model: nn.Module, suffix: str) -> dict[str, np.ndarray]:
+    """The same as files have them: for scale 20, so that another is folded into B.
+
+    In a .safetensors file it is as mlx-lm has it: all of one rank, fused projections whole.
+    """
+    if suffix == ".safetensors":
+        return {
+            f"{path}.{name}": array
+            for path, pair in widened(whole_pairs(model)).items()
+            for name, array in zip(("lora_a", "lora_b"), pair, strict=True)
+        }
     low_rank = {path: m for path, m in model.named_modules() if isinstance(m, models.LowRank)}
     return {
         f"{path}.{name}": np.array(array)
@@ -51,6 +60,21 @@ def file_arrays(model: nn.Module) -> dict[str, np.ndarray]:
         for name, array in zip(
             ("lora_a", "lora_b"), models.LowRank.pair(low_rank[path]), strict=True
         )
+    }
+
+
+def whole_pairs(model: nn.Module) -> Adapter:
+    """A and B of each adapted layer, of a fused projection too, for scale 20."""
+    modules = models.lora_modules(model)
+    return {path: tuple(map(np.array, module.pair())) for path, module in modules.items()}
+
+
+def widened(adapter: Adapter) -> Adapter:
+    """The same updates, all of the highest rank among them: the others get rows of zeros."""
+    rank = max(a.shape[1] for a, _ in adapter.values())
+    return {
+        path: (np.pad(a, ((0, 0), (0, rank - len(b)))), np.pad(b, ((0, rank - len(b)), (0, 0))))
+        for path, (a, b) in adapter.items()
     }
 
 
@@ -152,6 +176,7 @@ def mlx_lm_config(model: nn.Module) -> dict[str, Any]:
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the configuration of the adapter in a folder."""
     with atomic_write(folder / CONFIG) as [stream]:
         stream.write(json.dumps(config, indent=2, ensure_ascii=False).encode())
 
@@ -166,7 +191,7 @@ def mlx_lm_scale(file: Path, config: dict[str, Any] | None) -> float:
         raise UserError(f"{file} is of mlx-lm's fine-tune type {kind!r}; only lora can be read")
     try:
         return float(config["lora_parameters"]["scale"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(
             f"{file.with_name(CONFIG)} names no scale under lora_parameters, as mlx-lm's does"
         ) from None
@@ -199,7 +224,7 @@ def from_peft(
     try:
         check_peft(where, config)
         scales = {path: peft_scale(path, rank, config) for path, rank in peft_ranks(arrays)}
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, re.error):
+    except (TypeError, ValueError, AttributeError, ArithmeticError, re.error):
         raise UserError(f"{where} is not as PEFT writes it; copy it again") from None
     found = {}
     for name, array in arrays.items():
@@ -245,7 +270,7 @@ def check_peft(where: Path, config: dict[str, Any]) -> None:
 def peft_scale(path: str, rank: int, config: dict[str, Any]) -> float:
     """The scale of one layer, whose lora_alpha a pattern may set."""
     patterns = config.get("alpha_pattern") or {}
-    fitting = (a for pattern, a in patterns.items() if re.search(rf"(^|\.){pattern}$", path))
+    fitting = (a for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
     alpha = next(fitting, config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -257,7 +282,8 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz or .safetensors file; raises UserError where it is not whole."""
     try:
         if file.suffix == ".safetensors":
-            return safetensors.numpy.load_file(file)
+            entries = safetensors.deserialize(file.read_bytes())
+            return {name: float_array(**entry) for name, entry in entries}
         with warnings.catch_warnings(), np.load(file, allow_pickle=False) as archive:
             warnings.simplefilter("ignore")  # they are of how the file was written
             arrays = dict(archive)
@@ -270,6 +296,16 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
                 raise UserError(f"{file} is a Git LFS pointer; `git lfs pull` fetches it") from None
         kind = file.suffix if file.suffix == ".safetensors" else ".npz"
         raise UserError(f"{file} is not a whole {kind} file of plain arrays") from None
+
+
+def float_array(shape: list[int], dtype: str, data: bytes) -> np.ndarray:
+    """An array of a .safetensors file; bfloat16, which NumPy lacks, becomes float32."""
+    if dtype == "BF16":  # the upper half of a float32
+        array = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        types = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+        array = np.frombuffer(data, types[dtype])
+    return array.reshape(shape)
 
 
 def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
@@ -310,6 +346,8 @@ def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
     for path, (a, b) in adapter.items():
         if path not in shapes:
             wrong.append(f"there is no linear layer {path}")
+        elif (whole := path.rpartition(".")[0]) in adapter:
+            wrong.append(f"{path} is a part of {whole}, which it adapts too")
         elif (b.shape[1], a.shape[0]) != shapes[path]:
             wrong.append(
                 f"{path} maps {shapes[path][1]} to {shapes[path][0]} numbers, "

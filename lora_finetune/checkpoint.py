@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import models
 from lora_finetune import adapters
-from lora_finetune.command_line import UserError, warn
+from lora_finetune.command_line import UserError, hint, warn
 from lora_finetune.files import atomic_write, file_checksum
 
 import numpy as np
@@ -124,6 +124,22 @@ class Progress:
         if is_best:
             self.best_loss, self.best_iteration = loss, self.iteration
         return is_best
+
+    def go_on(self, iters: int, patience: int | None) -> int:
+        """The iterations to train to, where the run ended early for lack of better losses or not.
+
+        With more iterations it goes on and counts anew, with more patience or none it goes on.
+        """
+        if iters > self.ended_for:
+            self.not_better = 0 if self.ended_for else self.not_better
+        elif patience and self.not_better >= patience:
+            hint(
+                f"training ended at iteration {self.iteration}, since {self.not_better} "
+                "validations in a row brought no better loss; more --iters or --patience goes on"
+            )
+            return self.iteration
+        self.ended_for = 0
+        return iters
 
     def reset_sums(self) -> None:
         self.total, self.tokens, self.steps, self.seconds = 0.0, 0, 0, 0.0

@@ -143,14 +143,15 @@ def nonnegative_number(text: str) -> float:
     return number
 
 
-def positive_number(text: str) -> float:
-    """An argparse type: a finite real number above zero."""
-    if not (number := nonnegative_number(text)):
-        raise argparse.ArgumentTypeError("must be more than 0")
+def scale_number(text: str) -> float:
+    """An argparse type: a real number within what float32 can be scaled by."""
+    number = float(text)
+    if not 1e-4 <= number <= 1e4:
+        raise argparse.ArgumentTypeError(f"must be from 0.0001 to 10000, not {text}")
     return number
 
 
-for number_type in (nonnegative_number, positive_number):
+for number_type in (nonnegative_number, scale_number):
     number_type.__name__ = "number"  # for argparse's "invalid … value"
 
 
@@ -241,6 +242,25 @@ def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
         print(f"error: standard output could not be written: {lost.strerror}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def raising_signals(outcome: str) -> Iterator[None]:
+    """While it lasts, SIGTERM and SIGHUP raise Interrupted, so that what is half done is undone."""
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        raise Interrupted(number, outcome)
+
+    handlers = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup has it
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class StopSignals:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import models
 from lora_finetune import adapters
-from lora_finetune.command_line import UserError, abbreviated, hint
+from lora_finetune.command_line import UserError, abbreviated, hint, raising_signals
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,20 +34,26 @@ class Export(NamedTuple):
 # --- Before training ----------------------------------------------------------------------------
 
 
-def check_folders(exports: list[Export]) -> None:
-    """Raise UserError where one of the folders is not empty, or cannot be made."""
+def check_folders(exports: list[Export], adapter_file: Path) -> None:
+    """Raise UserError where one of the folders is in use, or cannot be made."""
+    seen = set()
     for form, folder in exports:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"--export {form}: the folder {folder} is not empty; name a new one")
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--export {form}: {folder} is a file; name a new folder")
-        if [other.absolute() for _, other in exports].count(folder.absolute()) > 1:
-            raise UserError(f"--export names the folder {folder} twice; each form takes its own")
+        where = folder.resolve()
         try:
-            with tempfile.TemporaryDirectory(dir=folder.absolute().parent):
+            if where.exists() and not where.is_dir():
+                raise UserError(f"--export {form}: {folder} is a file; name a new folder")
+            if where.exists() and any(where.iterdir()):
+                raise UserError(
+                    f"--export {form}: the folder {folder} is not empty; name a new one"
+                )
+            is_in_use = where == Path.cwd() or where.is_mount()
+            if is_in_use or where in seen or adapter_file.resolve().is_relative_to(where):
+                raise UserError(f"--export {form}: {folder} is in use already; name a new folder")
+            with new_folder(where):
                 pass
         except OSError as error:
             raise UserError(f"--export {form}: {folder} cannot be made: {error.strerror}") from None
+        seen.add(where)
 
 
 def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
@@ -57,17 +63,18 @@ def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
         base: the folder of the model.
     """
     checks = {
-        "mlx-lm": check_mlx_lm,
-        "peft": partial(check_peft, base=base),
-        "merged": check_merged,
-        "merged-float": lambda model: check_merged(model) or check_unpacked(model),
+        "mlx-lm": [check_mlx_lm],
+        "peft": [check_peft],
+        "merged": [check_merged],
+        "merged-float": [check_merged, check_unpacked],
     }
     for form, _ in exports:
-        if wrong := checks[form](model):
-            raise UserError(f"--export {form}: {wrong}; take another form")
+        for check in checks[form]:
+            if wrong := check(model, base):
+                raise UserError(f"--export {form}: {wrong}; take another form")
 
 
-def check_mlx_lm(model: nn.Module) -> str | None:
+def check_mlx_lm(model: nn.Module, base: Path) -> str | None:
     """What mlx-lm does not put its LoRA into: routers, and linear layers of a model's own kind."""
     for path, module in models.lora_modules(model).items():
         kinds = (nn.Linear, nn.QuantizedLinear)
@@ -93,7 +100,7 @@ def check_peft(model: nn.Module, base: Path) -> str | None:
     return None
 
 
-def check_merged(model: nn.Module) -> str | None:
+def check_merged(model: nn.Module, base: Path) -> str | None:
     """What LoRA cannot be merged into: layers that are packed in a way of their own."""
     for path, module in models.lora_modules(model).items():
         if not models.can_merge(module.frozen):
@@ -101,7 +108,7 @@ def check_merged(model: nn.Module) -> str | None:
     return None
 
 
-def check_unpacked(model: nn.Module) -> str | None:
+def check_unpacked(model: nn.Module, base: Path) -> str | None:
     """What stays packed when a model is unpacked; mlx-lm unpacks these kinds of layers only."""
     kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
     packed = [p for p, m in model.named_modules() if "scales" in m and not isinstance(m, kinds)]
@@ -130,70 +137,63 @@ def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) ->
     Raises:
         UserError: it cannot be written, or a merged model does not do what the adapted one does.
     """
-    config = adapters.mlx_lm_config(model)
-    pairs = {path: as_numpy(m.pair()) for path, m in models.lora_modules(model).items()}
-    scale_20 = adapters.pair_arrays(base, adapters.file_arrays(model))
-    expected = sample_logits(model)
+    config, adapter = adapters.mlx_lm_config(model), adapters.whole_pairs(model)
+    behaviour = Behaviour.of(model)
     model.clear()  # merging loads it again, and there may be no memory for two
     for form, folder in exports:
-        with whole_folder(folder) as part:
+        with raising_signals(f"{folder} is not made"), whole_folder(folder) as part:
             if form == "mlx-lm":
-                write_mlx_lm(part, pairs, config | {"model": name})
+                write_mlx_lm(part, adapter, config | {"model": name})
             elif form == "peft":
-                write_peft(part, pairs, name)
+                write_peft(part, adapter, name)
             else:
-                write_merged(part, base, scale_20, expected, form == "merged-float")
+                write_merged(part, base, adapter, behaviour, form == "merged-float")
         print(f"Exported as {form} to {folder}.", flush=True)
-
-
-def as_numpy(pair: tuple[mx.array, mx.array]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(pair[0]), np.array(pair[1])
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside this one, which takes its place when all is written, or vanishes."""
+    """A new folder, which takes the place of this one when all is written, or vanishes."""
+    where = folder.resolve()
     try:
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-        try:
-            part.chmod(0o755)  # mkdtemp's is for its owner alone
+        with new_folder(where) as part:
             yield part
-            part.replace(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            if where.exists():
+                shutil.copymode(where, part)
+            part.replace(where)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # MLX's are RuntimeErrors
         why = getattr(error, "strerror", None) or error
         raise UserError(f"the folder {folder} cannot be written: {why}") from error
 
 
-Pairs = dict[str, tuple[np.ndarray, np.ndarray]]
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside this one that vanishes, unless it is renamed."""
+    folder.exists()  # raises where the name is too long
+    part = folder.with_name(f".export.{secrets.token_hex(4)}")
+    part.mkdir()
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def widened(pairs: Pairs) -> Pairs:
-    """The same updates, all of the highest rank among them: the others get rows of zeros."""
-    rank = max(a.shape[1] for a, _ in pairs.values())
-    return {
-        path: (np.pad(a, ((0, 0), (0, rank - len(b)))), np.pad(b, ((0, rank - len(b)), (0, 0))))
-        for path, (a, b) in pairs.items()
-    }
-
-
-def write_mlx_lm(folder: Path, pairs: Pairs, config: dict) -> None:
+def write_mlx_lm(folder: Path, adapter: adapters.Adapter, config: dict) -> None:
     """An adapter as mlx_lm.lora writes it."""
     arrays = {}
-    for path, (a, b) in widened(pairs).items():
+    for path, (a, b) in adapters.widened(adapter).items():
         arrays |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
     content = safetensors.numpy.save(arrays, {"format": "mlx"})
     (folder / "adapters.safetensors").write_bytes(content)
     adapters.write_config(folder, config)
 
 
-def write_peft(folder: Path, pairs: Pairs, base: str) -> None:
+def write_peft(folder: Path, adapter: adapters.Adapter, base: str) -> None:
     """An adapter as PEFT writes it: A is (r, d_in) and B (d_out, r); the scale is lora_alpha / r.
 
     llama.cpp and vLLM read this form too.
     """
-    arrays, wide = {}, widened(pairs)
+    arrays, wide = {}, adapters.widened(adapter)
     # In transformers a router is no linear layer, and PEFT adapts the parameter.
     routers = [path for path in wide if path.rpartition(".")[2] in models.ROUTERS]
     for path, (a, b) in wide.items():
@@ -230,7 +230,7 @@ def write_peft(folder: Path, pairs: Pairs, base: str) -> None:
 
 
 def write_merged(
-    folder: Path, base: Path, adapter: adapters.Adapter, expected: np.ndarray, unpack: bool
+    folder: Path, base: Path, adapter: adapters.Adapter, behaviour: Behaviour, unpack: bool
 ) -> None:
     """A whole model with the adapter in its weights, compared with the model that has it beside.
 
@@ -238,16 +238,16 @@ def write_merged(
     packed, they are unpacked.
 
     Args:
-        expected: the logits that it is to have for SAMPLE.
+        behaviour: what it is to do.
         unpack: whether the rest is unpacked too.
 
     Raises:
-        UserError: its logits are others.
+        UserError: it does something else.
     """
     model, config = models.load_as_stored(base)
     adapters.adapt(model, adapter, base, None)
     adapted = models.lora_modules(model)
-    tolerance = max(TOLERANCE[dtype] for dtype in tell_rounding(adapted))
+    lost = rounding(adapted)
     merged = {path: module.merged() for path, module in adapted.items()}
     if not write_changed(
         folder, base, config, {f"{p}.weight": m.weight for p, m in merged.items()}
@@ -261,12 +261,7 @@ def write_merged(
         save_config(config, folder / "config.json", keep_vision_config=has_images)
         tell_names(base, folder)
     copy_tokenizer(base, folder)
-    found = sample_logits(models.load(folder)[0])
-    if not (error := difference(found, expected)) <= tolerance:
-        raise UserError(
-            f"the merged model does not do what the adapted one does (its logits differ by "
-            f"{error:.1%}), so it was not kept; please report this with the name of the model"
-        )
+    behaviour.check(models.load(folder)[0], lost)
 
 
 def write_changed(folder: Path, base: Path, config: dict, changed: dict[str, mx.array]) -> bool:
@@ -289,10 +284,46 @@ def write_changed(folder: Path, base: Path, config: dict, changed: dict[str, mx.
     return True
 
 
-# Tokens to compare two models on, and how far apart, of how much they differ at all, their logits
-# may be: by the rounding of merged weights to their type, and of products on a GPU.
+# Tokens to compare two models on, and how far apart, as a share of what they are, their logits may
+# be by the rounding of what they compute with.
 SAMPLE = mx.arange(1, 17)[None]
-TOLERANCE = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
+NOISE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 4e-2}
+
+
+class Behaviour(NamedTuple):
+    """What a model with an adapter does with SAMPLE, to compare a merged model with.
+
+    Attributes:
+        logits: as `sample_logits` has them.
+        change: how far those without the adapter are from them.
+        noise: how far apart rounding alone may bring them.
+    """
+
+    logits: np.ndarray
+    change: float
+    noise: float
+
+    @staticmethod
+    def of(model: nn.Module) -> Behaviour:
+        """That of a model, from which the adapter is taken away."""
+        logits, adapted = sample_logits(model), models.lora_modules(model)
+        frozen = [(path, module.frozen) for path, module in adapted.items()]
+        model.update_modules(tree_unflatten(frozen))
+        noise = max(NOISE[models.float_weight(module)[1]] for _, module in frozen)
+        return Behaviour(logits, difference(sample_logits(model), logits), noise)
+
+    def check(self, model: nn.Module, lost: float) -> None:
+        """Raise UserError where a merged model does not do the same.
+
+        Args:
+            lost: the share of the change that rounding took of its weights.
+        """
+        error = difference(sample_logits(model), self.logits)
+        if not error <= self.noise + (0.05 + 2 * lost) * self.change:
+            raise UserError(
+                "the merged model does not do what the adapted one does (its logits differ by "
+                f"{error:.1%}), so it was not kept; please report this with the name of the model"
+            )
 
 
 def sample_logits(model: nn.Module) -> np.ndarray:
@@ -312,27 +343,27 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(np.median(distance)))
 
 
-def tell_rounding(adapted: dict[str, nn.Module]) -> set[mx.Dtype]:
-    """Tell how much of an update is lost where the sums are rounded to float16 or bfloat16.
+def rounding(adapted: dict[str, nn.Module]) -> float:
+    """How much of an update is lost where the sums are rounded; more than 1 % is told.
 
     Returns:
-        The types that they are rounded to.
+        The root mean square of what is lost, as a share of that of the update.
     """
-    lost, size, dtypes = 0.0, 0.0, set()
+    lost, size, names = 0.0, 0.0, set()
     for module in adapted.values():
         weight, dtype = models.float_weight(module.frozen)
-        dtypes.add(dtype)
+        names.add(str(dtype).removeprefix("mlx.core."))
         a, b = module.pair()
         exact = weight + models.SCALE * (a @ b).T
         lost += mx.square(exact - exact.astype(dtype).astype(mx.float32)).sum().item()
         size += mx.square(exact - weight).sum().item()
-    if size and (share := (lost / size) ** 0.5) > 0.01:
-        names = " and ".join(sorted(str(dtype).removeprefix("mlx.core.") for dtype in dtypes))
+    share = math.sqrt(lost / size) if size else 0.0
+    if share > 0.01:
         hint(
-            f"rounded to {names}, the merged weights are off by {share:.0%} of their change (root "
-            "mean square); the adapter itself is exact"
+            f"rounded to {' and '.join(sorted(names))}, the merged weights are off by {share:.0%} "
+            "of their change (root mean square); the adapter itself is exact"
         )
-    return dtypes
+    return share
 
 
 def leave_unpacked(config: dict, paths: list[str], unpack: bool) -> None:
@@ -347,7 +378,8 @@ def leave_unpacked(config: dict, paths: list[str], unpack: bool) -> None:
 def copy_tokenizer(base: Path, folder: Path) -> None:
     """Copy the files of the tokenizer, and how it generates; never code."""
     for file in {file for pattern in models.TOKENIZER_FILES for file in base.glob(pattern)}:
-        shutil.copyfile(file, folder / file.name)
+        if file.is_file() and file.suffix != ".py":
+            shutil.copyfile(file, folder / file.name)
 
 
 def tell_names(base: Path, folder: Path) -> None:

@@ -20,7 +20,9 @@ def real_file(file: Path) -> Path:
     """
     if file.is_symlink():
         try:
-            file = file.resolve()
+            resolved = file.resolve()
+            # The hub's cache links to files without an ending, which tells what they are.
+            file = resolved if resolved.suffix or file.suffix == ".npz" else file
         except (RuntimeError, OSError):
             raise UserError(f"{file} is a loop of links") from None
     file = file if file.name else file.absolute()

@@ -7,10 +7,11 @@ import json
 import shlex
 import sys
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lora_finetune.checkpoint import Progress, best_file
+from lora_finetune.checkpoint import Progress, best_file, sibling
 from lora_finetune.command_line import UserError, first_line, warn
 from lora_finetune.files import atomic_write
 
@@ -26,14 +27,16 @@ def draw_losses(log: Path, picture: Path) -> None:
     warning.
     """
     reports = read_log(log)
-    training = [report for report in reports if report.get("train_loss") is not None]
+    training, validation = losses(reports, "train_loss"), losses(reports, "val_loss")
     if len(training) < 2:
         return
+    if validation and validation[0]["iter"] == 1:
+        validation[0]["iter"] = 0  # it came before the first step
     try:
         from matplotlib.figure import Figure  # not above: it takes long, and not every run draws
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
-        plot_losses(figure, training, [r for r in reports if r.get("val_loss") is not None])
+        plot_losses(figure, training, validation)
         with atomic_write(picture) as [stream]:
             figure.savefig(stream, format="png", dpi=150)
     except (ImportError, UserError, RuntimeError, ValueError) as error:
@@ -51,6 +54,17 @@ def read_log(log: Path) -> list[dict[str, Any]]:
     return reports
 
 
+def losses(reports: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The reports with a loss of this name; where the log goes back, what came later counts."""
+    found: list[dict[str, Any]] = []
+    for report in reports:
+        if isinstance(report.get(name), float) and isinstance(report.get("iter"), int):
+            while len(found) > (name == "val_loss") and found[-1]["iter"] >= report["iter"]:
+                found.pop()
+            found.append(report)
+    return found
+
+
 def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> None:
     """Training as a thin line, validation as a dashed one with points, the best of it marked.
 
@@ -58,8 +72,9 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
     """
     axes = figure.subplots()
     iterations = [report["iter"] for report in training]
-    losses = [report["train_loss"] for report in training]
-    axes.plot(iterations, losses, color="0.55", linewidth=1, label="training")
+    axes.plot(
+        iterations, [r["train_loss"] for r in training], color="0.55", linewidth=1, label="training"
+    )
     if validation:
         points = [report["iter"] for report in validation], [r["val_loss"] for r in validation]
         marker = "o" if len(validation) <= 60 else None
@@ -74,7 +89,7 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
     axes.grid(alpha=0.25)
     axes.legend()
     tokens = [report.get("tokens") for report in training]
-    if all(tokens):
+    if all(isinstance(n, int) for n in tokens) and sorted(set(tokens)) == tokens:
         upper = axes.secondary_xaxis("top")
         ticks = nice_ticks(tokens[-1])
         upper.set_xticks(
@@ -95,7 +110,7 @@ def nice_ticks(most: int) -> list[int]:
 
 def summary(progress: Progress) -> str:
     """A run in one line: its validation losses, iterations, tokens and time."""
-    losses = [
+    found = [
         f"{loss:.3f} {when}"
         for loss, when in [
             (progress.first_loss, "before"),
@@ -109,7 +124,7 @@ def summary(progress: Progress) -> str:
     time = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
     time = time.removeprefix("0 min ")
     return (
-        f"Validation loss {', '.join(losses)}; {progress.iteration} iterations, "
+        f"Validation loss {', '.join(found)}; {progress.iteration} iterations, "
         f"{progress.trained_tokens:,} tokens, {time} of training."
     )
 
@@ -136,7 +151,8 @@ def next_commands(args: argparse.Namespace, adapter: Path, progress: Progress) -
     more = {"iters": 2 * args.iters} if args.iters else {"epochs": 2 * args.epochs}
     again = {name: typed[name] for name in OF_TRAINING if name in typed} | more
     again |= {"train": True, "mask_prompt": args.mask_prompt, "resume_adapter_file": adapter}
-    folder = adapter.with_name(f"{adapter.name.removesuffix('.npz')}.merged")
+    folders = (sibling(adapter, f"merged{number or ''}") for number in count())
+    folder = next(folder for folder in folders if not folder.exists())
     return [
         f"Ask it:    {command(use | {'prompt': '안녕하세요?'})}",
         f"Go on:     {command(again)}",
@@ -150,6 +166,11 @@ def command(flags: dict[str, Any]) -> str:
     for name, value in flags.items():
         if value is None or value is False:
             continue
+        flag = f"--{name.replace('_', '-')}"
         values = value if isinstance(value, list) else [] if value is True else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+        values = [str(value) for value in values]
+        if len(values) == 1 and values[0].startswith("-"):
+            words.append(f"{flag}={values[0]}")
+        else:
+            words += [flag, *(f"./{v}" if v.startswith("-") else v for v in values)]
     return shlex.join(words)

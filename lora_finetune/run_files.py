@@ -48,6 +48,7 @@ class RunFiles:
         self.earlier: float | None = None
         self.pending_log: str | None = None  # None: reports go to the file
         self.pending_best: dict[str, np.ndarray] = {}
+        self.config: dict[str, Any] = {}  # of the adapter, for mlx-lm
         self.lock_stream = None
         self.log_failed = False
 
@@ -126,7 +127,8 @@ class RunFiles:
 
     def keep_best(self, model: nn.Module) -> None:
         """Keep the adapter as it is now as the best, to be written with the next save."""
-        self.pending_best = adapters.file_arrays(model)
+        self.pending_best = adapters.file_arrays(model, self.adapter.suffix)
+        self.config = adapters.mlx_lm_config(model)
 
     def save(
         self, model: nn.Module, optimizer: dict, progress: Progress, settings: dict[str, Any]
@@ -136,19 +138,29 @@ class RunFiles:
             self.back_up_previous()
         in_memory = self.pending_log is not None
         progress.log_size = len(self.pending_log) if in_memory else file_size(self.log)
-        arrays = adapters.file_arrays(model)
+        arrays = adapters.file_arrays(model, self.adapter.suffix)
+        self.config = adapters.mlx_lm_config(model)
         checkpoint.write_state(
             self.adapter, arrays, adapters.trainable_arrays(model), optimizer, progress, settings,
             self.pending_best, self.pending_log,
         )  # fmt: skip
-        if self.adapter.suffix == ".safetensors":
-            adapters.write_config(self.adapter.parent, adapters.mlx_lm_config(model))
+        self.write_config()
         if self.pending_best:
             adapters.write_arrays(best_file(self.adapter), self.pending_best)
         if in_memory:
             self.write_log(self.pending_log)
         adapters.write_arrays(self.adapter, arrays)
         self.earlier, self.pending_log, self.pending_best = None, None, {}
+
+    def write_config(self) -> None:
+        """Write the configuration that goes with a .safetensors file.
+
+        One that is there is of adapters.safetensors, as mlx-lm has it, or says the same scale.
+        """
+        if self.adapter.suffix == ".safetensors":
+            there = self.adapter.with_name(adapters.CONFIG).exists()
+            if self.adapter.name == "adapters.safetensors" or not there:
+                adapters.write_config(self.adapter.parent, self.config)
 
     def draw_losses(self) -> None:
         """Draw the losses of the run, if its log is in its place."""
@@ -182,6 +194,7 @@ class RunFiles:
                 if any(map(file_size, files_of_run(self.adapter))):
                     self.back_up_previous()
             best = best_file(self.adapter)
+            self.write_config()
             adapters.write_arrays(best, self.pending_best)
             warn(f"the best adapter, of iteration {progress.best_iteration}, is in {best}")
 

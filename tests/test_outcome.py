@@ -67,6 +67,22 @@ def test_a_run_of_another_scale_is_resumed_exactly(
     assert file.read_bytes() == whole
 
 
+def test_the_best_adapter_is_resumed_with_the_scale_of_its_run(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    call(*args, "--iters", 3, "--lora-scale", 5)
+    best = ["--resume-adapter-file", tmp_path / "a.best.npz", "--adapter-file", tmp_path / "b.npz"]
+    call(*args, *best, "--iters", 4, "--start-iter", 3)
+    assert checkpoint.read(tmp_path / "b.npz").settings["--lora-scale"] == 5
+
+
+@pytest.mark.parametrize("scale", ["1e-300", "1e300", "nan", "0", "x"])
+def test_a_scale_that_numbers_cannot_be_multiplied_by_is_an_error(
+    call: Run, args: list[object], scale: str
+) -> None:
+    one_error(call(*args, "--iters", 1, "--lora-scale", scale), "--lora-scale")
+
+
 def test_resumed_with_another_scale_the_model_is_the_same_and_a_warning_says_so(
     call: Run, args: list[object], tmp_path: Path
 ) -> None:
@@ -106,6 +122,16 @@ def test_training_ends_when_validation_does_not_become_better(
     assert "Iter 14: Train loss" in without.stdout
 
 
+def test_more_patience_goes_on_with_the_same_iterations(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    still = [*args, "--learning-rate", 0, "--steps-per-eval", 2, "--iters", 20]
+    call(*still, "--patience", 3)
+    still += ["--resume-adapter-file", tmp_path / "a.npz"]
+    assert "hint: training ended at iteration 6" in call(*still, "--patience", 3).stderr
+    assert "Iter 10: Training ends" in call(*still, "--patience", 5).stdout
+
+
 def test_a_run_that_becomes_better_does_not_end_early(
     call: Run, args: list[object], tmp_path: Path
 ) -> None:
@@ -135,6 +161,19 @@ def test_the_losses_are_drawn_and_an_earlier_picture_is_kept(
     assert (
         (tmp_path / "a.previous.png").read_bytes() == resumed != (tmp_path / "a.png").read_bytes()
     )
+
+
+def test_a_log_with_other_lines_is_drawn_all_the_same(
+    call: Run, args: list[object], tmp_path: Path
+) -> None:
+    """Also where a run began anew from the middle."""
+    flags = [*args, "--steps-per-report", 1, "--resume-adapter-file", tmp_path / "a.npz"]
+    call(*args, "--iters", 4, "--steps-per-report", 1)
+    with (tmp_path / "a.log.jsonl").open("a") as log:
+        log.write('{"train_loss": 1}\n[]\n{"iter": 3, "val_loss": null}\nx\n')
+    ended = call(*flags, "--iters", 6, "--start-iter", 2)
+    assert ended.returncode == 0 and "not drawn" not in ended.stderr
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_of_one_report_nothing_is_drawn(call: Run, args: list[object], tmp_path: Path) -> None:
@@ -180,6 +219,19 @@ def test_a_run_ends_with_commands_that_work_as_printed(
         )  # fmt: skip
         assert expected in again.stdout
     assert (folder / "a b.merged" / "config.json").is_file()
+
+
+def test_names_that_begin_with_a_dash_are_printed_so_that_they_work(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "-m").symlink_to(model)
+    flags = ["--model=-m", "--data", data, "--train", "--iters", 2, "--adapter-file=-a.npz"]
+    for folder in ("-a.merged", "-a.merged1"):  # the second time the first is there
+        ended = run(*flags, cwd=tmp_path)
+        for line in ended.outcome.splitlines()[1:]:
+            command = [line.partition(":")[2]]
+            assert subprocess.run(command, shell=True, cwd=tmp_path, check=True).returncode == 0
+        assert (tmp_path / folder).is_dir()
 
 
 def test_the_best_adapter_is_asked_where_the_last_is_worse(

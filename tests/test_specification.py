@@ -123,7 +123,8 @@ def test_an_adapter_from_here_loads_in_mlx_lm(tmp_path: Path):
     models.add_lora(ours, dict.fromkeys(models.find_targets(ours, 2), 8))
     for name, array in tree_flatten(ours.trainable_parameters()):
         ours.load_weights([(name, mx.random.normal(array.shape, scale=0.1))], strict=False)
-    adapters.write_arrays(tmp_path / "adapters.safetensors", adapters.trainable_arrays(ours))
+    arrays = adapters.file_arrays(ours, ".safetensors")
+    adapters.write_arrays(tmp_path / "adapters.safetensors", arrays)
     config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": MLX_LM}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
 
