@@ -2,8 +2,8 @@
 
     python train_lora.py --train --test --prompt "질문"
 
-The file follows a run: the command line, what is checked before anything is fetched, the loss,
-evaluation, the training step, the training loop, generation, and `run`, which calls them in turn.
+The file follows a run: the command line, evaluation, the training step, the training loop,
+generation, and `run`, which calls them in turn.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from lora_finetune.command_line import (
     Interrupted,
@@ -36,7 +33,6 @@ from lora_finetune.command_line import (
     warn,
     whole_number,
 )
-from lora_finetune.files import real_file
 
 # --- The command line ---------------------------------------------------------------------------
 
@@ -160,11 +156,13 @@ from lora_finetune import (
     linux_cpu,
     losses,
     memory,
+    model_folder,
     outcome,
     prompts,
     run_files,
 )
 from lora_finetune.losses import Loss
+from lora_finetune.plan import Plan, check
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -177,134 +175,6 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters
 from tqdm import tqdm
-
-# --- Before anything is fetched -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is to do, as far as it is known without a model.
-
-    Attributes:
-        data: what the data file of each split holds, "train", "valid" and "test" as needed.
-        source: the file that the adapter to start from is in, None for a fresh one.
-        adapter: its A's and B's.
-        state: the rest of the run to resume, None where there is none.
-        progress: how far that run has come.
-        iters: the iteration to train to.
-        settings: what the result of training depends on, by the name to report it under.
-        files: where the adapter is saved, and all that is beside it.
-        prompts: the prompts to generate after.
-        scale: the scale of LoRA that the adapter is for.
-        exports: the forms to export to, and their folders.
-        start_iter: the iteration to start from that was given, None where none was.
-        The rest are flags, under their own names.
-    """
-
-    data: dict[str, dataset.File]
-    source: Path | None
-    adapter: adapters.Adapter
-    state: checkpoint.State | None
-    progress: checkpoint.Progress
-    iters: int
-    settings: dict[str, Any]
-    files: run_files.RunFiles
-    prompts: list[str]
-    scale: float
-    exports: list[export.Export]
-    start_iter: int | None
-    batch_size: int
-    learning_rate: float
-    seed: int
-    val_batches: int
-    steps_per_report: int
-    steps_per_eval: int
-    save_every: int
-    patience: int | None
-
-
-def check(args: argparse.Namespace) -> Plan:
-    """Read all files but the model's, and check what can be checked without it.
-
-    Raises:
-        UserError: something that the user can put right.
-    """
-    splits = ["train", "valid"] * args.train + ["test"] * args.test
-    data = {s: dataset.read(Path(args.data, f"{s}.jsonl"), args.mask_prompt) for s in splits}
-    adapter_file = real_file(Path(args.adapter_file))
-    source, state, adapter, scale = read_start(args, adapter_file)
-    exports = [export.Export(form, Path(folder)) for form, folder in args.export or []]
-    export.check_folders(exports, adapter_file)
-    progress = state.progress if state else checkpoint.Progress()
-    if args.start_iter not in (None, progress.iteration):
-        progress = checkpoint.Progress(args.start_iter)
-    files, iters = run_files.RunFiles(adapter_file if args.train else source), 0
-    if args.train:
-        run_files.check_writable(adapter_file)
-        if files.log.exists():
-            files.lock()  # a run that is training this adapter is reported at once
-        iters = args.iters or args.epochs * math.ceil(len(data["train"]) / args.batch_size)
-        iters = progress.go_on(iters, args.patience)
-        if progress.iteration > iters or (progress.iteration == iters and not state):
-            raise UserError(
-                f"iteration {progress.iteration} of {iters} is done already (--start-iter, or the "
-                "run to resume); raise --epochs or --iters, or begin anew from its adapter with "
-                "--start-iter 0"
-            )
-    return Plan(
-        data=data,
-        source=source,
-        adapter=adapter,
-        state=state,
-        progress=progress,
-        iters=iters,
-        settings={
-            "--batch-size": args.batch_size,
-            "--learning-rate": args.learning_rate,
-            "--seed": args.seed,
-            "--lora-scale": scale,
-            "--val-batches": args.val_batches,
-            "--add-eos-token": args.add_eos_token,
-            "--max-seq-length": args.max_seq_length,
-            "--mask-prompt": args.mask_prompt,
-            **{file.path.name: file.checksum for split, file in data.items() if split != "test"},
-        },
-        files=files, prompts=prompts.read(args.prompt or []), scale=scale, exports=exports,
-        start_iter=args.start_iter,
-        batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed,
-        val_batches=args.val_batches, steps_per_report=args.steps_per_report,
-        steps_per_eval=args.steps_per_eval, save_every=args.save_every, patience=args.patience,
-    )  # fmt: skip
-
-
-def read_start(
-    args: argparse.Namespace, adapter_file: Path
-) -> tuple[Path | None, checkpoint.State | None, adapters.Adapter, float]:
-    """The adapter to start from: its file, the state of its run, its A's and B's; or none of them.
-
-    And the scale of LoRA, which they are for.
-
-    Raises:
-        UserError: it is not there, or damaged.
-    """
-    if args.train and not args.resume_adapter_file:
-        return None, None, {}, args.lora_scale or models.SCALE
-    source = real_file(Path(args.resume_adapter_file)) if args.train else adapter_file
-    if not args.train and not source.exists():
-        raise UserError(f"there is no adapter file {source}; --train makes one")
-    source = adapters.find_adapter(source)
-    state = checkpoint.read(source) if args.train else None
-    trained = checkpoint.settings_of(source).get("--lora-scale") if args.train else None
-    scale = args.lora_scale or trained or models.SCALE
-    if state:
-        return source, state, adapters.rescaled(state.adapter, trained, scale), scale
-    return (
-        source,
-        None,
-        adapters.rescaled(adapters.read_adapter(source), models.SCALE, scale),
-        scale,
-    )
-
 
 # --- Evaluation ---------------------------------------------------------------------------------
 
@@ -832,7 +702,7 @@ def run(args: argparse.Namespace) -> None:
         linux_cpu.keep_freed_memory()
     fast_exp.put_in_place(slow_exp=on_cpu and linux_cpu.can_compile())
     memory.set_limits(memory.available())
-    folder = models.find_model(args.model or str(demo_model.fetch()))
+    folder = model_folder.find_model(args.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(folder)
     with memory.device_errors("take a smaller or a quantized model"):
@@ -856,7 +726,7 @@ def run(args: argparse.Namespace) -> None:
         plan.data, tokenizer, limits.vocab_size, bool(args.add_eos_token), args.mask_prompt,
         max_text_length(args, limits),
     )  # fmt: skip
-    warn_beyond_context(examples, asked, models.context_length(folder))
+    warn_beyond_context(examples, asked, model_folder.context_length(folder))
     with attention.by_blocks():
         if args.train:
             plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
@@ -870,7 +740,7 @@ def run(args: argparse.Namespace) -> None:
         for prompt in asked:
             generate(model, tokenizer, prompt, args.temp, args.seed)
     if plan.exports:
-        export.write_all(plan.exports, model, folder, models.public_name(args.model, folder))
+        export.write_all(plan.exports, model, folder, model_folder.public_name(args.model, folder))
     if args.train:
         commands = outcome.next_commands(args, plan.files.adapter, plan.progress)
         print(outcome.summary(plan.progress), *commands, sep="\n", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+from lora_finetune import model_folder
 from lora_finetune.command_line import UserError, warn
 from lora_finetune.files import atomic_write
 from models import attention_projections, is_linear, linear_shape, natural_order, router_projections
@@ -292,7 +293,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         return arrays
     except Exception:  # zipfile, zlib and NumPy each raise in their own way on a damaged file
         with file.open("rb") as stream:
-            if stream.read(len(models.LFS_POINTER)) == models.LFS_POINTER:
+            if stream.read(len(model_folder.LFS_POINTER)) == model_folder.LFS_POINTER:
                 raise UserError(f"{file} is a Git LFS pointer; `git lfs pull` fetches it") from None
         kind = file.suffix if file.suffix == ".safetensors" else ".npz"
         raise UserError(f"{file} is not a whole {kind} file of plain arrays") from None

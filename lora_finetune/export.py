@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import models
-from lora_finetune import adapters
+from lora_finetune import adapters, model_folder
 from lora_finetune.command_line import UserError, abbreviated, hint, raising_signals
 
 import mlx.core as mx
@@ -138,7 +138,8 @@ def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) ->
         UserError: it cannot be written, or a merged model does not do what the adapted one does.
     """
     config, adapter = adapters.mlx_lm_config(model), adapters.whole_pairs(model)
-    behaviour = Behaviour.of(model)
+    is_merged = any(form.startswith("merged") for form, _ in exports)
+    behaviour = Behaviour.of(model) if is_merged else None
     model.clear()  # merging loads it again, and there may be no memory for two
     for form, folder in exports:
         with raising_signals(f"{folder} is not made"), whole_folder(folder) as part:
@@ -377,7 +378,7 @@ def leave_unpacked(config: dict, paths: list[str], unpack: bool) -> None:
 
 def copy_tokenizer(base: Path, folder: Path) -> None:
     """Copy the files of the tokenizer, and how it generates; never code."""
-    for file in {file for pattern in models.TOKENIZER_FILES for file in base.glob(pattern)}:
+    for file in {file for pattern in model_folder.TOKENIZER_FILES for file in base.glob(pattern)}:
         if file.is_file() and file.suffix != ".py":
             shutil.copyfile(file, folder / file.name)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import TEXTS, Ended, Run, make_texts, one_error
-from lora_finetune import memory
+from lora_finetune import memory, model_folder
 from lora_finetune.command_line import UserError
 
 import mlx.core as mx
@@ -161,8 +161,8 @@ def test_memory_that_lacks_in_loading_is_not_taken_for_a_damaged_file(
     model: Path, error: Exception
 ) -> None:
     with pytest.raises(UserError, match="take a smaller or a quantized model"):
-        models.check_memory(model, error)
-    models.check_memory(model, ValueError("Missing 1 parameters: a"))
+        model_folder.check_memory(model, error)
+    model_folder.check_memory(model, ValueError("Missing 1 parameters: a"))
 
 
 LONG = [f"{i} " + "물은 H2O. " * 40 for i in range(8)]  # 8 texts of some 560 tokens

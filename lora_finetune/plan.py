@@ -1,0 +1,139 @@
+"""What a run is to do, and every error in that which needs no model, told before one is fetched."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import models
+from lora_finetune import adapters, checkpoint, dataset, export, prompts, run_files
+from lora_finetune.command_line import UserError
+from lora_finetune.files import real_file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do, as far as it is known without a model.
+
+    Attributes:
+        data: what the data file of each split holds, "train", "valid" and "test" as needed.
+        source: the file that the adapter to start from is in, None for a fresh one.
+        adapter: its A's and B's.
+        state: the rest of the run to resume, None where there is none.
+        progress: how far that run has come.
+        iters: the iteration to train to.
+        settings: what the result of training depends on, by the name to report it under.
+        files: where the adapter is saved, and all that is beside it.
+        prompts: the prompts to generate after.
+        scale: the scale of LoRA that the adapter is for.
+        exports: the forms to export to, and their folders.
+        start_iter: the iteration to start from that was given, None where none was.
+        The rest are flags, under their own names.
+    """
+
+    data: dict[str, dataset.File]
+    source: Path | None
+    adapter: adapters.Adapter
+    state: checkpoint.State | None
+    progress: checkpoint.Progress
+    iters: int
+    settings: dict[str, Any]
+    files: run_files.RunFiles
+    prompts: list[str]
+    scale: float
+    exports: list[export.Export]
+    start_iter: int | None
+    batch_size: int
+    learning_rate: float
+    seed: int
+    val_batches: int
+    steps_per_report: int
+    steps_per_eval: int
+    save_every: int
+    patience: int | None
+
+
+def check(args: argparse.Namespace) -> Plan:
+    """Read all files but the model's, and check what can be checked without it.
+
+    Raises:
+        UserError: something that the user can put right.
+    """
+    splits = ["train", "valid"] * args.train + ["test"] * args.test
+    data = {s: dataset.read(Path(args.data, f"{s}.jsonl"), args.mask_prompt) for s in splits}
+    adapter_file = real_file(Path(args.adapter_file))
+    source, state, adapter, scale = read_start(args, adapter_file)
+    exports = [export.Export(form, Path(folder)) for form, folder in args.export or []]
+    export.check_folders(exports, adapter_file)
+    progress = state.progress if state else checkpoint.Progress()
+    if args.start_iter not in (None, progress.iteration):
+        progress = checkpoint.Progress(args.start_iter)
+    files, iters = run_files.RunFiles(adapter_file if args.train else source), 0
+    if args.train:
+        run_files.check_writable(adapter_file)
+        if files.log.exists():
+            files.lock()  # a run that is training this adapter is reported at once
+        iters = args.iters or args.epochs * math.ceil(len(data["train"]) / args.batch_size)
+        iters = progress.go_on(iters, args.patience)
+        if progress.iteration > iters or (progress.iteration == iters and not state):
+            raise UserError(
+                f"iteration {progress.iteration} of {iters} is done already (--start-iter, or the "
+                "run to resume); raise --epochs or --iters, or begin anew from its adapter with "
+                "--start-iter 0"
+            )
+    return Plan(
+        data=data,
+        source=source,
+        adapter=adapter,
+        state=state,
+        progress=progress,
+        iters=iters,
+        settings={
+            "--batch-size": args.batch_size,
+            "--learning-rate": args.learning_rate,
+            "--seed": args.seed,
+            "--lora-scale": scale,
+            "--val-batches": args.val_batches,
+            "--add-eos-token": args.add_eos_token,
+            "--max-seq-length": args.max_seq_length,
+            "--mask-prompt": args.mask_prompt,
+            **{file.path.name: file.checksum for split, file in data.items() if split != "test"},
+        },
+        files=files, prompts=prompts.read(args.prompt or []), scale=scale, exports=exports,
+        start_iter=args.start_iter,
+        batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed,
+        val_batches=args.val_batches, steps_per_report=args.steps_per_report,
+        steps_per_eval=args.steps_per_eval, save_every=args.save_every, patience=args.patience,
+    )  # fmt: skip
+
+
+def read_start(
+    args: argparse.Namespace, adapter_file: Path
+) -> tuple[Path | None, checkpoint.State | None, adapters.Adapter, float]:
+    """The adapter to start from: its file, the state of its run, its A's and B's; or none of them.
+
+    And the scale of LoRA, which they are for.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    if args.train and not args.resume_adapter_file:
+        return None, None, {}, args.lora_scale or models.SCALE
+    source = real_file(Path(args.resume_adapter_file)) if args.train else adapter_file
+    if not args.train and not source.exists():
+        raise UserError(f"there is no adapter file {source}; --train makes one")
+    source = adapters.find_adapter(source)
+    state = checkpoint.read(source) if args.train else None
+    trained = checkpoint.settings_of(source).get("--lora-scale") if args.train else None
+    scale = args.lora_scale or trained or models.SCALE
+    if state:
+        return source, state, adapters.rescaled(state.adapter, trained, scale), scale
+    return (
+        source,
+        None,
+        adapters.rescaled(adapters.read_adapter(source), models.SCALE, scale),
+        scale,
+    )
