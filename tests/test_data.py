@@ -9,6 +9,7 @@ from pathlib import Path
 import models
 from lora_finetune import dataset
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -178,15 +179,22 @@ def test_the_share_of_padding_is_that_of_the_first_epoch(
     assert share == pytest.approx(1 - sum(lengths - 1) / sum(inputs.size for inputs in widths))
 
 
-@given(st.integers(1, 10**6))
-def test_padding_adds_less_than_a_step_and_at_most_a_quarter(length: int) -> None:
-    padded = dataset.padded_length(length)
-    assert padded >= length
-    assert padded % 32 == 0
-    assert padded - length < max(32, length / 4)
-    assert padded <= dataset.padded_length(length + 1)
+@pytest.mark.parametrize(("device", "multiple", "share"), [(mx.cpu, 8, 16), (mx.gpu, 32, 4)])
+def test_padding_adds_less_than_a_step_and_at_most_a_share(
+    monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType, multiple: int, share: int
+) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    padded = [dataset.padded_length(length) for length in range(1, 5000)]
+    assert padded == sorted(padded)
+    for length, found in enumerate(padded, 1):
+        assert found % multiple == 0
+        assert 0 <= found - length < max(multiple, length / share)
 
 
-def test_bucketing_limits_the_number_of_widths() -> None:
+@pytest.mark.parametrize(("device", "most"), [(mx.cpu, 96), (mx.gpu, 24)])
+def test_bucketing_limits_the_number_of_widths(
+    monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType, most: int
+) -> None:
     """Since the compiled step is made anew for each of them."""
-    assert len({dataset.padded_length(length) for length in range(1, 2049)}) <= 24
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    assert len({dataset.padded_length(length) for length in range(1, 2049)}) <= most

@@ -11,10 +11,14 @@ from lora_finetune import adapters, demo_model
 from lora_finetune.command_line import UserError
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.lora import LoRALinear
+
+FORMS = ("mlx-lm", "peft", "merged", "merged-float")
 
 TEXTS = [
     "### 질문:\n물은 몇 도에서 끓습니까?\n\n### 답변:\n섭씨 100도에서 끓습니다.",
@@ -41,6 +45,7 @@ def test_the_demo_model_learns_answers_and_gives_an_adapter_that_mlx_lm_loads(
         *("--train", "--test", "--data", tmp_path / "data", "--adapter-file", adapter),
         *("--batch-size", 4, "--iters", 4, "--learning-rate", "5e-4", "--lora-layers", 4),
         *("--prompt", "The capital of France is", "--max-tokens", 5, "--temp", 0),
+        *(word for form in FORMS for word in ("--export", form, tmp_path / form)),
         env={"OPENBLAS_NUM_THREADS": None},
     )
 
@@ -52,6 +57,7 @@ def test_the_demo_model_learns_answers_and_gives_an_adapter_that_mlx_lm_loads(
     assert test == pytest.approx(after, abs=2e-3)  # the same texts
     assert "The capital of France is Paris" in ended.stdout
     assert_mlx_lm_gives_the_same_logits(demo, adapter)
+    assert_every_form_gives_the_same_logits(demo, adapter, tmp_path)
 
 
 def assert_mlx_lm_gives_the_same_logits(folder: Path, file: Path) -> None:
@@ -70,6 +76,26 @@ def assert_mlx_lm_gives_the_same_logits(folder: Path, file: Path) -> None:
 
     tokens = mx.array([tokenizer.encode(TEXTS[0])])
     np.testing.assert_allclose(np.array(ours(tokens)), np.array(theirs(tokens)), atol=1e-4)
+
+
+def assert_every_form_gives_the_same_logits(folder: Path, file: Path, exported: Path) -> None:
+    """What is merged is in float16, to which the packed layers belong; the rest is exact."""
+    found = {"npz": adapted(folder, file)}
+    for form in FORMS:
+        is_model = form.startswith("merged")
+        found[form] = models.load(exported / form) if is_model else adapted(folder, exported / form)
+    tokens = mx.array([found["npz"][1].encode(TEXTS[0])])
+    expected = np.array(found["npz"][0](tokens))
+    for form, (model, _) in found.items():
+        bound = 1e-2 if form.startswith("merged") else 1e-5
+        assert np.abs(np.array(model(tokens)) - expected).max() < bound * np.abs(expected).max()
+
+
+def adapted(folder: Path, adapter: Path) -> tuple[nn.Module, TokenizerWrapper]:
+    model, tokenizer = models.load(folder)
+    file = adapters.find_adapter(adapter)
+    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    return model, tokenizer
 
 
 def test_a_demo_model_that_cannot_be_fetched_is_reported_and_leaves_nothing_behind(
