@@ -13,6 +13,9 @@ import mlx.core as mx
 # For so many queries at a time. Half as many take little less memory, and on a GPU more time.
 BLOCK = 256
 
+# CUDA's products copy keys and values for each query of a group, in short texts too.
+COPIES_GROUPS = mx.cuda.is_available()
+
 whole_attention = mx.fast.scaled_dot_product_attention
 
 
@@ -43,7 +46,8 @@ def attention(
     by_hand = fast_exp.in_place and queries.dtype == mx.float32
     by_hand = by_hand and mask is not None and sinks is None
     shape = mask.shape[-2:] if is_array else (length, keys.shape[2])
-    is_short = length <= BLOCK and not by_hand
+    is_grouped = heads > keys.shape[1] and mask is not None and sinks is None
+    is_short = length <= BLOCK and not by_hand and not (is_grouped and COPIES_GROUPS)
     if options or is_added or is_short or shape != (length, length):
         return whole_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks, **options

@@ -83,7 +83,13 @@ def swiglu_vjp(
     (gate,) = mx.depends([gate], [cotangent])  # else, compiled, the sigmoid of above would be kept
     part = sigmoid(gate)
     silu = gate * part
-    return cotangent * x * (part + silu * (1 - part)), cotangent * silu
+    of_gate = cotangent * x * (part + silu * (1 - part))
+    if mx.default_device() == mx.gpu:
+        # Two gradients of one expression are two kernels and what is between them in memory; of two
+        # expressions they are one kernel each.
+        (gate,) = mx.depends([gate], [of_gate])
+        silu = gate * sigmoid(gate)
+    return of_gate, cotangent * silu
 
 
 def put_in_place(slow_exp: bool) -> None:

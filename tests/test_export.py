@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import models
 import tiny
 from conftest import Ended, Run
 from lora_finetune import adapters, export
-from lora_finetune.command_line import UserError
+from lora_finetune.command_line import Interrupted, UserError, raising_signals
 from test_architectures import ADAPTED, ARCHITECTURES, adapt, build, logits
 from test_errors import one_error
 
@@ -534,6 +535,19 @@ def test_a_merged_model_that_says_something_else_is_not_kept(
         one_error(call(*flags, *export_merged), "so it was not kept")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.npz", "base"]
     assert call(*flags, *export_merged).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_something_is_exported_leaves_nothing(tmp_path: Path, number: int) -> None:
+    def stopped() -> None:
+        with raising_signals("out is not made"), export.whole_folder(tmp_path / "out") as part:
+            (part / "half").touch()
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+
+    with pytest.raises(Interrupted, match="out is not made"):
+        stopped()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_folder_is_filled(call: Run, model: Path, tmp_path: Path) -> None:

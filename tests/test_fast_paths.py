@@ -52,11 +52,13 @@ def test_the_log_sum_exp_is_that_of_mlx(in_place: None) -> None:
     np.testing.assert_allclose(fast_exp.log_sum_exp(x), expected, rtol=2e-7, atol=2e-6)
 
 
-@pytest.mark.parametrize("slow_exp", [True, False])
+@pytest.mark.parametrize(("device", "slow_exp"), [(mx.cpu, True), (mx.cpu, False), (mx.gpu, False)])
 def test_the_gated_unit_and_its_gradients_are_those_of_mlx(
-    in_place: None, monkeypatch: pytest.MonkeyPatch, slow_exp: bool
+    in_place: None, monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType, slow_exp: bool
 ) -> None:
+    """As it is computed on a GPU, too."""
     monkeypatch.setattr(fast_exp, "in_place", slow_exp)
+    monkeypatch.setattr(mx, "default_device", lambda: device)
     gate, x, weight = (mx.random.normal((40, 30)) * 4 for _ in range(3))
 
     def plain(gate: mx.array, x: mx.array) -> mx.array:
@@ -79,7 +81,7 @@ def random_mask(*shape: int) -> mx.array:
     return mx.random.uniform(shape=shape) > 0.3
 
 
-@pytest.mark.parametrize("slow_exp", [True, False])
+@pytest.mark.parametrize(("block", "slow_exp"), [(8, True), (8, False), (64, False)])
 @pytest.mark.parametrize(
     ("heads", "mask", "has_sinks"),
     [
@@ -96,13 +98,15 @@ def random_mask(*shape: int) -> mx.array:
 def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
     in_place: None,
     monkeypatch: pytest.MonkeyPatch,
+    block: int,
     slow_exp: bool,
     heads: tuple[int, int],
     mask: Callable[[], object],
     has_sinks: bool,
 ) -> None:
     monkeypatch.setattr(fast_exp, "in_place", slow_exp)
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(attention, "BLOCK", block)  # 64: a text shorter than a block
+    monkeypatch.setattr(attention, "COPIES_GROUPS", True)
     mx.random.seed(0)
     inputs = [mx.random.normal((2, n, 33, 16)) for n in (heads[0], heads[1], heads[1])]
     weight = mx.random.normal((2, heads[0], 33, 16))
