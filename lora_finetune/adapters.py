@@ -124,13 +124,12 @@ def read_adapter(file: Path) -> Adapter:
     if file.suffix != ".safetensors":
         return pair_arrays(file, arrays)
     config = read_config(file)
-    if any(PEFT_NAME.fullmatch(name) for name in arrays):
-        arrays = from_peft(file, arrays, config)
-    else:
-        scale = np.float32(mlx_lm_scale(file, config) / models.SCALE)
-        arrays = {
-            n: array * scale if n.endswith(".lora_b") else array for n, array in arrays.items()
-        }
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error
+        if any(PEFT_NAME.fullmatch(name) for name in arrays):
+            arrays = from_peft(file, arrays, config)
+        else:
+            scale = np.float32(mlx_lm_scale(file, config) / models.SCALE)
+            arrays = {n: a * scale if n.endswith(".lora_b") else a for n, a in arrays.items()}
     return pair_arrays(file, arrays)
 
 
@@ -264,7 +263,10 @@ def check_peft(where: Path, config: dict[str, Any]) -> None:
         )
     if alone := set(config.get("rank_pattern") or {}) - set(config.get("alpha_pattern") or {}):
         raise UserError(f"{where} has a rank_pattern without its alpha_pattern: {min(alone)}")
-    if not isinstance(config.get("lora_alpha"), int | float):
+    for pattern in config.get("alpha_pattern") or {}:
+        if len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
+            raise UserError(f"{where} has the alpha_pattern {pattern!r}, too involved to be read")
+    if type(config.get("lora_alpha")) not in (int, float):
         raise UserError(f"{where} has no lora_alpha, which tells the scale")
 
 

@@ -38,8 +38,8 @@ def check_folders(exports: list[Export], adapter_file: Path) -> None:
     """Raise UserError where one of the folders is in use, or cannot be made."""
     seen = set()
     for form, folder in exports:
-        where = folder.resolve()
         try:
+            where = folder.resolve()
             if where.exists() and not where.is_dir():
                 raise UserError(f"--export {form}: {folder} is a file; name a new folder")
             if where.exists() and any(where.iterdir()):
@@ -51,8 +51,9 @@ def check_folders(exports: list[Export], adapter_file: Path) -> None:
                 raise UserError(f"--export {form}: {folder} is in use already; name a new folder")
             with new_folder(where):
                 pass
-        except OSError as error:
-            raise UserError(f"--export {form}: {folder} cannot be made: {error.strerror}") from None
+        except (OSError, RuntimeError) as error:  # the latter of a loop of links
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"--export {form}: {folder} cannot be made: {why}") from None
         seen.add(where)
 
 

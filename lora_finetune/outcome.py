@@ -39,7 +39,7 @@ def draw_losses(log: Path, picture: Path) -> None:
         plot_losses(figure, training, validation)
         with atomic_write(picture) as [stream]:
             figure.savefig(stream, format="png", dpi=150)
-    except (ImportError, UserError, RuntimeError, ValueError) as error:
+    except (ImportError, UserError, RuntimeError, ValueError, OSError) as error:
         warn(f"the losses are in {log}, but not drawn: {first_line(error)}")
 
 
@@ -48,7 +48,7 @@ def read_log(log: Path) -> list[dict[str, Any]]:
     reports = []
     with suppress(OSError):
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 entry = json.loads(line)
                 reports += [entry] if isinstance(entry, dict) else []
     return reports
@@ -58,11 +58,16 @@ def losses(reports: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The reports with a loss of this name; where the log goes back, what came later counts."""
     found: list[dict[str, Any]] = []
     for report in reports:
-        if isinstance(report.get(name), float) and isinstance(report.get("iter"), int):
+        loss = report.get(name)
+        if type(loss) is float and abs(loss) < 1e9 and is_count(report.get("iter")):
             while len(found) > (name == "val_loss") and found[-1]["iter"] >= report["iter"]:
                 found.pop()
             found.append(report)
     return found
+
+
+def is_count(number: object) -> bool:
+    return type(number) is int and 0 <= number < 2**53
 
 
 def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> None:
@@ -89,7 +94,7 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
     axes.grid(alpha=0.25)
     axes.legend()
     tokens = [report.get("tokens") for report in training]
-    if all(isinstance(n, int) for n in tokens) and sorted(set(tokens)) == tokens:
+    if all(map(is_count, tokens)) and sorted(set(tokens)) == tokens:
         upper = axes.secondary_xaxis("top")
         ticks = nice_ticks(tokens[-1])
         upper.set_xticks(

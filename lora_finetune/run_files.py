@@ -207,12 +207,8 @@ def check_writable(adapter_file: Path) -> None:
     """
     if adapter_file.is_dir():
         raise UserError(f"the adapter file {adapter_file} is a folder; name a file in it")
-    config = adapters.read_config(adapter_file) if adapter_file.suffix == ".safetensors" else None
-    if config is not None and adapters.mlx_lm_scale(adapter_file, config) != models.SCALE:
-        raise UserError(
-            f"the {adapters.CONFIG} beside {adapter_file} sets another scale than {models.SCALE}, "
-            "for which adapters are saved; give an --adapter-file in another folder"
-        )
+    if adapter_file.suffix == ".safetensors":
+        check_config(adapter_file)
     if RESERVED.search(adapter_file.name):
         raise UserError(
             f"{adapter_file} is a name reserved for the files of a run (.best, .state, .stopped, "
@@ -237,6 +233,24 @@ def check_writable(adapter_file: Path) -> None:
         raise UserError(
             f"the adapter file {adapter_file} cannot be written: {error.strerror}"
         ) from None
+
+
+def check_config(adapter_file: Path) -> None:
+    """Raise UserError where a .safetensors adapter would be beside a configuration of another."""
+    file = adapter_file.with_name(adapters.CONFIG)
+    if file.is_dir() or (file.is_symlink() and not file.exists()):
+        raise UserError(f"{file} cannot be written; give an --adapter-file in another folder")
+    config = adapters.read_config(adapter_file)
+    try:
+        is_ours = config is None or adapters.mlx_lm_scale(adapter_file, config) == models.SCALE
+    except UserError:  # it is of PEFT, or of another fine-tuning
+        is_ours = False
+    if not is_ours:
+        raise UserError(
+            f"the {adapters.CONFIG} beside {adapter_file} is of another adapter, or sets another "
+            f"scale than {models.SCALE}, for which adapters are saved; give an --adapter-file in "
+            "another folder"
+        )
 
 
 def existing_names(adapter_file: Path, state: State | None) -> list[Path]:

@@ -274,6 +274,8 @@ def test_a_merged_checkpoint_has_the_names_that_transformers_knows(
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern without its alpha_pattern: q_proj"),
         ({"lora_alpha": None}, "no lora_alpha"),
         ({"lora_alpha": "8"}, "no lora_alpha"),
+        ({"lora_alpha": 1e300}, "not finite"),
+        ({"alpha_pattern": {"(.*)*(.*)*x!": 3}}, "too involved to be read"),
         ({"rank_pattern": 3}, "is not as PEFT writes it"),
         ({"alpha_pattern": {"(": 3}}, "is not as PEFT writes it"),
     ],
@@ -401,6 +403,23 @@ def test_a_link_as_the_hub_has_them_is_followed(call: Run, model: Path, tmp_path
     assert words(ended) == words(call(*flags, "--adapter-file", file.parent))
 
 
+@pytest.mark.parametrize("kind", ["peft", "dora", "folder", "link"])
+def test_beside_a_configuration_of_another_adapter_none_is_trained(
+    call: Run, model: Path, data: Path, tmp_path: Path, kind: str
+) -> None:
+    config = tmp_path / "adapter_config.json"
+    if kind == "folder":
+        config.mkdir()
+    elif kind == "link":
+        config.symlink_to("nowhere/x")
+    else:
+        config.write_text(json.dumps({"peft_type": "LORA", "fine_tune_type": kind}))
+    flags = ["--model", model, "--data", data, "--train", "--iters", 1]
+    ended = call(*flags, "--adapter-file", tmp_path / "adapters.safetensors")
+    one_error(ended, "adapter_config.json", "give an --adapter-file in another folder")
+    assert ended.stdout == ""
+
+
 def test_mlx_lm_generates_the_same_from_what_is_exported(
     run: Run, call: Run, model: Path, tmp_path: Path
 ) -> None:
@@ -459,6 +478,7 @@ def ask(url: str, request: dict) -> dict:
         ([("peft", ".")], "is in use already"),
         ([("peft", "adapter")], "is in use already"),
         ([("peft", "가" * 90)], "cannot be made: File name too long"),
+        ([("peft", "loop")], "cannot be made"),
         ([("peft", "nowhere/out")], "cannot be made: No such file or directory"),
     ],
 )
@@ -473,6 +493,7 @@ def test_a_wrong_export_is_reported_before_anything_is_loaded(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
     (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")

@@ -170,7 +170,8 @@ def test_a_log_with_other_lines_is_drawn_all_the_same(
     flags = [*args, "--steps-per-report", 1, "--resume-adapter-file", tmp_path / "a.npz"]
     call(*args, "--iters", 4, "--steps-per-report", 1)
     with (tmp_path / "a.log.jsonl").open("a") as log:
-        log.write('{"train_loss": 1}\n[]\n{"iter": 3, "val_loss": null}\nx\n')
+        log.write('{"train_loss": 1}\n[]\n{"iter": 3, "val_loss": null}\nx\n' + "[" * 4000 + "\n")
+        log.write(f'{{"iter": {10**400}, "train_loss": 1.0}}\n{{"iter": 1, "val_loss": 1e308}}\n')
     ended = call(*flags, "--iters", 6, "--start-iter", 2)
     assert ended.returncode == 0 and "not drawn" not in ended.stderr
     assert (tmp_path / "a.png").is_file()
