@@ -225,7 +225,19 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     return forward(x, a, b)[0]
 
 
-class LoRALinear(LowRank):
+class Adapted:
+    """What has taken the place of a layer: the frozen layer with an update, one A and B in all."""
+
+    @property
+    def frozen(self) -> nn.Module:
+        return self.linear
+
+    def merged(self) -> nn.Module:
+        """A layer that does the same, with the update in its weight."""
+        return with_update(self.frozen, *self.pair())
+
+
+class LoRALinear(Adapted, LowRank):
     """A frozen linear layer, float or quantized, with a low-rank update."""
 
     @staticmethod
@@ -238,16 +250,8 @@ class LoRALinear(LowRank):
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear(x) + super().__call__(x)
 
-    @property
-    def frozen(self) -> nn.Module:
-        return self.linear
 
-    def merged(self) -> nn.Module:
-        """A linear layer that does the same."""
-        return with_update(self.frozen, *self.pair())
-
-
-class LoRARouter(LowRank):
+class LoRARouter(Adapted, LowRank):
     """A frozen router that holds a bare `weight` (experts, d_in), which the update is added to.
 
     Such a module does more with its scores than a linear layer, so its output cannot be added to.
@@ -279,12 +283,8 @@ class LoRARouter(LowRank):
     def frozen(self) -> nn.Module:
         return self.router
 
-    def merged(self) -> nn.Module:
-        """A router that does the same."""
-        return with_update(self.frozen, *self.pair())
 
-
-class LoRAFused(nn.Module):
+class LoRAFused(Adapted, nn.Module):
     """A frozen projection to queries, keys and values at once; queries and values are updated.
 
     The keys stay bit for bit those of the frozen projection. The updates are named `q` and `v`.
@@ -319,14 +319,6 @@ class LoRAFused(nn.Module):
         for block, part, rows in zip(blocks, (p for p in "qv" if p in self), b, strict=True):
             block[:, mx.array(self.layout.rows(part, d_out))] = rows
         return mx.concatenate(a, axis=1), mx.concatenate(blocks)
-
-    @property
-    def frozen(self) -> nn.Module:
-        return self.linear
-
-    def merged(self) -> nn.Module:
-        """A linear layer that does the same."""
-        return with_update(self.frozen, *self.pair())
 
 
 class Layout(NamedTuple):
@@ -405,10 +397,9 @@ def float_weight(module: nn.Module) -> tuple[mx.array, mx.Dtype]:
     return unpacked, dtype
 
 
-def lora_modules(model: nn.Module) -> dict[str, LoRALinear | LoRARouter | LoRAFused]:
+def lora_modules(model: nn.Module) -> dict[str, Adapted]:
     """What has taken the place of the adapted layers, by their paths."""
-    kinds = (LoRALinear, LoRARouter, LoRAFused)
-    found = {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
+    found = {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
     return {path: found[path] for path in sorted(found, key=natural_order)}
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +48,18 @@ def file_arrays(model: nn.Module, suffix: str) -> dict[str, np.ndarray]:
     In a .safetensors file it is as mlx-lm has it: all of one rank, fused projections whole.
     """
     if suffix == ".safetensors":
-        return {
-            f"{path}.{name}": array
-            for path, pair in widened(whole_pairs(model)).items()
-            for name, array in zip(("lora_a", "lora_b"), pair, strict=True)
-        }
+        return named(widened(whole_pairs(model)))
     low_rank = {path: m for path, m in model.named_modules() if isinstance(m, models.LowRank)}
+    paths = sorted(low_rank, key=natural_order)
+    return named({path: tuple(map(np.array, low_rank[path].pair())) for path in paths})
+
+
+def named(adapter: Adapter) -> dict[str, np.ndarray]:
+    """The arrays of an adapter by their names, as mlx-lm has them; `pair_arrays` undoes it."""
     return {
-        f"{path}.{name}": np.array(array)
-        for path in sorted(low_rank, key=natural_order)
-        for name, array in zip(
-            ("lora_a", "lora_b"), models.LowRank.pair(low_rank[path]), strict=True
-        )
+        f"{path}.{name}": array
+        for path, pair in adapter.items()
+        for name, array in zip(("lora_a", "lora_b"), pair, strict=True)
     }
 
 
@@ -221,29 +220,21 @@ def from_peft(
     if config is None:
         raise UserError(f"there is no {CONFIG} beside {file}, which tells the scale of PEFT's LoRA")
     where = file.with_name(CONFIG)
+    found = {}
     try:
         check_peft(where, config)
-        scales = {path: peft_scale(path, rank, config) for path, rank in peft_ranks(arrays)}
+        for name, array in arrays.items():
+            match = PEFT_NAME.fullmatch(name)
+            if not match or array.ndim != 2:
+                raise UserError(f"{file} holds {name}, which is not LoRA of a linear layer")
+            path, which = match[1], match[2].lower()
+            if which == "b":
+                scale = peft_scale(path, array.shape[1], config)
+                array = array * np.float32(scale / models.SCALE)
+            found[f"{path}.lora_{which}"] = array.T
     except (TypeError, ValueError, AttributeError, ArithmeticError, re.error):
         raise UserError(f"{where} is not as PEFT writes it; copy it again") from None
-    found = {}
-    for name, array in arrays.items():
-        match = PEFT_NAME.fullmatch(name)
-        if not match or array.ndim != 2:
-            raise UserError(f"{file} holds {name}, which is not LoRA of a linear layer")
-        path, which = match[1], match[2].lower()
-        if which == "b":
-            array = array * np.float32(scales[path] / models.SCALE)
-        found[f"{path}.lora_{which}"] = array.T
     return found
-
-
-def peft_ranks(arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, int]]:
-    """The adapted paths and their ranks, as the B's (d_out, r) have them."""
-    for name, array in arrays.items():
-        match = PEFT_NAME.fullmatch(name)
-        if match and match[2] == "B" and array.ndim == 2:
-            yield match[1], array.shape[1]
 
 
 def check_peft(where: Path, config: dict[str, Any]) -> None:
@@ -437,9 +428,5 @@ def own_part(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def load_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Put an adapter's arrays into a model that is adapted at its paths."""
-    weights = [
-        (f"{path}.{which}", mx.array(array))
-        for path, pair in adapter.items()
-        for which, array in zip(("lora_a", "lora_b"), pair, strict=True)
-    ]
+    weights = [(name, mx.array(array)) for name, array in named(adapter).items()]
     model.load_weights(weights, strict=False)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -251,16 +251,22 @@ def raising_signals(outcome: str) -> Iterator[None]:
     def interrupt(number: int, _: object) -> NoReturn:
         raise Interrupted(number, outcome)
 
-    handlers = {
-        number: signal.signal(number, interrupt)
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup has it
-    }
+    handlers = handle([signal.SIGTERM, signal.SIGHUP], interrupt)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore(handlers)
+
+
+def handle(numbers: Iterable[int], handler: Callable) -> dict[int, Any]:
+    """Handle those signals that are not ignored, as under nohup; returns the earlier handlers."""
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class StopSignals:
@@ -275,19 +281,15 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
-        self.handlers = {
-            number: signal.signal(number, lambda *_: None)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup has it
-        }
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        self.handlers = handle(numbers, lambda *_: None)
         signal.set_wakeup_fd(self.writer)
         threading.Thread(target=self.watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(-1)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        restore(self.handlers)
         os.close(self.writer)
 
     def watch(self) -> None:

@@ -182,9 +182,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def write_mlx_lm(folder: Path, adapter: adapters.Adapter, config: dict) -> None:
     """An adapter as mlx_lm.lora writes it."""
-    arrays = {}
-    for path, (a, b) in adapters.widened(adapter).items():
-        arrays |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
+    arrays = adapters.named(adapters.widened(adapter))
     content = safetensors.numpy.save(arrays, {"format": "mlx"})
     (folder / "adapters.safetensors").write_bytes(content)
     adapters.write_config(folder, config)

@@ -134,11 +134,11 @@ def summary(progress: Progress) -> str:
     )
 
 
-# What of a command line a run that goes on has again, and one that asks or exports.
+# The flags with a value that a run which goes on has again, where they were typed.
 OF_TRAINING = (
     *("model", "add_eos_token", "data", "lora_layers", "batch_size", "epochs", "iters"),
     *("val_batches", "learning_rate", "steps_per_report", "steps_per_eval", "adapter_file"),
-    *("save_every", "seed", "max_seq_length", "mask_prompt", "lora_rank", "lora_scale", "patience"),
+    *("save_every", "seed", "max_seq_length", "lora_rank", "lora_scale", "patience"),
 )
 
 

@@ -126,14 +126,13 @@ def read_start(
     if not args.train and not source.exists():
         raise UserError(f"there is no adapter file {source}; --train makes one")
     source = adapters.find_adapter(source)
-    state = checkpoint.read(source) if args.train else None
-    trained = checkpoint.settings_of(source).get("--lora-scale") if args.train else None
-    scale = args.lora_scale or trained or models.SCALE
+    if not args.train:
+        return source, None, adapters.read_adapter(source), models.SCALE
+    state = checkpoint.read(source)
+    settings = state.settings if state else checkpoint.settings_of(source)
+    trained = settings.get("--lora-scale", models.SCALE)
+    scale = args.lora_scale or trained
     if state:
         return source, state, adapters.rescaled(state.adapter, trained, scale), scale
-    return (
-        source,
-        None,
-        adapters.rescaled(adapters.read_adapter(source), models.SCALE, scale),
-        scale,
-    )
+    adapter = adapters.rescaled(adapters.read_adapter(source), models.SCALE, scale)
+    return source, None, adapter, scale

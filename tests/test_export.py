@@ -62,8 +62,7 @@ def randomize(model: nn.Module) -> None:
 def adapted(base: Path, adapter: Path) -> nn.Module:
     """A model with the adapter that a path means."""
     model, _ = models.load(base)
-    file = adapters.find_adapter(adapter)
-    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    tiny.put_adapter(adapter, model)
     return model
 
 
@@ -77,6 +76,13 @@ def make_adapter(file: Path, base: Path) -> np.ndarray:
     changed = logits(model)
     assert relative(changed, plain) > 0.02
     return changed
+
+
+def shrink(file: Path, share: float) -> None:
+    """Leave a share of what an adapter file changes."""
+    with np.load(file) as arrays:
+        small = {n: a * (share if n.endswith("_b") else 1) for n, a in arrays.items()}
+    np.savez(file, **small)
 
 
 def relative(found: object, expected: np.ndarray) -> float:
@@ -134,8 +140,8 @@ def test_every_architecture_is_merged_and_given_to_mlx_lm(tmp_path: Path, name: 
         pairs = adapters.whole_pairs(model)
         export.write_mlx_lm(tmp_path, pairs, adapters.mlx_lm_config(model))
         theirs = load_adapters(build(name), str(tmp_path))
-        ours, file = build(name), tmp_path / "adapters.safetensors"
-        adapters.adapt(ours, adapters.read_adapter(file), file, None)
+        ours = build(name)
+        tiny.put_adapter(tmp_path, ours)
         assert set(models.lora_modules(ours)) == set(models.lora_modules(model))
         for other in (theirs, ours):
             np.testing.assert_allclose(logits(other), expected, rtol=1e-3, atol=1e-4)
@@ -163,9 +169,7 @@ def test_what_rounding_takes_of_a_small_update_is_said(
 ) -> None:
     base = make_base(tmp_path / "base", "llama", dtype=dtype)
     make_adapter(tmp_path / "a.npz", base)
-    with np.load(tmp_path / "a.npz") as file:
-        small = {n: a * (0.002 if n.endswith("_b") else 1) for n, a in file.items()}
-    np.savez(tmp_path / "a.npz", **small)
+    shrink(tmp_path / "a.npz", 0.002)
     flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
     ended = call(*flags, "--export", "merged", tmp_path / "out")
     assert ended.returncode == 0
@@ -202,8 +206,7 @@ def test_an_adapter_of_peft_says_here_what_it_says_there(name: str) -> None:
     with np.load(folder / "exported.npz") as file:
         expected = dict(file)
     model, _ = load_model(folder)
-    file = adapters.find_adapter(folder / "peft")
-    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    tiny.put_adapter(folder / "peft", model)
     found = np.array(model(mx.array(expected["tokens"])))
     np.testing.assert_allclose(found, expected["logits"], atol=1e-3)
 
@@ -212,12 +215,11 @@ def test_an_adapter_of_peft_says_here_what_it_says_there(name: str) -> None:
 def test_an_adapter_exported_to_peft_is_the_one_that_peft_writes(tmp_path: Path, name: str) -> None:
     folder = REFERENCE / name
     model, _ = load_model(folder)
-    file = adapters.find_adapter(folder / "peft")
-    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    tiny.put_adapter(folder / "peft", model)
     assert not export.check_peft(model, folder)
     export.write_all([export.Export("peft", tmp_path / "p")], model, folder, name)
     arrays, configs = [], []
-    for where in (file.parent, tmp_path / "p"):
+    for where in (folder / "peft", tmp_path / "p"):
         arrays.append(safetensors.numpy.load_file(where / "adapter_model.safetensors"))
         configs.append(json.loads((where / "adapter_config.json").read_text()))
     assert arrays[0].keys() == arrays[1].keys()
@@ -230,8 +232,7 @@ def test_an_adapter_exported_to_peft_is_the_one_that_peft_writes(tmp_path: Path,
 def test_merged_weights_are_those_that_peft_merges(name: str) -> None:
     folder = REFERENCE / name
     model, _ = load_model(folder)
-    file = adapters.find_adapter(folder / "peft")
-    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    tiny.put_adapter(folder / "peft", model)
     merged = {path: m.merged() for path, m in models.lora_modules(model).items()}
     with np.load(folder / "exported.npz") as file:
         expected = {n.removeprefix("merged/"): file[n] for n in file if n.startswith("merged/")}
@@ -546,9 +547,7 @@ def test_a_merged_model_that_says_something_else_is_not_kept(
     """As if nothing were merged, of an adapter that changes the logits by less than 5 %."""
     base = make_base(tmp_path / "base", "llama", dtype=dtype)
     make_adapter(tmp_path / "a.npz", base)
-    with np.load(tmp_path / "a.npz") as file:
-        small = {n: a * (0.2 if n.endswith("_b") else 1) for n, a in file.items()}
-    np.savez(tmp_path / "a.npz", **small)
+    shrink(tmp_path / "a.npz", 0.2)
     flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
     export_merged = ["--export", "merged", tmp_path / "out"]
     with monkeypatch.context() as patch:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import models  # noqa: F401
+from lora_finetune import adapters
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -142,6 +143,12 @@ def adapter_arrays(layers: range = range(LAYERS), rank: int = 8) -> dict[str, np
             arrays[f"{path}.lora_a"] = rng.normal(0, 0.1, (64, rank)).astype(np.float32)
             arrays[f"{path}.lora_b"] = rng.normal(0, 0.1, (rank, d_out)).astype(np.float32)
     return arrays
+
+
+def put_adapter(adapter: Path, model: nn.Module) -> None:
+    """Put the adapter that a path means, a file or a folder, into a model."""
+    file = adapters.find_adapter(adapter)
+    adapters.adapt(model, adapters.read_adapter(file), file, None)
 
 
 def make_peft(folder: Path, layer: int = LAYERS - 1, **settings: object) -> None:
