@@ -150,6 +150,7 @@ from lora_finetune import (
     checkpoint,
     dataset,
     demo_model,
+    distributed,
     export,
     fast_exp,
     frozen_prefix,
@@ -161,8 +162,9 @@ from lora_finetune import (
     prompts,
     run_files,
 )
+from lora_finetune.distributed import ALONE, Group
 from lora_finetune.losses import Loss
-from lora_finetune.plan import Plan, check
+from lora_finetune.plan import Plan, check, everything
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -185,6 +187,7 @@ def evaluate(
     examples: dataset.Examples,
     batch_size: int,
     num_batches: int,
+    group: Group = ALONE,
     before_batch: Callable[[], None] = lambda: None,
     parts: int = 1,
 ) -> float:
@@ -193,16 +196,20 @@ def evaluate(
     Calls `before_batch` before each; what it raises ends the evaluation.
 
     Args:
-        parts: how many to compute a batch in.
+        group: the processes that the batches are shared out among.
+        parts: how many each of them computes its share of a batch in.
     """
     model.eval()
     total, num_targets = 0.0, 0
-    batches = dataset.evaluation_batches(examples, batch_size, num_batches, parts)
-    for rows in tqdm(batches, "Evaluating", leave=False, disable=None):
+    batches = dataset.evaluation_batches(examples, batch_size, num_batches, parts * group.size)
+    for rows in tqdm(group.deal(batches), "Evaluating", leave=False, disable=None):
         before_batch()
-        batch_total, number = loss(model, *map(mx.array, examples.batch(rows)))
-        total += batch_total.item()
-        num_targets += number.item()
+        sums = mx.zeros(1), mx.zeros(1)
+        if rows is not None:
+            sums = loss(model, *map(mx.array, examples.batch(rows)))
+        for batch_total, number in group.gather(sums[0].item(), int(sums[1].item())):
+            total += batch_total
+            num_targets += number
     return total / max(num_targets, 1)
 
 
@@ -212,12 +219,13 @@ def test(
     examples: dataset.Examples,
     batch_size: int,
     num_batches: int,
+    group: Group,
     report_line: Callable[..., None],
 ) -> None:
     """Report the loss and the perplexity on the test set."""
     print("Testing", flush=True)
     with memory.device_errors("lower --batch-size or --max-seq-length"):
-        mean = evaluate(model, loss, examples, batch_size, num_batches)
+        mean = evaluate(model, loss, examples, batch_size, num_batches, group)
     perplexity = math.exp(mean) if mean < 700 else math.inf
     line = f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}."
     report_line(line, test_loss=mean, test_ppl=perplexity)
@@ -247,29 +255,33 @@ def make_optimizer(
 
 
 def make_step(
-    model: nn.Module, loss: Loss, optimizer: optim.Optimizer
+    model: nn.Module, loss: Loss, optimizer: optim.Optimizer, group: Group = ALONE
 ) -> Callable[[list[dataset.Batch]], tuple[float, int, float]]:
     """A step that updates the model's trainable parameters on one batch, given in parts.
 
-    The gradients of the sum of the loss are added over the parts, and divided by the batch's
-    targets: memory is needed for one part only, and the sum is the same to rounding.
+    The gradients of the sum of the loss are added over the parts, and over the processes, and
+    divided by the batch's targets: memory is needed for one part only, and the sum is the same to
+    rounding.
 
     Returns:
-        The step. It returns the sum of the loss, the number of targets, and the sum of all updated
-        parameters, which is finite only if each gradient and parameter is. Where the device fails,
-        it raises one of memory.FAILURES, and the parameters and the optimizer's state are rolled
-        back; the copies for this take their memory once more.
+        The step, which takes this process's share of a batch. It returns the sum of the loss, the
+        number of targets, and the sum of all updated parameters, which is finite only if each
+        gradient and parameter is. Where the device fails, it raises one of memory.FAILURES, and the
+        parameters and the optimizer's state are rolled back; the copies for this take their memory
+        once more.
     """
     gradients_of, update = make_gradients(model, loss), make_update(optimizer)
 
     def step(batch: list[dataset.Batch]) -> tuple[float, int, float]:
         before, moments = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
+        nothing = tree_map(mx.zeros_like, (mx.array(0.0), before))  # of a share without texts
         num_targets = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
         try:
-            total, gradients = gradients_of(*batch[0])
+            sums = gradients_of(*batch[0]) if batch else nothing
             for part in batch[1:]:
-                mx.eval(total, gradients)
-                total, gradients = tree_map(mx.add, (total, gradients), gradients_of(*part))
+                mx.eval(sums)
+                sums = tree_map(mx.add, sums, gradients_of(*part))
+            total, gradients, num_targets = group.sum(*sums, num_targets)
             parameters, parameter_sum = update(before, gradients, mx.array(max(num_targets, 1)))
             model.update(parameters)
             mx.eval(total, parameters, parameter_sum, optimizer.state)
@@ -375,12 +387,18 @@ def fit_memory(
 # --- The training loop --------------------------------------------------------------------------
 
 
-def train(model: nn.Module, loss: Loss, examples: dict[str, dataset.Examples], plan: Plan) -> None:
+def train(
+    model: nn.Module,
+    loss: Loss,
+    examples: dict[str, dataset.Examples],
+    plan: Plan,
+    group: Group = ALONE,
+) -> None:
     """Train to the last iteration, or to the one at which a signal asks for a stop.
 
     Raises:
         UserError: a loss, a gradient or a parameter is not finite; nothing of it is saved. Or the
-            device failed; the last whole iteration is saved.
+            device failed, or another process; the last whole iteration is saved.
         Interrupted: a signal asked for a stop; the last whole iteration is saved.
     """
     training, first = examples["train"], plan.progress.iteration
@@ -397,15 +415,16 @@ def train(model: nn.Module, loss: Loss, examples: dict[str, dataset.Examples], p
         loss = prefix.loss(loss)
         examples = {split: prefix.examples(examples[split]) for split in ("train", "valid")}
     model.train()  # before the step is traced: some layers have kernels without a gradient else
-    with StopSignals() as stop:
+    group.rescue = partial(save_unfinished, model, optimizer, plan, first)
+    with StopSignals() as group.stop:
         try:
             with memory.device_errors(MEMORY_ADVICE):
-                plan.progress.parts = fit_memory(
-                    model, loss, examples["train"], plan.batch_size, plan.progress.parts
-                )
+                rows = -(-plan.batch_size // group.size)
+                parts = fit_memory(model, loss, examples["train"], rows, plan.progress.parts)
+                plan.progress.parts = max(number for _, number in group.gather(count=parts))
                 if prefix:
-                    examples = keep_states(prefix, examples, plan)
-                training_loop(model, loss, optimizer, examples, plan, stop.check)
+                    examples = keep_states(prefix, examples, plan, group)
+                training_loop(model, loss, optimizer, examples, plan, group)
             plan.files.draw_losses()
         except Interrupted as interrupted:
             outcome = save_unfinished(model, optimizer, plan, first)
@@ -419,23 +438,31 @@ def train(model: nn.Module, loss: Loss, examples: dict[str, dataset.Examples], p
 
 
 def keep_states(
-    prefix: frozen_prefix.Prefix, examples: dict[str, dataset.Examples], plan: Plan
+    prefix: frozen_prefix.Prefix, examples: dict[str, dataset.Examples], plan: Plan, group: Group
 ) -> dict[str, dataset.Examples]:
     """Keep the frozen states of all texts that come more than once, if there is room.
 
     They are computed batch by batch of the first epoch, and of a validation. So the first epoch
     takes no longer, and is the same to the last bit where nothing is kept; that of an epoch that
-    comes later is not, so a run without room for them goes on without when it is resumed.
+    comes later is not, so a run without room for them goes on without when it is resumed. In later
+    epochs a process meets texts that were others' before: it pays from as many epochs on as there
+    are processes.
     """
     training, validation, progress = examples["train"], examples["valid"], plan.progress
     keep = partial(frozen_prefix.keep, prefix, folder=plan.files.adapter.parent)
     batches = dataset.evaluation_batches(
-        validation, plan.batch_size, plan.val_batches, progress.parts
+        validation, plan.batch_size, plan.val_batches, progress.parts * group.size
     )
     kept = {"valid": keep(validation, batches) or validation, "train": training}
-    batches = dataset.epoch_batches(training.lengths, plan.batch_size, plan.seed, epoch=0)
-    if plan.iters > len(batches) and progress.has_room:
-        groups = [part for rows in batches for part in dataset.split_batch(rows, progress.parts)]
+    lengths = training.lengths
+    batches = dataset.epoch_batches(lengths, plan.batch_size, plan.seed, epoch=0)
+    if plan.iters > len(batches) * group.size and progress.has_room:
+        groups = [
+            part
+            for rows in batches
+            for share in dataset.shares(rows, lengths[rows], group.size)
+            for part in dataset.split_batch(share, progress.parts)
+        ]
         kept["train"] = keep(training, groups) or training
         progress.has_room = kept["train"] is not training
     return kept
@@ -465,21 +492,25 @@ def training_loop(
     optimizer: optim.Optimizer,
     examples: dict[str, dataset.Examples],
     plan: Plan,
-    check_stop: Callable[[], None],
+    group: Group,
 ) -> None:
     """Step after step to the last iteration; once in a while report, validate and save.
 
     What is due comes before the next step, so that a resumed run begins with what an interrupted
-    one left undone. `check_stop` raises Interrupted where a stop is asked for.
+    one left undone.
+
+    Raises:
+        Interrupted: a signal asked for a stop.
     """
     progress = plan.progress
-    step = make_step(model, loss, optimizer)
+    step = make_step(model, loss, optimizer, group)
     batches = dataset.training_batches(
-        examples["train"], plan.batch_size, plan.seed, progress.iteration, progress.parts
-    )
+        examples["train"], plan.batch_size, plan.seed, progress.iteration, progress.parts,
+        group.rank, group.size,
+    )  # fmt: skip
     bar = tqdm(desc="Training", initial=progress.iteration, total=plan.iters, disable=None)
     while True:
-        check_stop()
+        group.check_stop()
         iteration, last = progress.iteration, progress.iteration == plan.iters
 
         # once in a while: report the training loss since the last report
@@ -489,7 +520,7 @@ def training_loop(
         # once in a while, and before the first step: validate, and keep the adapter if it is best
         due = last or progress.validated < 0 or iteration % plan.steps_per_eval == 0
         if due and progress.validated != iteration:
-            validate(model, loss, examples["valid"], plan, check_stop)
+            validate(model, loss, examples["valid"], plan, group)
 
         # end early where validation has not become better for so long
         if plan.patience and progress.not_better >= plan.patience and not last:
@@ -546,11 +577,7 @@ def report(progress: checkpoint.Progress, files: run_files.RunFiles) -> None:
 
 
 def validate(
-    model: nn.Module,
-    loss: Loss,
-    examples: dataset.Examples,
-    plan: Plan,
-    before_batch: Callable[[], None],
+    model: nn.Module, loss: Loss, examples: dataset.Examples, plan: Plan, group: Group
 ) -> None:
     """Report the validation loss, and keep the adapter if it is the best so far.
 
@@ -558,8 +585,9 @@ def validate(
     """
     progress, start = plan.progress, time.perf_counter()
     mean = evaluate(
-        model, loss, examples, plan.batch_size, plan.val_batches, before_batch, progress.parts
-    )
+        model, loss, examples, plan.batch_size, plan.val_batches, group, group.check_stop,
+        progress.parts,
+    )  # fmt: skip
     model.train()
     took = time.perf_counter() - start
     check_finite(mean, "the validation loss", plan)
@@ -591,6 +619,8 @@ def save_unfinished(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, fi
         first: the iteration that it started from.
     """
     progress = plan.progress
+    if not plan.files.writes:
+        return "the first process saves what there is"
     if progress.iteration == first:
         return "nothing new was saved"
     try:
@@ -692,17 +722,31 @@ LEARNT_FORMAT = "the form of the texts"
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for, phase after phase.
 
+    Where a launcher has started several processes, each takes its share of training, validation
+    and test, and the first one does the rest.
+
     Raises:
         UserError, OSError: something that the user can put right.
     """
-    plan = check(args)
+    with distributed.join() as group:
+        run_in(group, args)
+
+
+def run_in(group: Group, args: argparse.Namespace) -> None:
+    """The run of one of the processes."""
+    plan = check(args, group.is_first)
+    if not (plan.data or group.is_first):
+        return
     on_cpu = mx.default_device() == mx.cpu
+    memory.processes_here = len(group.here)
     if on_cpu:
         linux_cpu.warn_of_slow_blas()
+        linux_cpu.share_cores(len(group.here))
         linux_cpu.keep_freed_memory()
     fast_exp.put_in_place(slow_exp=on_cpu and linux_cpu.can_compile())
     memory.set_limits(memory.available())
-    folder = model_folder.find_model(args.model or str(demo_model.fetch()))
+    with group.first_here():
+        folder = model_folder.find_model(args.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(folder)
     with memory.device_errors("take a smaller or a quantized model"):
@@ -727,15 +771,20 @@ def run(args: argparse.Namespace) -> None:
         max_text_length(args, limits),
     )  # fmt: skip
     warn_beyond_context(examples, asked, model_folder.context_length(folder))
+    if group.size > 1:
+        group.compare(everything(plan, model, examples, fingerprints))
     with attention.by_blocks():
         if args.train:
             plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
-            train(model, loss, examples, plan)
+            train(model, loss, examples, plan, group)
         else:
             checkpoint.warn_of_other_model(plan.source, saved, fingerprints)
         if args.test:
             batches = args.batch_size, args.test_batches
-            test(model, loss, examples["test"], *batches, plan.files.report)
+            test(model, loss, examples["test"], *batches, group, plan.files.report)
+    group.leave()
+    if not group.is_first:
+        return
     with models.merged(model) if asked else nullcontext():
         for prompt in asked:
             generate(model, tokenizer, prompt, args.temp, args.seed)

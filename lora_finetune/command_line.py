@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,6 +208,32 @@ def begin_process() -> None:
     sys.stdout, sys.stderr = tolerant_stream(sys.stdout, 1), tolerant_stream(sys.stderr, 2)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if number_of_process() > 0:
+        be_silent()
+
+
+# How a process is told its number, and how many there are, by mlx.launch and by the kinds of MPI.
+LAUNCHERS = (
+    ("MLX_RANK", "MLX_WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+
+
+def number_of_process() -> int:
+    """The number of this process among those of a launcher, 0 for the first or without one."""
+    numbers = (os.environ.get(rank, "") for rank, _ in LAUNCHERS)
+    return next((int(number) for number in numbers if number.isdecimal()), 0)
+
+
+def be_silent() -> None:
+    """Print nothing from now on, since another process prints for all, but for what ends this one.
+
+    What is to be seen all the same goes to `sys.__stderr__`.
+    """
+    sys.__stderr__ = sys.stderr
+    sys.stdout = sys.stderr = tolerant_stream(Path(os.devnull).open("w"), 1)  # noqa: SIM115
+    sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 
 
 def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
@@ -223,25 +250,28 @@ def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        print(describe(error, subject), file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + getattr(error, "signal", signal.SIGINT)
         return 2
-    except OSError as error:
-        about = one_line(str(error.filename or subject))
-        print(f"error: {about}: {error.strerror}", file=sys.stderr)
-        return 2
-    except Interrupted as interrupted:
-        print(f"interrupted: {one_line(interrupted.outcome)}", file=sys.stderr)
-        return 128 + interrupted.signal
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
     sys.stdout.flush()
     lost = getattr(sys.stdout.buffer.raw, "error", None)
     if lost and lost.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         print(f"error: standard output could not be written: {lost.strerror}", file=sys.stderr)
         return 2
     return 0
+
+
+def describe(error: BaseException, subject: str) -> str:
+    """The one line that tells what ended a run; `subject` as in `run_and_report_errors`."""
+    if isinstance(error, Interrupted):
+        return f"interrupted: {one_line(error.outcome)}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError):
+        return f"error: {one_line(str(error.filename or subject))}: {error.strerror}"
+    return f"error: {error if isinstance(error, UserError) else one_line(repr(error))}"
 
 
 @contextmanager
@@ -307,8 +337,3 @@ class StopSignals:
                     "stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr
                 )
         os.close(self.reader)
-
-    def check(self) -> None:
-        """Raise Interrupted if a stop was asked for."""
-        if self.signal:
-            raise Interrupted(self.signal, "nothing new was saved")

@@ -476,19 +476,46 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 def training_batches(
-    examples: Examples, batch_size: int, seed: int, start: int, parts: int = 1
+    examples: Examples,
+    batch_size: int,
+    seed: int,
+    start: int,
+    parts: int = 1,
+    rank: int = 0,
+    size: int = 1,
 ) -> Iterator[list[Batch]]:
     """The batches from iteration start + 1 on, endlessly; each depends on the seed alone.
 
     Args:
         parts: how many a batch comes in, as far as it has texts.
+        rank, size: of each batch only the share of this one of so many processes comes.
     """
     per_epoch = math.ceil(len(examples) / batch_size)
     for epoch in count(start // per_epoch):
         batches = epoch_batches(examples.lengths, batch_size, seed, epoch)
         for rows in batches[start % per_epoch :]:
-            yield [examples.batch(part) for part in split_batch(rows, parts)]
+            share = shares(rows, examples.lengths[rows], size)[rank]
+            yield [examples.batch(part) for part in split_batch(share, parts)]
         start = 0
+
+
+def shares(rows: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """The texts of a batch shared out among processes, with as equal work as can be.
+
+    The longest text first, each goes where the inputs, padding included, are then the fewest: no
+    share has more than ceil(texts / size) texts of the longest length would have. Some are empty
+    where there are fewer texts.
+
+    Args:
+        rows: the texts, of these lengths in tokens.
+    """
+    if size == 1:
+        return [rows]
+    members: list[list[int]] = [[] for _ in range(size)]
+    for index in np.argsort(-lengths, kind="stable"):
+        inputs = [(len(m) + 1) * padded_width(lengths[[*m[:1], index]]) for m in members]
+        members[int(np.argmin(inputs))].append(index)
+    return [rows[np.sort(np.array(m, np.int64))] for m in members]
 
 
 def padding_share(
@@ -502,7 +529,7 @@ def padding_share(
 
 def split_batch(rows: np.ndarray, parts: int) -> list[np.ndarray]:
     """The texts of a batch in so many parts, or fewer, of nearly the same size."""
-    return np.array_split(rows, min(parts, len(rows)))
+    return np.array_split(rows, min(parts, len(rows))) if len(rows) else []
 
 
 def evaluation_batches(

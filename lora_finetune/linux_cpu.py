@@ -103,6 +103,18 @@ def warn_of_slow_blas() -> None:
         )
 
 
+def share_cores(processes: int) -> None:
+    """Let BLAS take its share of the cores only, where several processes compute on this machine.
+
+    Threads that wait for more cores than there are make each other many times slower.
+    """
+    if processes > 1 and not os.environ.get("OPENBLAS_NUM_THREADS"):
+        threads = max(1, len(os.sched_getaffinity(0)) // processes)
+        for name in ("openblas_set_num_threads", "MKL_Set_Num_Threads"):
+            if set_number := getattr(ctypes.CDLL(None), name, None):
+                set_number(threads)
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep the memory that MLX frees, which it takes again in the next step.
 

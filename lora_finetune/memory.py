@@ -19,13 +19,19 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 # --- How much there is --------------------------------------------------------------------------
 
 
+# How many processes of this run share the memory of this machine.
+processes_here = 1
+
+
 def available() -> int:
     """Bytes that a run may take on MLX's default device, what it holds already included."""
     in_use = mx.get_active_memory() + mx.get_cache_memory()
-    return device_limit(mx.device_info(), machine_memory(), in_use)
+    return device_limit(mx.device_info(), machine_memory(), in_use, processes_here)
 
 
-def device_limit(device: Mapping[str, str | int], machine: int, in_use: int) -> int:
+def device_limit(
+    device: Mapping[str, str | int], machine: int, in_use: int, processes: int = 1
+) -> int:
     """Bytes that a run may take on a device.
 
     With Metal that is the recommended working set: beyond it a Mac swaps, and dies instead of
@@ -35,10 +41,12 @@ def device_limit(device: Mapping[str, str | int], machine: int, in_use: int) -> 
         device: what `mx.device_info` says of it.
         machine: bytes that the process may take of the machine's memory, which a CPU shares.
         in_use: bytes that MLX holds already; CUDA does not count them as free.
+        processes: how many share a memory that is the machine's; each has a GPU with CUDA.
     """
     if recommended := device.get("max_recommended_working_set_size"):
-        return recommended
-    return device["free_memory"] + in_use if "free_memory" in device else machine
+        return recommended // processes
+    free = device["free_memory"] + in_use if "free_memory" in device else None
+    return machine // processes if free is None else free
 
 
 def machine_memory(root: Path = Path("/")) -> int:

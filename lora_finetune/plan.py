@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import models
 from lora_finetune import adapters, checkpoint, dataset, export, prompts, run_files
-from lora_finetune.command_line import UserError
+from lora_finetune.command_line import ROOT, UserError
 from lora_finetune.files import real_file
+
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,11 @@ class Plan:
     patience: int | None
 
 
-def check(args: argparse.Namespace) -> Plan:
+def check(args: argparse.Namespace, is_first: bool = True) -> Plan:
     """Read all files but the model's, and check what can be checked without it.
+
+    Args:
+        is_first: whether this process writes and generates, for all where there are several.
 
     Raises:
         UserError: something that the user can put right.
@@ -66,14 +75,17 @@ def check(args: argparse.Namespace) -> Plan:
     data = {s: dataset.read(Path(args.data, f"{s}.jsonl"), args.mask_prompt) for s in splits}
     adapter_file = real_file(Path(args.adapter_file))
     source, state, adapter, scale = read_start(args, adapter_file)
-    exports = [export.Export(form, Path(folder)) for form, folder in args.export or []]
+    asked, wanted = (args.prompt or [], args.export or []) if is_first else ([], [])
+    exports = [export.Export(form, Path(folder)) for form, folder in wanted]
     export.check_folders(exports, adapter_file)
     progress = state.progress if state else checkpoint.Progress()
     if args.start_iter not in (None, progress.iteration):
         progress = checkpoint.Progress(args.start_iter)
-    files, iters = run_files.RunFiles(adapter_file if args.train else source), 0
+    kind = run_files.RunFiles if is_first else run_files.NoFiles
+    files, iters = kind(adapter_file if args.train else source), 0
     if args.train:
-        run_files.check_writable(adapter_file)
+        if is_first:
+            run_files.check_writable(adapter_file)
         if files.log.exists():
             files.lock()  # a run that is training this adapter is reported at once
         iters = args.iters or args.epochs * math.ceil(len(data["train"]) / args.batch_size)
@@ -102,7 +114,7 @@ def check(args: argparse.Namespace) -> Plan:
             "--mask-prompt": args.mask_prompt,
             **{file.path.name: file.checksum for split, file in data.items() if split != "test"},
         },
-        files=files, prompts=prompts.read(args.prompt or []), scale=scale, exports=exports,
+        files=files, prompts=prompts.read(asked), scale=scale, exports=exports,
         start_iter=args.start_iter,
         batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed,
         val_batches=args.val_batches, steps_per_report=args.steps_per_report,
@@ -136,3 +148,37 @@ def read_start(
         return source, state, adapters.rescaled(state.adapter, trained, scale), scale
     adapter = adapters.rescaled(adapters.read_adapter(source), models.SCALE, scale)
     return source, None, adapter, scale
+
+
+def everything(
+    plan: Plan,
+    model: nn.Module,
+    examples: dict[str, dataset.Examples],
+    fingerprints: dict[str, str],
+) -> dict[str, object]:
+    """What the result of a run depends on, by the names to report each under where it differs.
+
+    Args:
+        model: with the adapter to start from.
+        fingerprints: of the model, by names.
+    """
+    flags = ("iters", "steps_per_report", "steps_per_eval", "save_every", "patience")
+    trainable = (np.array(array) for _, array in tree_flatten(model.trainable_parameters()))
+    sources = (path.read_bytes() for folder in (ROOT, ROOT / "lora_finetune")
+               for path in sorted(folder.glob("*.py")))  # fmt: skip
+    contents = {
+        "the source of this program": sources,
+        "the adapter to start from": (array.tobytes() for array in trainable),
+        **{
+            f"the tokens of {split}.jsonl": (e.tokens.tobytes(), e.is_target.tobytes())
+            for split, e in examples.items()
+        },
+    }
+    return {
+        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
+        **{f"--{flag.replace('_', '-')}": getattr(plan, flag) for flag in flags},
+        **{f"the file {n}" if n[:2] != "--" else n: value for n, value in plan.settings.items()},
+        **fingerprints,
+        **{name: sha256(b"".join(content)).hexdigest() for name, content in contents.items()},
+        "the run to resume": asdict(plan.progress),
+    }

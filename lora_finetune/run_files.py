@@ -40,7 +40,10 @@ class RunFiles:
         adapter: the adapter file.
         earlier: iterations of the previous adapter as long as it is not backed up, infinite if
             unknown; None where there is none.
+        writes: whether this process writes them.
     """
+
+    writes = True
 
     def __init__(self, adapter_file: Path):
         self.adapter = adapter_file
@@ -197,6 +200,18 @@ class RunFiles:
             self.write_config()
             adapters.write_arrays(best, self.pending_best)
             warn(f"the best adapter, of iteration {progress.best_iteration}, is in {best}")
+
+
+class NoFiles(RunFiles):
+    """Those of a process beside which another one writes the files of their run: none at all."""
+
+    writes = False
+
+    def nothing(self, *_: object, **__: object) -> None:
+        """What this process does where that one locks, reports, saves or draws."""
+
+    lock = begin = report = keep_best = save = draw_losses = nothing
+    save_elsewhere_if_shorter = save_best_after_error = nothing
 
 
 def check_writable(adapter_file: Path) -> None:

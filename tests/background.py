@@ -19,23 +19,39 @@ CONTEXT.set_forkserver_preload(["background", "models", "train_lora"])
 
 
 def start(
-    folder: Path, *args: object, slow: float = 0.0, largest_file: int | None = None
+    folder: Path,
+    *args: object,
+    slow: float = 0.0,
+    largest_file: int | None = None,
+    env: dict[str, str] | None = None,
+    suffix: str = "",
 ) -> multiprocessing.Process:
     """Start the command line in a folder; `out` and `err` in it take what it prints.
 
     Args:
         slow: seconds that each step of a save takes longer.
         largest_file: bytes beyond which no file may grow.
+        env: is added to the environment.
+        suffix: of the names `out` and `err`.
     """
-    process = CONTEXT.Process(target=run, args=(folder, [*map(str, args)], slow, largest_file))
+    options = slow, largest_file, env or {}, suffix
+    process = CONTEXT.Process(target=run, args=(folder, [*map(str, args)], *options))
     process.start()
     return process
 
 
-def run(folder: Path, args: list[str], slow: float, largest_file: int | None) -> None:
+def run(
+    folder: Path,
+    args: list[str],
+    slow: float,
+    largest_file: int | None,
+    env: dict[str, str],
+    suffix: str,
+) -> None:
     os.chdir(folder)
+    os.environ.update(env)
     for number, name in [(1, "out"), (2, "err")]:
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        os.dup2(os.open(name + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     if largest_file:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # for an error in its place
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))

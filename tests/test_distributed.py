@@ -1,0 +1,267 @@
+"""One run by several processes, as mlx.launch starts them: what comes out, and how they end."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import background
+from lora_finetune import adapters, checkpoint, dataset
+from test_survival import entries, losses, wait_for
+
+import numpy as np
+import pytest
+
+Processes = list[multiprocessing.Process]
+
+RHYTHM = ["--steps-per-report", 3, "--steps-per-eval", 4, "--save-every", 2, "--val-batches", 2]
+SETTINGS = ["--lora-layers", 2, "--batch-size", 4, "--learning-rate", "1e-3", *RHYTHM]
+
+
+@pytest.fixture(scope="module")
+def args(model: Path, data: Path) -> list[object]:
+    return ["--train", "--model", model, "--data", data, "--adapter-file", "a.npz", *SETTINGS]
+
+
+def launch(
+    folder: Path, size: int, *args: object, of: dict[int, dict] | None = None, **options: object
+) -> Processes:
+    """Start processes as mlx.launch does on one machine; `of` has options of single ones."""
+    folder.mkdir(exist_ok=True)
+    write_hosts(folder, size)
+    environments = [{"MLX_RANK": str(rank), "MLX_HOSTFILE": "hosts"} for rank in range(size)]
+    return [
+        background.start(
+            folder, *args, suffix=f".{rank}", env=env, **options, **(of or {}).get(rank, {})
+        )
+        for rank, env in enumerate(environments)
+    ]
+
+
+def write_hosts(folder: Path, size: int) -> None:
+    """Write the file that tells each process where the others listen, on ports that are free."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(size)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
+    (folder / "hosts").write_text(json.dumps(hosts))
+
+
+def join(processes: Processes, seconds: float = 60) -> list[int]:
+    """The exit statuses of processes, which have so many seconds to end."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not alive, f"processes {alive} were still there after {seconds} s"
+    return [process.exitcode for process in processes]
+
+
+def printed(folder: Path, name: str) -> list[list[str]]:
+    """The lines in the files `out` or `err` of the processes of a run, but those of MLX."""
+    files = sorted(folder.glob(f"{name}.*"))
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return [[line for line in text.splitlines() if line[:6] != "[ring]"] for text in texts]
+
+
+def assert_equal_to_rounding(folder: Path, other: Path) -> None:
+    found, expected = (adapters.read_arrays(path / "a.npz") for path in (folder, other))
+    assert found.keys() == expected.keys()
+    for name in found:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
+    logs = [losses(path / "a.log.jsonl", "") for path in (folder, other)]
+    for entry, other_entry in zip(*logs, strict=True):
+        assert entry == pytest.approx(other_entry, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(args: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 50 iterations by a single process."""
+    folder = tmp_path_factory.mktemp("alone")
+    process = background.start(folder, *args, "--test", "--iters", 50)
+    process.join()
+    assert process.exitcode == 0
+    return folder
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_do_what_one_does(
+    args: list[object], alone: Path, tmp_path: Path, size: int
+) -> None:
+    """The last batch of an epoch has one text, so that some of them have none of it."""
+    assert join(launch(tmp_path, size, *args, "--test", "--iters", 50)) == [0] * size
+    assert_equal_to_rounding(tmp_path, alone)
+    out, err = printed(tmp_path, "out"), printed(tmp_path, "err")
+    assert [line.split(",")[0] for line in out[0]] == [
+        line.split(",")[0] for line in (alone / "out").read_text().splitlines()
+    ]
+    assert not any([*out[1:], *err[1:]]), "only the first process prints"
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    args: list[object], alone: Path, tmp_path: Path
+) -> None:
+    resume = ["--resume-adapter-file", "a.npz", "--test"]
+    assert join(launch(tmp_path, 4, *args, "--iters", 18)) == [0] * 4
+    process = background.start(tmp_path, *args, *resume[:2], "--iters", 33)
+    process.join()
+    assert process.exitcode == 0
+    assert join(launch(tmp_path, 2, *args, *resume, "--iters", 50)) == [0] * 2
+    found, expected = (adapters.read_arrays(path / "a.npz") for path in (tmp_path, alone))
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
+    trained = [entries(path / "a.log.jsonl", "test_loss") for path in (tmp_path, alone)]
+    assert trained[0] == [pytest.approx(entry, rel=1e-5) for entry in trained[1]]
+
+
+def test_a_launcher_of_one_process_starts_a_run_like_any_other(
+    args: list[object], tmp_path: Path
+) -> None:
+    """mlx.launch -n 1 leaves the file of hosts empty, which MLX itself cannot read."""
+    (tmp_path / "hosts").write_text("\n")
+    env = {"MLX_RANK": "0", "MLX_HOSTFILE": "hosts"}
+    process = background.start(tmp_path, *args, "--iters", 2, env=env)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "err").read_text()
+
+
+# --- Shares -------------------------------------------------------------------------------------
+
+
+def test_a_long_text_is_alone_and_short_ones_together() -> None:
+    rows = np.array([3, 1, 7, 5])
+    shares = dataset.shares(rows, np.array([20, 65, 9, 40]), 2)
+    assert [share.tolist() for share in shares] == [[1], [3, 7, 5]]
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_each_text_is_in_one_share_and_none_has_more_work_than_even_ones_of_the_longest(
+    size: int,
+) -> None:
+    rng = np.random.default_rng(size)
+    for number in range(1, 40):
+        rows, lengths = rng.permutation(1000)[:number], rng.integers(2, 500, number)
+        shares = dataset.shares(rows, lengths, size)
+        assert len(shares) == size
+        assert sorted(np.concatenate(shares)) == sorted(rows)
+        length_of = dict(zip(rows, lengths, strict=True))
+        most = -(-number // size) * dataset.padded_width(lengths)
+        for share in filter(len, shares):
+            assert len(share) * dataset.padded_width([length_of[row] for row in share]) <= most
+
+
+# --- Together to the end ------------------------------------------------------------------------
+
+LONG = ["--iters", 100_000]
+
+
+def wait_for_iteration(folder: Path, processes: Processes, rng: random.Random) -> None:
+    """Wait until a first save and some more, so that a stop comes at any moment of an iteration."""
+    wait_for(folder / "out.0", "Iter 4: Saved", processes[0])
+    time.sleep(rng.uniform(0, 0.3))
+
+
+def assert_saved_whole(folder: Path) -> int:
+    """Check that the state belongs to the adapter; returns the iteration."""
+    state = checkpoint.read(folder / "a.npz")
+    assert state is not None
+    adapters.read_adapter(folder / "a.npz")
+    return state.progress.iteration
+
+
+@pytest.mark.parametrize("number", range(int(os.environ.get("STOPS", 2))))
+@pytest.mark.parametrize("kind", ["one", "all"])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_one_or_all_stops_all_and_the_first_saves(
+    args: list[object], tmp_path: Path, signal_number: int, kind: str, number: int
+) -> None:
+    rng = random.Random(number)
+    processes = launch(tmp_path, 4, *args, *LONG)
+    wait_for_iteration(tmp_path, processes, rng)
+    for process in processes if kind == "all" else [rng.choice(processes)]:
+        os.kill(process.pid, signal_number)
+    assert join(processes, 10) == [128 + signal_number] * 4
+    out, err = printed(tmp_path, "out"), printed(tmp_path, "err")
+    iteration = assert_saved_whole(tmp_path)
+    assert f"interrupted: iteration {iteration} is saved" in err[0][-1]
+    assert not any([*out[1:], *err[1:]])
+
+
+@pytest.mark.parametrize("number", range(int(os.environ.get("STOPS", 3))))
+def test_where_one_is_killed_the_others_end_and_what_was_saved_is_whole(
+    args: list[object], tmp_path: Path, number: int
+) -> None:
+    rng = random.Random(number)
+    processes = launch(tmp_path, 4, *args, *LONG)
+    wait_for_iteration(tmp_path, processes, rng)
+    dead = number % 4
+    processes[dead].kill()
+    codes = join(processes, 10)
+    assert codes == [-signal.SIGKILL if rank == dead else 2 for rank in range(4)]
+    iteration = assert_saved_whole(tmp_path)
+    for rank, lines in enumerate(printed(tmp_path, "err")):
+        if rank != dead:
+            assert len(lines) == 1
+            assert "another process" in lines[0]
+            assert (f"iteration {iteration} is saved" in lines[0]) == (rank == 0)
+            assert (f"process {rank} (on " in lines[0]) == (rank > 0)
+
+
+def test_a_loss_that_is_not_finite_ends_all_with_one_line(
+    args: list[object], tmp_path: Path
+) -> None:
+    codes = join(launch(tmp_path, 4, *args, *LONG, "--learning-rate", "1e38"), 30)
+    assert codes == [2] * 4
+    err = printed(tmp_path, "err")
+    assert "is not finite" in err[0][-1]
+    assert not any(err[1:])
+
+
+@pytest.mark.parametrize("number", range(int(os.environ.get("STOPS", 2))))
+def test_a_full_disk_ends_all(args: list[object], tmp_path: Path, number: int) -> None:
+    """At the first save, or at a later one, whose log is too large."""
+    sizes = {0: {"largest_file": [20_000, 130_000][number % 2]}}
+    codes = join(launch(tmp_path, 4, *args, *LONG, of=sizes), 60)
+    assert codes == [2] * 4
+    err = printed(tmp_path, "err")
+    assert err[0][-1].startswith("error: a.")
+    assert "File too large" in err[0][-1]
+    assert not any(err[1:])
+
+
+def test_another_data_file_in_one_process_is_an_error_that_names_it(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for split in ("train", "valid"):
+        (other / f"{split}.jsonl").write_bytes((data / f"{split}.jsonl").read_bytes())
+    with (other / "train.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"text": "하나 더"}\n')
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder, texts in zip(folders, (data, other), strict=True):
+        folder.mkdir()
+        (folder / "texts").symlink_to(texts)
+    write_hosts(tmp_path, 2)
+    processes = []
+    for rank, folder in enumerate(folders):
+        env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": "../hosts"}
+        args = ["--train", "--model", model, "--data", "texts", "--adapter-file", "a.npz"]
+        processes.append(background.start(folder, *args, env=env))
+    assert join(processes, 30) == [2, 2]
+    [line] = (folders[0] / "err").read_text().splitlines()
+    assert line.startswith("error: process 1 (on ")
+    assert "train.jsonl" in line
+    assert "valid.jsonl" not in line
+    assert not (folders[1] / "err").read_text()
+    assert not (folders[0] / "a.npz").exists()
