@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Processes are forked from one that has imported the program, which takes two seconds, once.
@@ -25,6 +27,7 @@ def start(
     largest_file: int | None = None,
     env: dict[str, str] | None = None,
     suffix: str = "",
+    device_memory: int | None = None,
 ) -> multiprocessing.Process:
     """Start the command line in a folder; `out` and `err` in it take what it prints.
 
@@ -33,8 +36,9 @@ def start(
         largest_file: bytes beyond which no file may grow.
         env: is added to the environment.
         suffix: of the names `out` and `err`.
+        device_memory: bytes, for the GPU that this is then taken to be.
     """
-    options = slow, largest_file, env or {}, suffix
+    options = slow, largest_file, env or {}, suffix, device_memory
     process = CONTEXT.Process(target=run, args=(folder, [*map(str, args)], *options))
     process.start()
     return process
@@ -47,9 +51,13 @@ def run(
     largest_file: int | None,
     env: dict[str, str],
     suffix: str,
+    device_memory: int | None,
 ) -> None:
     os.chdir(folder)
     os.environ.update(env)
+    if device_memory:
+        mx.device_info = lambda: {"max_recommended_working_set_size": device_memory}
+        mx.set_wired_limit = lambda limit: None
     for number, name in [(1, "out"), (2, "err")]:
         os.dup2(os.open(name + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     if largest_file:
