@@ -1,11 +1,13 @@
 """Training on a GPU beside mlx-lm: single steps, and whole runs, with random weights.
 
-    python tests/bench/gpu.py [--steps] [--runs] [--quantized] [--small]
+    python tests/bench/gpu.py [--steps] [--runs] [--quantized] [--processes] [--small]
 
 --steps: a compiled step of this program and the plain one of mlx_lm.lora in turn, on Gumini-1B's
 shape in bfloat16, against the arithmetic at the matrix rate measured beside them. --runs: 2,000
 texts of log-normal length, 1 epoch, whole processes in turn. --quantized: the specification's
-example, Phi-3's shape in 8 bits, batch 4, 8 of 32 layers, 3 epochs. --small: all at a tiny shape.
+example, Phi-3's shape in 8 bits, batch 4, 8 of 32 layers, 3 epochs. --processes: two processes on
+two GPUs with batches of 20 texts of 256 tokens, against one with batches of 10, Gumini-1B's shape,
+in turn; only if asked for. --small: all at a tiny shape.
 """
 
 from __future__ import annotations
@@ -229,12 +231,51 @@ def compare_runs(name: str, config: dict, options: dict, bits: int | None, small
         print(f"{name}: faster by {ratio:.2f}, memory {memory:.2f}", flush=True)
 
 
+# --- Processes ----------------------------------------------------------------------------------
+
+LAUNCH = ["-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2", "--"]
+
+
+def compare_processes(config: dict, small: bool) -> None:
+    """Tokens a second of two processes against one, after what their first reports need to warm up.
+
+    Where there is one GPU or none, both share what there is.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        work, rng = Path(folder), random.Random(0)
+        tiny.write_model(work / "model", build(config), tiny.LLAMA | config)
+        for split, size in [("train", 400), ("valid", 20)]:
+            letters = 15 if small else 256
+            texts = ["".join(rng.choice("abcdefg ") for _ in range(letters)) for _ in range(size)]
+            tiny.write_jsonl(work / "data", split, texts)
+        ours = [str(ROOT / "train_lora.py"), "--train", "--model", "model", "--data", "data"]
+        ours += ["--val-batches", "1", "--steps-per-report", "20", "--iters", "100"]
+        found: dict[int, list[float]] = {1: [], 2: []}
+        for turn in range(3):
+            for processes, launch in ((1, []), (2, [*LAUNCH, sys.executable])):
+                own = ["--batch-size", str(10 * processes), "--adapter-file", f"{processes}.npz"]
+                arguments = [sys.executable, *launch, *ours, *own]
+                # The launcher spins on a standard input that has ended.
+                with subprocess.Popen(
+                    arguments, cwd=work, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, text=True,
+                ) as process:  # fmt: skip
+                    printed = process.stdout.read()
+                speeds = [float(n) for n in re.findall(r"Tokens/sec ([\d.]+)", printed)]
+                if len(speeds) != 5:
+                    raise SystemExit(f"{' '.join(arguments)} failed:\n{printed}")
+                found[processes].append(statistics.median(speeds[1:]))
+                print(f"  turn {turn}, {processes}: {speeds} tokens/s", flush=True)
+        ratios = [two / one for one, two in zip(*found.values(), strict=True)]
+        print(f"two processes: faster by {statistics.median(ratios):.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for part in ("steps", "runs", "quantized", "small"):
+    for part in ("steps", "runs", "quantized", "processes", "small"):
         parser.add_argument(f"--{part}", action="store_true")
     args = parser.parse_args()
-    every = not (args.steps or args.runs or args.quantized)
+    every = not (args.steps or args.runs or args.quantized or args.processes)
     small = SMALL if args.small else {}
     print(mx.device_info().get("device_name"), "mlx", mx.__version__, flush=True)
     if args.runs or every:
@@ -245,6 +286,8 @@ def main() -> None:
         compare_runs("Phi-3 in 8 bits", PHI_3 | small, options, 8, args.small)
     if args.steps or every:
         compare_steps(GUMINI | small, args.small)
+    if args.processes:
+        compare_processes(GUMINI | small, args.small)
 
 
 if __name__ == "__main__":
