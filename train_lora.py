@@ -164,7 +164,7 @@ from lora_finetune import (
 )
 from lora_finetune.distributed import ALONE, Group
 from lora_finetune.losses import Loss
-from lora_finetune.plan import Plan, check, everything
+from lora_finetune.plan import Plan, check, to_compare
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -620,7 +620,7 @@ def save_unfinished(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, fi
     """
     progress = plan.progress
     if not plan.files.writes:
-        return "the first process saves what there is"
+        return "process 0 saves what there is, if it has not gone"
     if progress.iteration == first:
         return "nothing new was saved"
     try:
@@ -772,7 +772,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
     )  # fmt: skip
     warn_beyond_context(examples, asked, model_folder.context_length(folder))
     if group.size > 1:
-        group.compare(everything(plan, model, examples, fingerprints))
+        group.compare(to_compare(plan, model, examples, fingerprints))
     with attention.by_blocks():
         if args.train:
             plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})

@@ -75,19 +75,23 @@ class Group:
         self.longest_wait = math.inf
         self.waiting_since: float | None = None
         self.last_exchange, self.intervals = time.monotonic(), deque([0.0], maxlen=8)
-        self.signs_of_life: list[BinaryIO] = []
+        self.locked: list[BinaryIO] = []  # by this process, and by each other on this machine
         if self.size > 1:
             threading.Thread(target=self.watch, daemon=True).start()
             self.meet()
 
     def meet(self) -> None:
-        """Learn where the others are, and open what those on this machine keep locked in life."""
+        """Learn where the others are, and open the file that each on this machine keeps locked.
+
+        The lock goes with its process, however that ends, and the file once all have it open.
+        """
         own = tempfile.NamedTemporaryFile(delete=False)  # noqa: SIM115, closed when this ends
-        fcntl.flock(own, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(own, fcntl.LOCK_EX)
         texts = self.gather_texts(json.dumps([platform.node(), own.name]))
         self.hosts, names = zip(*map(json.loads, texts), strict=True)
         others = [Path(names[rank]) for rank in self.here if rank != self.rank]
-        self.signs_of_life = [own, *(file.open("rb") for file in others if file.exists())]
+        self.locked = [own, *(file.open("rb") for file in others if file.exists())]
         self.gather()
         Path(own.name).unlink()
 
@@ -128,8 +132,8 @@ class Group:
     ) -> tuple[list[int], list[tuple[float, int]]]:
         """The statuses of all, and the number and the count of each."""
         mine = np.array([status, count, np.float32(number).view(np.int32)], np.int32)
-        rows = self.wait_for(lambda: mx.distributed.all_gather(mx.array(mine), group=self.comm))
-        statuses, counts, bits = rows.reshape(self.size, 3).T
+        rows = self.wait_for(mx.distributed.all_gather, mx.array(mine))
+        statuses, counts, bits = np.array(rows).reshape(self.size, 3).T
         numbers = np.ascontiguousarray(bits).view(np.float32)
         return statuses.tolist(), list(zip(numbers.tolist(), counts.tolist(), strict=True))
 
@@ -139,7 +143,7 @@ class Group:
         lengths = [length for _, length in self.gather(count=len(content))]
         padded = np.zeros((1, max(lengths)), np.uint8)
         padded[0, : len(content)] = np.frombuffer(content, np.uint8)
-        rows = self.wait_for(lambda: mx.distributed.all_gather(mx.array(padded), group=self.comm))
+        rows = np.array(self.wait_for(mx.distributed.all_gather, mx.array(padded)))
         return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
 
     def sum(self, total: mx.array, gradients: dict, count: int) -> tuple[mx.array, dict, int]:
@@ -155,19 +159,18 @@ class Group:
         flat = mx.concatenate([total[None], *(array.flatten() for array in arrays)])
         mx.eval(flat)
         count = sum(number for _, number in self.gather(count=count))
-        summed = mx.array(self.wait_for(lambda: mx.distributed.all_sum(flat, group=self.comm)))
+        summed = self.wait_for(mx.distributed.all_sum, flat)
         ends = np.cumsum([1, *(array.size for array in arrays)]).tolist()
         total, *parts = mx.split(summed, ends[:-1])
         parts = [part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
         return total[0], tree_unflatten(list(zip(names, parts, strict=True))), count
 
-    def wait_for(self, compute: Callable[[], mx.array]) -> np.ndarray:
-        """What all processes compute together, once they have; raises LostError if one has gone."""
+    def wait_for(self, collective: Callable[..., mx.array], given: mx.array) -> mx.array:
+        """What all processes make together of what each gives; raises LostError if one has gone."""
         self.waiting_since = time.monotonic()
         try:
-            computed = compute()
-            mx.eval(computed)  # which raises what NumPy would drop
-            array = np.array(computed)
+            array = collective(given, group=self.comm)
+            mx.eval(array)  # here, since NumPy drops its errors
         except RuntimeError as error:
             self.is_over = True
             raise LostError(
@@ -279,8 +282,8 @@ class Group:
 
     def has_one_gone(self) -> bool:
         """Whether another process on this machine has ended, which frees what it kept locked."""
-        for file in self.signs_of_life[1:]:
-            with suppress(BlockingIOError):
+        for file in self.locked[1:]:
+            with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return True
         return False

@@ -150,7 +150,7 @@ def read_start(
     return source, None, adapter, scale
 
 
-def everything(
+def to_compare(
     plan: Plan,
     model: nn.Module,
     examples: dict[str, dataset.Examples],

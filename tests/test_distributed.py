@@ -9,15 +9,19 @@ import random
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import background
 import tiny
+from conftest import ROOT, Run
 from lora_finetune import adapters, checkpoint, dataset
 from test_survival import entries, losses, wait_for
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -301,3 +305,27 @@ def test_another_data_file_in_one_process_is_an_error_that_names_it(
     assert "valid.jsonl" not in line
     assert not (folders[1] / "err").read_text()
     assert not (folders[0] / "a.npz").exists()
+
+
+def test_without_a_launcher_the_distributed_engine_is_never_touched(
+    call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(mx, "distributed")
+    assert call(*args, "--iters", 2).returncode == 0
+
+
+def test_the_launcher_of_mlx_starts_it(model: Path, data: Path, tmp_path: Path) -> None:
+    """And one process generates, for all."""
+    launcher = "from mlx._distributed_utils.launch import main; main()"
+    command = [sys.executable, "-c", launcher, "-n", "2", "--starting-port", "41000", "--"]
+    command += [sys.executable, ROOT / "train_lora.py", "--train", "--model", model, "--data", data]
+    command += ["--adapter-file", "a.npz", "--lora-layers", "2", "--iters", "3"]
+    command += ["--prompt", "질문: 1?", "--max-tokens", "5", "--export", "mlx-lm", "exported"]
+    with subprocess.Popen(
+        [*map(str, command)], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        printed = process.stdout.read()
+    assert printed.count("Iter 3: Saved adapter weights to a.npz.") == 1
+    assert printed.count("Generating") == 1
+    assert (tmp_path / "exported" / "adapters.safetensors").is_file()
