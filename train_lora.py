@@ -445,8 +445,8 @@ def keep_states(
     They are computed batch by batch of the first epoch, and of a validation. So the first epoch
     takes no longer, and is the same to the last bit where nothing is kept; that of an epoch that
     comes later is not, so a run without room for them goes on without when it is resumed. In later
-    epochs a process meets texts that were others' before: it pays from as many epochs on as there
-    are processes.
+    epochs a process meets texts that were others' before, so the more of them there are, the more
+    epochs it takes to pay.
     """
     training, validation, progress = examples["train"], examples["valid"], plan.progress
     keep = partial(frozen_prefix.keep, prefix, folder=plan.files.adapter.parent)
@@ -456,7 +456,7 @@ def keep_states(
     kept = {"valid": keep(validation, batches) or validation, "train": training}
     lengths = training.lengths
     batches = dataset.epoch_batches(lengths, plan.batch_size, plan.seed, epoch=0)
-    if plan.iters > len(batches) * group.size and progress.has_room:
+    if plan.iters > len(batches) * max(1, group.size - 1) and progress.has_room:
         groups = [
             part
             for rows in batches

@@ -20,16 +20,23 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["background", "models", "train_lora"])
 
 
-def start(
+def start(folder: Path, *args: object, **options: object) -> multiprocessing.Process:
+    """Start the command line in a folder; `run` has the options."""
+    process = CONTEXT.Process(target=run, args=(folder, [*map(str, args)]), kwargs=options)
+    process.start()
+    return process
+
+
+def run(
     folder: Path,
-    *args: object,
+    args: list[str],
     slow: float = 0.0,
     largest_file: int | None = None,
     env: dict[str, str] | None = None,
     suffix: str = "",
     device_memory: int | None = None,
-) -> multiprocessing.Process:
-    """Start the command line in a folder; `out` and `err` in it take what it prints.
+) -> None:
+    """Be the command line in a folder; `out` and `err` in it take what it prints.
 
     Args:
         slow: seconds that each step of a save takes longer.
@@ -38,23 +45,8 @@ def start(
         suffix: of the names `out` and `err`.
         device_memory: bytes, for the GPU that this is then taken to be.
     """
-    options = slow, largest_file, env or {}, suffix, device_memory
-    process = CONTEXT.Process(target=run, args=(folder, [*map(str, args)], *options))
-    process.start()
-    return process
-
-
-def run(
-    folder: Path,
-    args: list[str],
-    slow: float,
-    largest_file: int | None,
-    env: dict[str, str],
-    suffix: str,
-    device_memory: int | None,
-) -> None:
     os.chdir(folder)
-    os.environ.update(env)
+    os.environ.update(env or {})
     if device_memory:
         mx.device_info = lambda: {"max_recommended_working_set_size": device_memory}
         mx.set_wired_limit = lambda limit: None

@@ -215,7 +215,7 @@ def test_a_model_of_such_layers_is_trained_the_plain_way(
 
 def run_without_memory(folder: Path, args: list[str]) -> None:
     frozen_prefix.MEMORY_SHARE = 0
-    background.run(folder, args, 0, None)
+    background.run(folder, args)
 
 
 def test_beyond_the_memory_a_file_serves_which_nobody_sees_and_a_kill_takes_along(
