@@ -1,4 +1,4 @@
-# make demo   fine-tune the demo model on lora_finetune/data and ask it a question
+# make demo   fine-tune a small model on data/demo, and ask it a question before and after
 # make test   all tests
 # make lint   ruff
 # make bench  speed and memory, beside mlx_lm.lora and on large data (minutes)
@@ -12,10 +12,7 @@ BIN := .venv/bin
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
-	$(BIN)/python train_lora.py --train --test \
-		--batch-size 2 --iters 12 --learning-rate 5e-4 --steps-per-report 4 \
-		--val-batches 2 --test-batches 2 --adapter-file lora_finetune/demo.npz \
-		--prompt "The capital of France is" --max-tokens 40 --temp 0
+	@$(BIN)/python -m lora_finetune.demo
 
 test: .venv/installed-for-tests
 	$(BIN)/python -m pytest
@@ -31,12 +28,18 @@ bench: .venv/installed
 	$(BIN)/python tests/bench/prepare.py
 	$(BIN)/python tests/bench/tokenizing.py
 
+# pip's own lines go to a file, and are shown where it fails.
+INSTALL = { $(BIN)/pip install --disable-pip-version-check -r $(1) >.venv/install.log 2>&1 \
+	|| { cat .venv/install.log; exit 1; }; }
+
 .venv/installed: requirements.txt
 	@$(PYTHON) lora_finetune/check_platform.py
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
-	touch $@
+	@echo "Making .venv and installing MLX and what else requirements.txt names; takes a minute or more"
+	@$(PYTHON) -m venv .venv
+	@$(call INSTALL,requirements.txt)
+	@touch $@
 
 .venv/installed-for-tests: .venv/installed tests/requirements.txt
-	$(BIN)/pip install --disable-pip-version-check -r tests/requirements.txt
-	touch $@
+	@echo "Installing pytest and what else tests/requirements.txt names"
+	@$(call INSTALL,tests/requirements.txt)
+	@touch $@

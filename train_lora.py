@@ -28,6 +28,7 @@ from lora_finetune.command_line import (
     is_unicode,
     nonempty,
     nonnegative_number,
+    number_of_process,
     run_and_report_errors,
     scale_number,
     warn,
@@ -422,6 +423,11 @@ def train(
                 rows = -(-plan.batch_size // group.size)
                 parts = fit_memory(model, loss, examples["train"], rows, plan.progress.parts)
                 plan.progress.parts = max(number for _, number in group.gather(count=parts))
+                if parts < plan.progress.parts:
+                    warn(
+                        "another process has less memory, so each share of a batch is computed in "
+                        f"{plan.progress.parts} parts, with the same result"
+                    )
                 if prefix:
                     examples = keep_states(prefix, examples, plan, group)
                 training_loop(model, loss, optimizer, examples, plan, group)
@@ -435,6 +441,7 @@ def train(
         except UserError:
             plan.files.save_best_after_error(plan.progress)
             raise
+    group.stop = None
 
 
 def keep_states(
@@ -728,15 +735,16 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError, OSError: something that the user can put right.
     """
-    with distributed.join() as group:
-        run_in(group, args)
+    if args.train or args.test:
+        with distributed.join() as group:
+            run_in(group, args)
+    elif number_of_process() == 0:
+        run_in(ALONE, args)
 
 
 def run_in(group: Group, args: argparse.Namespace) -> None:
     """The run of one of the processes."""
     plan = check(args, group.is_first)
-    if not (plan.data or group.is_first):
-        return
     on_cpu = mx.default_device() == mx.cpu
     memory.processes_here = len(group.here)
     if on_cpu:
@@ -772,7 +780,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
     )  # fmt: skip
     warn_beyond_context(examples, asked, model_folder.context_length(folder))
     if group.size > 1:
-        group.compare(to_compare(plan, model, examples, fingerprints))
+        group.compare(to_compare(args, plan, model, examples, fingerprints))
     with attention.by_blocks():
         if args.train:
             plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})

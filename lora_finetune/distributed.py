@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from lora_finetune.command_line import (
     LAUNCHERS,
@@ -31,6 +31,7 @@ from lora_finetune.command_line import (
     UserError,
     describe,
     first_line,
+    hint,
     number_of_process,
 )
 from lora_finetune.memory import DeviceError
@@ -39,12 +40,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-# The status of a process: this, or that it has failed, or the signal that asks it for a stop.
-WELL, FAILED = 0, -1
-# Seconds to wait for the others in training; where this one is to stop or has failed, with the time
-# of two steps on top; and where another process on this machine has gone. MLX does not
-# always notice that: its ring may wait for ever on a connection that it has given up.
-LONGEST_WAIT, WAIT_AT_END, WAIT_FOR_GONE = 600.0, 5.0, 2.0
+# The status of a process: one of these, or the number of the signal that asks for a stop.
+WELL, FAILED, INTERRUPTED = 0, -1, -2
+# Seconds to wait for the others: to connect, in training; where this one is to stop or has failed,
+# with the time of two steps on top; and where another process on this machine has gone. MLX does
+# not always notice that: its ring may wait for ever on a connection that it has given up.
+LONGEST_WAIT, WAIT_AT_END, WAIT_FOR_GONE = 600.0, 30.0, 2.0
 
 
 class LostError(DeviceError):
@@ -58,6 +59,7 @@ class Group:
         rank: the number of this process, from 0.
         size: how many they are.
         hosts: the name of the machine of each.
+        here: those on this machine.
         stop: hears the signals that ask for a stop, in training.
         rescue: saves what there is to save where the others are gone, and says what came of it.
     """
@@ -65,17 +67,17 @@ class Group:
     def __init__(self, comm: mx.distributed.Group | None = None):
         self.comm = comm
         self.rank, self.size = (comm.rank(), comm.size()) if comm else (0, 1)
-        self.hosts = [platform.node()] * self.size
+        self.hosts, self.here = [platform.node()] * self.size, [self.rank]
         self.stop: StopSignals | None = None
         self.rescue: Callable[[], str] = lambda: "nothing new was saved"
         self.agreed_signal = 0  # that all have been told of
         self.is_told = False  # whether all know that the run ends
         self.is_over = self.size == 1  # whether there is nothing more to exchange
-        self.last_words: str | None = None  # of a process that has failed
+        self.last_words: str | None = None  # of a process that has failed; "" where it says none
         self.longest_wait = math.inf
         self.waiting_since: float | None = None
         self.last_exchange, self.intervals = time.monotonic(), deque([0.0], maxlen=8)
-        self.locked: list[BinaryIO] = []  # by this process, and by each other on this machine
+        self.locked: list[IO] = []  # by this process, and by each other on this machine
         if self.size > 1:
             threading.Thread(target=self.watch, daemon=True).start()
             self.meet()
@@ -90,8 +92,9 @@ class Group:
             fcntl.flock(own, fcntl.LOCK_EX)
         texts = self.gather_texts(json.dumps([platform.node(), own.name]))
         self.hosts, names = zip(*map(json.loads, texts), strict=True)
-        others = [Path(names[rank]) for rank in self.here if rank != self.rank]
-        self.locked = [own, *(file.open("rb") for file in others if file.exists())]
+        self.here = [rank for rank, name in enumerate(names) if Path(name).is_file()]
+        others = [names[rank] for rank in self.here if rank != self.rank]
+        self.locked = [own, *map(open, others)]
         self.gather()
         Path(own.name).unlink()
 
@@ -99,11 +102,6 @@ class Group:
     def is_first(self) -> bool:
         """Whether this is the process that locks, prints, logs, saves and draws for all."""
         return self.rank == 0
-
-    @property
-    def here(self) -> list[int]:
-        """The processes on this machine."""
-        return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
 
     def name(self, rank: int) -> str:
         """A process, as messages name it."""
@@ -121,9 +119,10 @@ class Group:
             return [(number, count)]
         asked = self.stop.signal if self.stop else None
         statuses, gathered = self.exchange(asked or WELL, number, count)
-        if FAILED in statuses:
+        if min(statuses) < WELL:
             self.is_told = True
-            raise LostError(f"{self.name(statuses.index(FAILED))} has failed, and says why itself")
+            what = "was interrupted" if min(statuses) == INTERRUPTED else "has failed: see its line"
+            raise LostError(f"{self.name(statuses.index(min(statuses)))} {what}")
         self.agreed_signal = self.agreed_signal or max(statuses)
         return gathered
 
@@ -168,6 +167,8 @@ class Group:
     def wait_for(self, collective: Callable[..., mx.array], given: mx.array) -> mx.array:
         """What all processes make together of what each gives; raises LostError if one has gone."""
         self.waiting_since = time.monotonic()
+        # MLX does not return to Python while it waits, so that a Ctrl-C has to end the process.
+        handler = None if self.stop else signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             array = collective(given, group=self.comm)
             mx.eval(array)  # here, since NumPy drops its errors
@@ -179,7 +180,11 @@ class Group:
             ) from error
         finally:
             self.waiting_since = None
-        while self.last_words and self.is_over:  # another thread is about to end the process
+            if handler:
+                signal.signal(signal.SIGINT, handler)
+        while (
+            self.last_words is not None and self.is_over
+        ):  # another thread is about to end the process
             time.sleep(1)
         now = time.monotonic()
         self.intervals.append(now - self.last_exchange)
@@ -252,26 +257,31 @@ class Group:
         for number in (signal.SIGTERM, signal.SIGHUP):  # by which launchers end the rest
             signal.signal(number, signal.SIG_IGN)
         line = describe(error, "the run")
-        reason, is_known = zlib.crc32(line.encode()) >> 1, self.is_told
-        own = line.replace(": ", f": {self.name(self.rank)}: ", 1)
-        self.last_words = line if self.is_first else own
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        if not self.is_first:
+            line = "" if is_interrupt else line.replace(": ", f": {self.name(self.rank)}: ", 1)
+        self.last_words = line
+        reason, is_known = zlib.crc32(describe(error, "the run").encode()) >> 1, self.is_told
         if not (self.is_told or self.is_over):
             with suppress(LostError):
-                statuses, told = self.exchange(FAILED, count=reason)
-                is_known = (statuses[0], told[0][1]) == (FAILED, reason)
-        if not self.is_first and not is_known:
-            print(own, file=sys.__stderr__, flush=True)
+                status = INTERRUPTED if is_interrupt else FAILED
+                statuses, told = self.exchange(status, count=reason)
+                is_known = (statuses[0], told[0][1]) == (status, reason)
+        if line and not (self.is_first or is_known):
+            print(line, file=sys.__stderr__, flush=True)
         if not self.is_over:
             with suppress(LostError):
                 self.exchange(WELL)
 
     def watch(self) -> None:
         """End this process where it has waited too long for the others, in a thread of its own."""
-        asked_at = gone_at = math.inf
+        asked_at, gone_at, parent = math.inf, math.inf, os.getppid()
         while True:
             time.sleep(0.5)
             since, now = self.waiting_since, time.monotonic()
-            is_ending = self.last_words or (self.stop and self.stop.signal)
+            if self.stop and os.getppid() != parent:  # the launcher was killed
+                self.stop.signal = self.stop.signal or signal.SIGHUP
+            is_ending = self.last_words is not None or (self.stop and self.stop.signal)
             asked_at = min(asked_at, now) if is_ending else math.inf
             if since is None:
                 continue
@@ -290,17 +300,17 @@ class Group:
 
     def give_up(self, seconds: float) -> None:
         """Say so, save what there is, and end this process, whose main thread hangs in MLX."""
-        words, self.last_words = self.last_words, self.last_words or "gone"
-        self.is_over = True
+        words, self.last_words, self.is_over = self.last_words, "", True
         timer = threading.Timer(WAIT_AT_END, os._exit, [2])  # where the device lets nothing be read
         timer.daemon = True
         timer.start()
-        line = words or (
-            f"error: {'' if self.is_first else self.name(self.rank) + ': '}another process has "
-            f"gone, or does not answer (for {seconds:.0f} s); it may have been killed, for its "
-            f"memory for example; {self.rescue()}"
-        )
-        print(line, file=sys.__stderr__, flush=True)
+        if words is None:
+            words = (
+                f"error: {'' if self.is_first else self.name(self.rank) + ': '}another process has "
+                f"gone, or does not answer (for {seconds:.0f} s); it may have been killed, for its "
+                f"memory for example; {self.rescue()}"
+            )
+        print(words, end="\n" * bool(words), file=sys.__stderr__, flush=True)
         os._exit(128 + self.stop.signal if self.stop and self.stop.signal else 2)
 
 
@@ -315,15 +325,16 @@ def join() -> Iterator[Group]:
     Raises:
         UserError: the others were not found.
     """
-    rank, size = launched()
-    if size == 1:
-        yield Group()
-        return
-    group = connect(rank, size)
+    group = None
     try:
+        rank, size = launched()
+        group = connect(rank, size) if size > 1 else Group()
         yield group
     except BaseException as error:
-        group.fail(error)
+        if group:
+            group.fail(error)
+        elif number_of_process():
+            print(describe(error, "the run"), file=sys.__stderr__, flush=True)
         raise
 
 
@@ -350,14 +361,18 @@ def launched() -> tuple[int, int]:
 
 
 def connect(rank: int, size: int) -> Group:
-    """Find the other processes that a launcher has started."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # MLX waits without a look at Python's
+    """Find the other processes that a launcher has started, which a signal ends after some time."""
+    hint(f"waiting for all {size} processes, up to {LONGEST_WAIT / 60:.0f} minutes")
+    # MLX waits without an end, and without a look at Python's signals.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_WAIT)
     failed = f"process {rank} of {size} did not find the others"
     try:
         comm = mx.distributed.init()
     except RuntimeError as error:
         raise UserError(f"{failed} ({first_line(error)}); see how they were launched") from None
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGINT, handler)
     if comm.size() != size:
         raise UserError(f"{failed}: MLX has no library here for how they were launched")

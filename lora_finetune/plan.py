@@ -150,7 +150,15 @@ def read_start(
     return source, None, adapter, scale
 
 
+# Flags that may differ: the first process generates and exports, and paths are each machine's own.
+OWN_FLAGS = {
+    *("model", "data", "adapter_file", "resume_adapter_file", "typed"),
+    *("prompt", "system", "prompt_format", "max_tokens", "temp", "export"),
+}
+
+
 def to_compare(
+    args: argparse.Namespace,
     plan: Plan,
     model: nn.Module,
     examples: dict[str, dataset.Examples],
@@ -162,23 +170,25 @@ def to_compare(
         model: with the adapter to start from.
         fingerprints: of the model, by names.
     """
-    flags = ("iters", "steps_per_report", "steps_per_eval", "save_every", "patience")
+    sources = (path for folder in (ROOT, ROOT / "lora_finetune") for path in folder.glob("*.py"))
     trainable = (np.array(array) for _, array in tree_flatten(model.trainable_parameters()))
-    sources = (path.read_bytes() for folder in (ROOT, ROOT / "lora_finetune")
-               for path in sorted(folder.glob("*.py")))  # fmt: skip
+    moments = sorted(plan.state.optimizer.items()) if plan.state else []
     contents = {
-        "the source of this program": sources,
+        "the source of this program": (path.read_bytes() for path in sorted(sources)),
         "the adapter to start from": (array.tobytes() for array in trainable),
+        "Adam's moments to start from": (np.array(array).tobytes() for _, array in moments),
         **{
             f"the tokens of {split}.jsonl": (e.tokens.tobytes(), e.is_target.tobytes())
             for split, e in examples.items()
         },
     }
+    flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
     return {
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
-        **{f"--{flag.replace('_', '-')}": getattr(plan, flag) for flag in flags},
-        **{f"the file {n}" if n[:2] != "--" else n: value for n, value in plan.settings.items()},
+        **{f"--{name.replace('_', '-')}": value for name, value in flags.items()},
+        **{f"the file {file.path.name}": file.checksum for file in plan.data.values()},
         **fingerprints,
         **{name: sha256(b"".join(content)).hexdigest() for name, content in contents.items()},
         "the run to resume": asdict(plan.progress),
+        "the iterations": plan.iters,
     }

@@ -1,0 +1,59 @@
+"""`make demo`: ask the demo model a question, fine-tune it on data/demo, and ask it again."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+from lora_finetune import adapters, dataset, demo_model
+from lora_finetune.command_line import ROOT, UserError
+
+import mlx.nn as nn
+from mlx_lm import generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+QUESTION, MEANING = "물은 몇 도에서 끓습니까?", "At what temperature does water boil?"
+ADAPTER = "lora_finetune/demo.npz"
+# 32 questions, in 6 epochs: the answers are learnt, and it takes one to two minutes on two cores.
+TRAINING = [
+    *("train_lora.py", "--train", "--data", "data/demo", "--adapter-file", ADAPTER),
+    *("--batch-size", "4", "--iters", "48", "--learning-rate", "3e-4", "--mask-prompt"),
+    *("--steps-per-eval", "16", "--steps-per-report", "8"),
+]
+
+
+def ask(model: nn.Module, tokenizer: TokenizerWrapper) -> str:
+    """The answer to the question, in one line: always the likeliest token, 24 at most."""
+    answer = generate(model, tokenizer, dataset.join_question(QUESTION, ""), max_tokens=24)
+    return " ".join(answer.split())
+
+
+def main() -> None:
+    model, tokenizer = models.load(demo_model.fetch())
+    before = ask(model, tokenizer)
+    print(f"Question  {QUESTION}  ({MEANING})\nBefore    {before}\n", flush=True)
+
+    print(f"$ {shlex.join([os.path.relpath(sys.executable), *TRAINING])}", flush=True)
+    subprocess.run([sys.executable, *TRAINING], cwd=ROOT, check=True)
+
+    file = ROOT / ADAPTER
+    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    print(
+        f"\nQuestion  {QUESTION}  ({MEANING}; in other words than in the training texts)"
+        f"\nBefore    {before}\nAfter     {ask(model, tokenizer)}"
+        f"\nPicture   {Path(ADAPTER).with_suffix('.png')}: the losses"
+        '\nNext      the commands above, or your own text: "Your own data" in README.md'
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
