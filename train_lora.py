@@ -225,8 +225,10 @@ def test(
 ) -> None:
     """Report the loss and the perplexity on the test set."""
     print("Testing", flush=True)
-    with memory.device_errors("lower --batch-size or --max-seq-length"):
-        mean = evaluate(model, loss, examples, batch_size, num_batches, group)
+    signals = StopSignals() if group.size > 1 else nullcontext()  # one alone ends at once
+    with memory.device_errors("lower --batch-size or --max-seq-length"), signals as group.stop:
+        mean = evaluate(model, loss, examples, batch_size, num_batches, group, group.check_stop)
+    group.stop = None
     perplexity = math.exp(mean) if mean < 700 else math.inf
     line = f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}."
     report_line(line, test_loss=mean, test_ppl=perplexity)

@@ -235,7 +235,7 @@ class Group:
 
     def check_stop(self) -> None:
         """Raise Interrupted if a signal asks for a stop, and all processes know of it."""
-        asked = self.agreed_signal if self.size > 1 else self.stop.signal
+        asked = self.agreed_signal if self.size > 1 else self.stop and self.stop.signal
         if asked:
             self.is_told = True
             raise Interrupted(asked, "nothing new was saved")
