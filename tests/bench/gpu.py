@@ -1,13 +1,15 @@
 """Training on a GPU beside mlx-lm: single steps, and whole runs, with random weights.
 
-    python tests/bench/gpu.py [--steps] [--runs] [--quantized] [--processes] [--small]
+    python tests/bench/gpu.py [--steps] [--runs] [--quantized] [--processes] [--memory]
+        [--small]
 
 --steps: a compiled step of this program and the plain one of mlx_lm.lora in turn, on Gumini-1B's
 shape in bfloat16, against the arithmetic at the matrix rate measured beside them. --runs: 2,000
 texts of log-normal length, 1 epoch, whole processes in turn. --quantized: the specification's
 example, Phi-3's shape in 8 bits, batch 4, 8 of 32 layers, 3 epochs. --processes: two processes on
 two GPUs with batches of 20 texts of 256 tokens, against one with batches of 10, Gumini-1B's shape,
-in turn; only if asked for. --small: all at a tiny shape.
+in turn; only if asked for. --memory: peaks of steps of real shapes, packed as on a Mac, and what
+they come to for each 1,000 tokens in a batch; only if asked for. --small: all at a tiny shape.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import models  # noqa: E402, F401
 import tiny  # noqa: E402
 import train_lora  # noqa: E402
-from lora_finetune import adapters, attention, fast_exp, losses  # noqa: E402
+from lora_finetune import adapters, attention, dataset, fast_exp, frozen_prefix, losses  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -231,6 +233,66 @@ def compare_runs(name: str, config: dict, options: dict, bits: int | None, small
         print(f"{name}: faster by {ratio:.2f}, memory {memory:.2f}", flush=True)
 
 
+# --- Memory -------------------------------------------------------------------------------------
+
+QWEN = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151_936}
+SHAPES = {
+    "Qwen2.5-0.5B": QWEN | {"hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864,
+                            "num_attention_heads": 14, "tie_word_embeddings": True},
+    "Gumini-1B": GUMINI,
+    "Qwen2.5-1.5B": QWEN | {"hidden_size": 1536, "num_hidden_layers": 28,
+                            "intermediate_size": 8960, "num_attention_heads": 12,
+                            "tie_word_embeddings": True},
+    "Phi-3-mini 3.8B": PHI_3,
+    "Llama-3.1-8B": {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
+                     "intermediate_size": 14336, "num_attention_heads": 32,
+                     "num_key_value_heads": 8, "vocab_size": 128_256},
+    "Qwen2.5-14B": QWEN | {"hidden_size": 5120, "num_hidden_layers": 48,
+                           "intermediate_size": 13824, "num_attention_heads": 40,
+                           "num_key_value_heads": 8},
+}  # fmt: skip
+
+
+def step_peak(model: nn.Module, rows: int, width: int) -> float:
+    """The peak of memory in GB of a step on so many texts of so many tokens."""
+    tokens = np.random.default_rng(0).integers(0, 300, rows * width).astype(np.int32)
+    examples = dataset.Examples(tokens, np.arange(rows + 1) * width, np.arange(len(tokens)) > 0)
+    loss = losses.make_loss(model)
+    if prefix := frozen_prefix.find(model):
+        loss, examples = prefix.loss(loss), prefix.examples(examples)
+    model.train()
+    step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 2e-5, {}))
+    for _ in range(2):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        step([examples.batch(np.arange(rows))])
+    return mx.get_peak_memory() / 1e9
+
+
+def measure_memory(small: dict) -> None:
+    """Peaks of steps on texts of 512 tokens, 16 layers adapted."""
+    fast_exp.put_in_place(slow_exp=False)
+    width = 17 if small else 513
+    for name, config in SHAPES.items():
+        for bits in (4, 8, 16):
+            if bits == 16 and config["hidden_size"] > 3072:
+                continue
+            model = build(config | small)
+            if bits < 16:
+                nn.quantize(model, group_size=64, bits=bits)
+                mx.eval(model.parameters())
+            mx.clear_cache()
+            weights = mx.get_active_memory() / 1e9
+            adapters.adapt(model, {}, None, min(16, len(model.layers)))
+            with attention.by_blocks():
+                peaks = {rows: step_peak(model, rows, width) for rows in (1, 8)}
+            each = (peaks[8] - peaks[1]) / 7 / (width - 1) * 1000
+            shown = ", ".join(f"{rows} texts {peak:.2f}" for rows, peak in peaks.items())
+            print(f"{name}, {bits} bits: weights {weights:.2f} GB; {shown} GB; "
+                  f"{each:.2f} GB for 1,000 tokens", flush=True)  # fmt: skip
+            del model
+
+
 # --- Processes ----------------------------------------------------------------------------------
 
 LAUNCH = ["-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2", "--"]
@@ -272,10 +334,10 @@ def compare_processes(config: dict, small: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for part in ("steps", "runs", "quantized", "processes", "small"):
+    for part in ("steps", "runs", "quantized", "processes", "memory", "small"):
         parser.add_argument(f"--{part}", action="store_true")
     args = parser.parse_args()
-    every = not (args.steps or args.runs or args.quantized or args.processes)
+    every = not (args.steps or args.runs or args.quantized or args.processes or args.memory)
     small = SMALL if args.small else {}
     print(mx.device_info().get("device_name"), "mlx", mx.__version__, flush=True)
     if args.runs or every:
@@ -286,6 +348,8 @@ def main() -> None:
         compare_runs("Phi-3 in 8 bits", PHI_3 | small, options, 8, args.small)
     if args.steps or every:
         compare_steps(GUMINI | small, args.small)
+    if args.memory:
+        measure_memory(small)
     if args.processes:
         compare_processes(GUMINI | small, args.small)
 
