@@ -38,66 +38,69 @@ from lora_finetune.command_line import (
 # --- The command line ---------------------------------------------------------------------------
 
 
+FORMS = ("mlx-lm", "peft", "merged", "merged-float")  # of --export
+PROMPT_FORMATS = ("auto", "raw", "chat", "qa")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, flag by flag as specified; what goes beyond stands in its own group."""
+    """The command line, phase by phase as specified; what goes beyond stands in its own group."""
     parser = Parser(
         prog="train_lora.py",
+        usage="%(prog)s [--train] [--test] [--prompt TEXT] [--export FORM FOLDER] [other flags]",
         description="Fine-tune a language model with LoRA on your own text, in MLX.",
         epilog="Phases run in the order train, test, generate, export; ask for at least one.",
     )
-    add, switch, more = parser.add, parser.switch, parser.add_argument_group("more options")
+    add, switch = parser.add, parser.switch
     positive, all_or_positive = whole_number(1), whole_number(1, also=-1)
-    add("--model", nonempty, None, "path of a local model folder, or a Hugging Face repository "
-        "such as GuminiResearch/Gumini-1B-Base (default: SmolLM2-135M-Instruct in lora_finetune/, "
-        "fetched if it is missing)")  # fmt: skip
-    add("--max-tokens -m", positive, 100, "maximum number of tokens to generate")
-    add("--temp", nonnegative_number, 0.8, "sampling temperature for generation, 0 is greedy")
-    add("--prompt -p", nonempty, None, "prompt for text generation, after training or loading; - "
-        "reads it from standard input; may be given several times", action="append")  # fmt: skip
+
+    parser.section("what to do")
     switch("--train", "train")
-    add("--add-eos-token", int, 1, "1: end each training, validation and test text with the "
-        "end-of-text token; 0: do not", choices=(0, 1))  # fmt: skip
-    add("--data", nonempty, "lora_finetune/data", "directory of {train,valid,test}.jsonl")
-    add("--lora-layers", positive, 16, "number of layers, from the last, to fine-tune")
-    add("--batch-size", positive, 10, "mini-batch size")
-    add("--epochs", positive, 1, "number of epochs to train for; overrides --iters")
-    add("--iters", positive, None, "number of iterations to train for, in place of epochs")
-    add("--start-iter", whole_number(0), 0, "iteration to start from; if it is not given, a "
-        "resumed run goes on where it was")  # fmt: skip
-    add("--val-batches", all_or_positive, 25, "number of validation batches, -1 for all")
-    add("--learning-rate", nonnegative_number, 2e-5, "learning rate of the Adam optimizer")
+    switch("--test", "evaluate on the test set, after training or loading an adapter")
+    add("--prompt -p", nonempty, None, "generate after this text; repeatable; - is standard input",
+        action="append", metavar="TEXT")  # fmt: skip
+
+    parser.section("model and texts")
+    add("--model", nonempty, None, "model folder, or Hugging Face repository (default: demo model)")
+    add("--data", nonempty, "lora_finetune/data", "folder of {train,valid,test}.jsonl",
+        metavar="FOLDER")  # fmt: skip
+    add("--add-eos-token", int, 1, "1: texts end in the end-of-text token; 0: in none",
+        choices=(0, 1))  # fmt: skip
+    add("--seed", whole_number(0), 0, "seed of all that is random")
+
+    parser.section("training")
+    add("--lora-layers", positive, 16, "layers to adapt, counted from the last")
+    add("--batch-size", positive, 10, "texts in a batch")
+    add("--epochs", positive, 1, "passes over the texts; overrides --iters")
+    add("--iters", positive, None, "iterations, in place of epochs")
+    add("--start-iter", whole_number(0), 0, "iterations done before; a resumed run knows them")
+    add("--learning-rate", nonnegative_number, 2e-5, "learning rate of Adam")
     add("--steps-per-report", positive, 10, "iterations between training reports")
     add("--steps-per-eval", positive, 200, "iterations between validations")
-    add("--resume-adapter-file", nonempty, None, "adapter file to resume training from")
-    add("--adapter-file", nonempty, "lora_finetune/lora_adapters.npz", "file to save the trained "
-        "adapter to, or to load it from")  # fmt: skip
+    add("--val-batches", all_or_positive, 25, "validation batches, -1 for all")
     add("--save-every", positive, 100, "iterations between saves of the adapter")
-    switch("--test", "evaluate on the test set, after training or loading an adapter")
-    add("--test-batches", all_or_positive, 500, "number of test batches, -1 for all")
-    add("--seed", whole_number(0), 0, "seed of the random number generators")
-    add("--lora-rank", whole_number(1, below=2**16), None, "rank of the LoRA update (default: 8, "
-        "or that of the adapter to resume)", group=more)  # fmt: skip
-    add("--lora-scale", scale_number, None, "scale of the LoRA update (default: 20.0, or that "
-        "of the run to resume); adapter files are for 20, so another is folded into B there",
-        group=more)  # fmt: skip
-    add("--max-seq-length", whole_number(2), 2048, "truncate texts to this many tokens", group=more)
-    switch("--mask-prompt", "compute the loss on answers only: completions, the assistant's "
-           "messages, and "
-           "what follows ### 답변: in a text", group=more)  # fmt: skip
-    add("--prompt-format", str, "auto", "how a prompt is put: raw, as it stands; chat, through the "
-        "chat template; qa, as ### 질문: and ### 답변:; auto, through the chat template where the "
-        "adapter learnt chats", choices=("auto", "raw", "chat", "qa"), group=more)  # fmt: skip
-    add("--patience", positive, None, "end training when so many validations in a row brought no "
-        "better loss", group=more)  # fmt: skip
-    add("--system", nonempty, None, "system message for the chat form of a prompt", group=more)
-    add("--export", str, None, "write what was trained as a new FOLDER, in the FORM mlx-lm or peft "
-        "(an adapter), merged (a whole model, as packed as the base) or merged-float (unpacked); "
-        "may be given several times", action="append", nargs=2, metavar=("FORM", "FOLDER"),
-        group=more)  # fmt: skip
+    add("--adapter-file", nonempty, "lora_finetune/lora_adapters.npz", "adapter to save or load",
+        metavar="FILE")  # fmt: skip
+    add("--resume-adapter-file", nonempty, None, "adapter to go on training from", metavar="FILE")
+
+    parser.section("test")
+    add("--test-batches", all_or_positive, 500, "test batches, -1 for all")
+
+    parser.section("generation")
+    add("--max-tokens -m", positive, 100, "tokens to generate at most")
+    add("--temp", nonnegative_number, 0.8, "sampling temperature, 0 is greedy")
+
+    parser.section("more options")
+    add("--max-seq-length", whole_number(2), 2048, "cut texts to so many tokens")
+    switch("--mask-prompt", "count the loss on answers only, not on questions")
+    add("--lora-rank", whole_number(1, below=2**16), None, "rank of the LoRA update (default: 8)")
+    add("--lora-scale", scale_number, None, "scale of the LoRA update (default: 20.0)")
+    add("--patience", positive, None, "end after so many validations without a better loss")
+    add("--prompt-format", str, "auto", f"how a prompt is put: {', '.join(PROMPT_FORMATS)}",
+        choices=PROMPT_FORMATS, metavar="FORM")  # fmt: skip
+    add("--system", nonempty, None, "system message for the chat form of a prompt", metavar="TEXT")
+    add("--export", str, None, f"write the result as {', '.join(FORMS)}", action="append", nargs=2,
+        metavar=("FORM", "FOLDER"))  # fmt: skip
     return parser
-
-
-FORMS = ("mlx-lm", "peft", "merged", "merged-float")  # of --export
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -104,23 +104,34 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, formatter_class=one_line_each, **options)
         if sys.platform == "win32":
             self.error("this does not run on Windows; run it in WSL2, its Linux (`wsl --install`)")
         self.register("action", None, StoreTyped)
         self.set_defaults(typed=frozenset())
+        self.group = self
+
+    def section(self, title: str) -> None:
+        """Begin a section of flags, to which those that are added belong from now on."""
+        self.group = self.add_argument_group(title)
 
     def add(self, names: str, type: Callable, default: object, help: str, **options) -> None:
         """Add a flag with a value; its help tells the default, if it has one."""
         help += "" if default is None else " (default: %(default)s)"
-        group = options.pop("group", self)
-        group.add_argument(*names.split(), type=type, default=default, help=help, **options)
+        if "choices" not in options:
+            options.setdefault("metavar", "TEXT" if type is nonempty else "N")
+        self.group.add_argument(*names.split(), type=type, default=default, help=help, **options)
 
     def switch(self, name: str, help: str, **options) -> None:
-        options.pop("group", self).add_argument(name, action="store_true", help=help)
+        self.group.add_argument(name, action="store_true", help=help, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(message)}\n")
+
+
+def one_line_each(prog: str) -> argparse.HelpFormatter:
+    """Help that has a line for each flag, where its text is short enough for one of 100 letters."""
+    return argparse.HelpFormatter(prog, max_help_position=30, width=100)
 
 
 class StoreTyped(argparse.Action):
