@@ -18,18 +18,18 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 QUESTION, MEANING = "물은 몇 도에서 끓습니까?", "At what temperature does water boil?"
 ADAPTER = "lora_finetune/demo.npz"
-# 32 questions, in 6 epochs: the answers are learnt, and it takes one to two minutes on two cores.
+# 32 questions, in 10 epochs: most of the answers are learnt, in two minutes on two cores.
 TRAINING = [
     *("train_lora.py", "--train", "--data", "data/demo", "--adapter-file", ADAPTER),
-    *("--batch-size", "4", "--iters", "48", "--learning-rate", "3e-4", "--mask-prompt"),
-    *("--steps-per-eval", "16", "--steps-per-report", "8"),
+    *("--batch-size", "4", "--iters", "80", "--learning-rate", "4e-4", "--mask-prompt"),
+    *("--steps-per-eval", "20", "--steps-per-report", "10"),
 ]
 
 
 def ask(model: nn.Module, tokenizer: TokenizerWrapper) -> str:
-    """The answer to the question, in one line: always the likeliest token, 24 at most."""
-    answer = generate(model, tokenizer, dataset.join_question(QUESTION, ""), max_tokens=24)
-    return " ".join(answer.split())
+    """The answer to the question, in one line: always the likeliest token, 64 at most."""
+    answer = generate(model, tokenizer, dataset.join_question(QUESTION, ""), max_tokens=64)
+    return " ".join(answer.rstrip("\ufffd").split())  # a character that the end cut through
 
 
 def main() -> None:
@@ -57,3 +57,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
+    except KeyboardInterrupt:
+        sys.exit(130)
