@@ -75,7 +75,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             model.set_dtype(mx.float32)
         elif mx.cuda.is_available() and 0 < unpacked_size(model) <= memory.available() // 2:
             size = unpacked_size(model) / 1e9
-            hint(f"the packed weights are unpacked to {size:.1f} GB, with which CUDA is faster")
+            hint(f"the quantized weights are unpacked to {size:.1f} GB, with which CUDA is faster")
             model = dequantize_model(model)
         mx.eval(model.parameters())
         find_limits(model)
@@ -464,7 +464,8 @@ def find_targets(model: nn.Module, num_layers: int) -> dict[str, tuple[int, int]
     if not attention:
         raise UserError(
             f"the last {min(num_layers, len(model.layers))} layers of this model "
-            f"({model_family(model)}) have no attention, into which LoRA would go"
+            f"({model_family(model)}) have no attention for LoRA to adapt; raise "
+            "--lora-layers, or take another model"
         )
     found = attention | routers
     return {path: found[path] for path in sorted(found, key=natural_order)}

@@ -358,7 +358,7 @@ def read_chat(file: Path, number: int, row: Row) -> tuple[list[Message], list[di
     try:
         messages, tools = read_messages(row), read_tools(row.get("tools"))
         if not is_unicode(to_json((messages, tools))):
-            raise ValueError("holds an unpaired surrogate")
+            raise ValueError("holds half a character, an unpaired surrogate")
     except ValueError as error:
         raise UserError(f"{file}, row {number}: {error}") from None
     return messages, tools
@@ -370,7 +370,9 @@ def texts(file: Path, name: str, values: Iterable[object]) -> Iterator[str]:
         if not isinstance(value, str | None):
             raise UserError(f"{file}: the column {name} holds {str(value)[:50]}, not text")
         if value and not value.isascii() and not is_unicode(value):
-            raise UserError(f"{file}: the column {name} holds an unpaired surrogate")
+            raise UserError(
+                f"{file}: the column {name} holds half a character, an unpaired surrogate"
+            )
         yield (value or "").strip()
 
 

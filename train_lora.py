@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     positive, all_or_positive = whole_number(1), whole_number(1, also=-1)
 
     parser.section("what to do")
-    switch("--train", "train")
+    switch("--train", "train an adapter")
     switch("--test", "evaluate on the test set, after training or loading an adapter")
     add("--prompt -p", nonempty, None, "generate after this text; repeatable; - is standard input",
         action="append", metavar="TEXT")  # fmt: skip
@@ -379,7 +379,8 @@ def fit_memory(
     if not fitting:
         raise UserError(
             f"a text of {tokens} tokens takes more memory than the {limit / 1e9:.3g} "
-            "GB there are; lower --max-seq-length or --lora-layers, or take a smaller model"
+            "GB there are; lower --max-seq-length or --lora-layers, or take a smaller or a "
+            "quantized model"
         )
     if fitting < most:
         parts = -(-rows // fitting)
@@ -413,7 +414,7 @@ def train(
         training.lengths, plan.batch_size, plan.seed, training.max_length
     )
     print(
-        f"Training: {len(training)} examples, {len(training.tokens)} tokens, longest",
+        f"Training: {len(training)} texts, {len(training.tokens)} tokens, longest",
         f"{training.lengths.max()}, {training.num_truncated} cut, {padding:.1%} padding an epoch",
         flush=True,
     )

@@ -118,7 +118,7 @@ def read_adapter(file: Path) -> Adapter:
         UserError: no such file, not a whole one, not pairs of matrices, or not plain LoRA.
     """
     if not file.is_file():
-        raise UserError(f"there is no adapter file {file}")
+        raise UserError(f"there is no adapter file {file}; name one that a run has saved")
     arrays = read_arrays(file)
     if file.suffix != ".safetensors":
         return pair_arrays(file, arrays)
@@ -314,7 +314,7 @@ def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
             raise UserError(f"{file} has {path}.{' and '.join(pair)}, not a lora_a and its lora_b")
         a, b = pair["lora_a"], pair["lora_b"]
         if a.ndim == 3:
-            raise UserError(f"{file}: {path} is LoRA of all experts of a layer, which has no place")
+            raise UserError(f"{file}: {path} is LoRA of a layer's experts, which cannot be read")
         matrices = a.ndim == b.ndim == 2 and a.dtype.kind == b.dtype.kind == "f"
         if not (matrices and a.shape[1] == b.shape[0] > 0):
             raise UserError(f"{file}: {path} is not a pair of matrices (d_in, r) and (r, d_out)")

@@ -85,6 +85,10 @@ def read(path: Path, mask_prompt: bool) -> File:
                     raise ValueError(f"has {kind}, but line {entries[0][0]} has {first_kind}")
                 entries.append((number, entry))
                 num_questions += entry.get("text", "").lstrip().startswith(QUESTION_HEADING)
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no {path}; prepare_lora_data.py makes it, or --data names another folder"
+        ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -132,7 +136,7 @@ def parse_line(line: bytes, mask_prompt: bool) -> Entry:
         )
     kept |= {"tools": tools} if tools else {}
     if not is_unicode(json.dumps(kept, ensure_ascii=False)):
-        raise ValueError("holds an unpaired surrogate")
+        raise ValueError("holds half a character, an unpaired surrogate")
     return kept
 
 
@@ -267,7 +271,7 @@ def check_tokens(tokens: Iterable[float], vocabulary_size: int, source: object) 
 def check_lengths(examples: Examples, path: Path, max_length: int) -> None:
     """Warn of truncated texts; raise UserError where nothing is left to predict."""
     if examples.lengths.max() < 2:
-        raise UserError(f"{path} has only texts of a single token")
+        raise UserError(f"{path} has only texts of a single token, which leave nothing to predict")
     if examples.num_targets.max() < 1:
         raise UserError(f"{path} has no answer within {max_length} tokens (--max-seq-length)")
     if examples.num_truncated:

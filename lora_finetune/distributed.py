@@ -176,7 +176,7 @@ class Group:
             self.is_over = True
             raise LostError(
                 f"the connection to another process was lost ({first_line(error)}); it may have "
-                "been killed, for its memory for example"
+                "been killed, for lack of memory for example"
             ) from error
         finally:
             self.waiting_since = None
@@ -307,8 +307,8 @@ class Group:
         if words is None:
             words = (
                 f"error: {'' if self.is_first else self.name(self.rank) + ': '}another process has "
-                f"gone, or does not answer (for {seconds:.0f} s); it may have been killed, for its "
-                f"memory for example; {self.rescue()}"
+                f"gone, or does not answer (for {seconds:.0f} s); it may have been killed, for "
+                f"lack of memory for example; {self.rescue()}"
             )
         print(words, end="\n" * bool(words), file=sys.__stderr__, flush=True)
         os._exit(128 + self.stop.signal if self.stop and self.stop.signal else 2)

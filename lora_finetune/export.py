@@ -105,7 +105,7 @@ def check_merged(model: nn.Module, base: Path) -> str | None:
     """What LoRA cannot be merged into: layers that are packed in a way of their own."""
     for path, module in models.lora_modules(model).items():
         if not models.can_merge(module.frozen):
-            return f"LoRA cannot be merged into {path}, which is packed in a way of its own"
+            return f"LoRA cannot be merged into {path}, which is quantized in a way of its own"
     return None
 
 

@@ -253,5 +253,5 @@ def make_room(shape: tuple[int, int], folder: Path) -> np.ndarray | None:
     except OSError:
         warn(f"{taken}, for which {folder} has no room, so they are computed again in each epoch")
         return None
-    warn(f"{taken} and are kept in a temporary file in {folder}, which goes with this process")
+    warn(f"{taken} and are kept in a temporary file in {folder}, gone when this process ends")
     return array

@@ -180,7 +180,7 @@ class RunFiles:
             )
         copy_run(self.adapter, previous)
         self.earlier = None
-        warn(f"the run that {self.adapter} was of is kept as {previous}, with all its files")
+        warn(f"the earlier run of {self.adapter} is kept as {previous}, with all its files")
 
     def save_elsewhere_if_shorter(self, iteration: float) -> None:
         """Save as NAME.stopped… from now on, where the adapter that is here has more iterations."""

@@ -37,8 +37,9 @@ def find_files(source: Path) -> dict[Path, str | None]:
     """
     if not source.exists():
         raise UserError(
-            f"there is no {source}; the real korean_textbooks_qa has to be downloaded by you (from "
-            "maywell/korean_textbooks on the Hugging Face hub) and put there, or named by --source"
+            f"there is no {source}; name a file or a folder with --source (the real "
+            "korean_textbooks_qa has to be downloaded by you, from maywell/korean_textbooks on the "
+            "Hugging Face hub)"
         )
     if not source.is_dir():
         return {source: None}
@@ -103,7 +104,7 @@ def read_batches(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
     """
     read = READERS.get(file.suffix.lower())
     if not read:
-        raise UserError(f"{file} is none of {', '.join(READERS)}, which can be read")
+        raise UserError(f"{file} cannot be read: its name ends in none of {', '.join(READERS)}")
     try:
         with file.open("rb") as stream:
             start = stream.read(100)
@@ -206,7 +207,7 @@ def in_runs(
     run, kind = [], ()
     for row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{file} holds something else than objects with named values")
+            raise UserError(f"{file} holds something other than objects with named values")
         own = next((names for names in wanted.sets if row.keys() >= set(names)), kind)
         most = BATCH_LISTS if len(kind) == 1 else BATCH_ROWS
         if run and (len(run) == most or own != kind != ()):

@@ -113,7 +113,7 @@ def test_the_first_save_of_a_fresh_run_moves_all_of_the_earlier_one_and_says_so(
 ) -> None:
     ended = call(*args, "--iters", 5, "--seed", 1)
     assert ended.stderr == (
-        "warning: the run that a.npz was of is kept as a.previous.npz, with all its files\n"
+        "warning: the earlier run of a.npz is kept as a.previous.npz, with all its files\n"
     )
     assert contents(copy, PREVIOUS) == contents(finished, NAMES)
     call(*args, "--iters", 5, "--seed", 1, "--adapter-file", tmp_path / "a.npz")

@@ -1017,11 +1017,11 @@ BAD_JSON = {
     "no key": ('{1: [{"text": "a"}]}', "line 1: is not JSON: Expecting '\"' at character 2"),
     "no colon": ('{"data" [{"text": "a"}]}', "line 1: is not JSON: Expecting ':' at character 9"),
     "UTF-16 without its mark": ("{\0}\0", "line 1: is not text in UTF-8; save the file as UTF-8"),
-    "a surrogate": ('[{"text": "\\ud83e"}]', "the column text holds an unpaired surrogate"),
+    "a surrogate": ('[{"text": "\\ud83e"}]', "the column text holds half a character, an unpaired"),
     "too long a number": (f'[{{"text": {"1" * 5000}}}]', "line 1: is not JSON that can be read"),
     "too deep": ('{"a": 1, "data": ' + "[" * 100_000, "line 1: is not JSON that can be read"),
-    "rows that are none": ("[1, 2]", "something else than objects with named values"),
-    "some that are none": ('{"data": [{"text": "a"}, 2]}', "something else than objects"),
+    "rows that are none": ("[1, 2]", "something other than objects with named values"),
+    "some that are none": ('{"data": [{"text": "a"}, 2]}', "something other than objects"),
     "several lists": (
         '{"train": [{"text": "a"}], "n": [1], "test": [{"text": "b"}]}',
         "holds several lists of objects (train, test); write the one with the rows to a file of "

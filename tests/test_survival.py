@@ -430,7 +430,7 @@ def test_what_has_changed_since_is_reported_in_one_line(
     assert ended.stderr == (
         "warning: since a.npz was saved, these have changed: --batch-size (4, now 8), train.jsonl, "
         "the model's config.json; with --start-iter 0 training begins anew from its adapter\n"
-        "warning: the run that a.npz was of is kept as a.previous.npz, with all its files\n"
+        "warning: the earlier run of a.npz is kept as a.previous.npz, with all its files\n"
     )
     assert "Iter 24: Val loss" in ended.stdout
 
