@@ -414,7 +414,7 @@ def train(
         training.lengths, plan.batch_size, plan.seed, training.max_length
     )
     print(
-        f"Training: {len(training)} texts, {len(training.tokens)} tokens, longest",
+        f"Training: {len(training)} examples, {len(training.tokens)} tokens, longest",
         f"{training.lengths.max()}, {training.num_truncated} cut, {padding:.1%} padding an epoch",
         flush=True,
     )

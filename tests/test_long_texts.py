@@ -228,7 +228,7 @@ def peak(run: Run, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         args = ["--model", model, "--data", folder, "--adapter-file", folder / "a.npz"]
         args += ["--train", "--iters", 1, "--lora-layers", 1, "--max-seq-length", 64]
         ended = run(*args, python=("-c", PEAK), cwd=ROOT)
-        assert f"Training: {len(texts)} texts" in ended.stdout, ended.stderr
+        assert f"Training: {len(texts)} examples" in ended.stdout, ended.stderr
         return int(ended.stdout.split()[-1])
 
     return peak
