@@ -699,20 +699,6 @@ def stream(
 # --- The run ------------------------------------------------------------------------------------
 
 
-def max_text_length(args: argparse.Namespace, limits: models.Limits) -> int:
-    """What texts are cut to: --max-seq-length, or all that the model has positions for.
-
-    Raises:
-        UserError: --max-seq-length was given, and is more than that.
-    """
-    if "max_seq_length" in args.typed and args.max_seq_length > limits.max_positions:
-        raise UserError(
-            f"--max-seq-length {args.max_seq_length} is more than the {limits.max_positions} "
-            f"positions that this model has embeddings for; give at most {limits.max_positions}"
-        )
-    return min(args.max_seq_length, limits.max_positions)
-
-
 def warn_beyond_context(
     examples: dict[str, dataset.Examples], asked: list[prompts.Prompt], context_length: float
 ) -> None:
@@ -782,7 +768,9 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
     )
     examples = dataset.load(
         plan.data, tokenizer, limits.vocab_size, bool(args.add_eos_token), args.mask_prompt,
-        max_text_length(args, limits),
+        dataset.text_length(
+            args.max_seq_length, "max_seq_length" in args.typed, limits.max_positions
+        ),
     )  # fmt: skip
     warn_beyond_context(examples, asked, model_folder.context_length(folder))
     if group.size > 1:

@@ -258,6 +258,23 @@ def load(
     return examples
 
 
+def text_length(asked: int, is_given: bool, positions: float) -> int:
+    """What texts are cut to: --max-seq-length, or all positions that the model has embeddings for.
+
+    Args:
+        asked: --max-seq-length, by default or as given by hand.
+
+    Raises:
+        UserError: it was given, and is more than that.
+    """
+    if is_given and asked > positions:
+        raise UserError(
+            f"--max-seq-length {asked} is more than the {positions} positions that this model has "
+            f"embeddings for; give at most {positions}"
+        )
+    return min(asked, positions)
+
+
 def check_tokens(tokens: Iterable[float], vocabulary_size: int, source: object) -> None:
     """Raise UserError where a model does not have a token that was made of a text."""
     for token in tokens:

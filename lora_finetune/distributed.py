@@ -252,10 +252,12 @@ class Group:
 
         Other processes than the first print their own error, unless the first has the same.
         """
-        if self.is_over and self.is_first:
+        if self.size == 1:
             return
         for number in (signal.SIGTERM, signal.SIGHUP):  # by which launchers end the rest
             signal.signal(number, signal.SIG_IGN)
+        if self.is_over and self.is_first:
+            return
         line = describe(error, "the run")
         is_interrupt = isinstance(error, KeyboardInterrupt)
         if not self.is_first:
