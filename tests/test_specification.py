@@ -1,6 +1,7 @@
 """The specification's own example commands, other tools' adapters, every kind of quantization."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import models
 import tiny
+import train_lora
 from conftest import ROOT, TEXTS
 from lora_finetune import adapters
 
@@ -176,3 +178,12 @@ def test_a_base_of_mixed_bits_is_loaded_and_adapted(tmp_path: Path):
         models.add_lora(base, dict.fromkeys(models.find_targets(base, 2), 8))
         assert models.count_trainable(base) == 2 * 8 * ((64 + 64) + (64 + 32))
     np.testing.assert_allclose(np.array(loaded(TOKENS)), np.array(model(TOKENS)), atol=2e-4)
+
+
+def test_help_has_a_line_for_each_flag_in_the_order_of_a_run() -> None:
+    text = train_lora.build_parser().format_help()
+    assert max(map(len, text.splitlines())) <= 100
+    assert not re.search(r"^ {6,}\S", text, re.MULTILINE), "a help that goes on in a second line"
+    sections = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    order = ["what to do", "model and texts", "training", "test", "generation", "more options"]
+    assert sections == ["options", *order]
