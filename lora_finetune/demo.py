@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import models
@@ -32,13 +33,22 @@ def ask(model: nn.Module, tokenizer: TokenizerWrapper) -> str:
     return " ".join(answer.rstrip("\ufffd").split())  # a character that the end cut through
 
 
+def run(command: list[str]) -> int:
+    """The exit status of a command; a Ctrl-C is for it to hear, which saves before it ends."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    while True:
+        with suppress(KeyboardInterrupt):
+            return process.wait()
+
+
 def main() -> None:
     model, tokenizer = models.load(demo_model.fetch())
     before = ask(model, tokenizer)
     print(f"Question  {QUESTION}  ({MEANING})\nBefore    {before}\n", flush=True)
 
     print(f"$ {shlex.join([os.path.relpath(sys.executable), *TRAINING])}", flush=True)
-    subprocess.run([sys.executable, *TRAINING], cwd=ROOT, check=True)
+    if status := run([sys.executable, *TRAINING]):
+        sys.exit(status)
 
     file = ROOT / ADAPTER
     adapters.adapt(model, adapters.read_adapter(file), file, None)
@@ -55,7 +65,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)
     except KeyboardInterrupt:
         sys.exit(130)
