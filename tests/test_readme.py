@@ -91,5 +91,5 @@ def test_the_commands_work_as_typed_one_after_the_other(tmp_path: Path) -> None:
     assert printed.count("\nAfter     ") == 1
     assert printed.count("Saved adapter weights to lora_finetune/lora_adapters.npz") == 4
     assert "error:" not in printed
-    for name in ("demo.png", "for-mlx-lm", "for-peft", "merged", "again.npz"):
+    for name in ("demo.png", "for-mlx-lm", "for-peft", "merged"):
         assert (project / "lora_finetune" / name).exists()
