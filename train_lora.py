@@ -19,7 +19,6 @@ from functools import partial
 from lora_finetune.command_line import (
     Interrupted,
     Parser,
-    StopSignals,
     UserError,
     begin_process,
     first_line,
@@ -208,10 +207,10 @@ def evaluate(
     batches = dataset.evaluation_batches(examples, batch_size, num_batches, parts * group.size)
     for rows in tqdm(group.deal(batches), "Evaluating", leave=False, disable=None):
         before_batch()
-        sums = mx.zeros(1), mx.zeros(1)
+        own = (0.0, 0)
         if rows is not None:
-            sums = loss(model, *map(mx.array, examples.batch(rows)))
-        for batch_total, number in group.gather(sums[0].item(), int(sums[1].item())):
+            own = (n.item() for n in loss(model, *map(mx.array, examples.batch(rows))))
+        for batch_total, number in group.gather(*own):
             total += batch_total
             num_targets += number
     return total / max(num_targets, 1)
@@ -228,10 +227,9 @@ def test(
 ) -> None:
     """Report the loss and the perplexity on the test set."""
     print("Testing", flush=True)
-    signals = StopSignals() if group.size > 1 else nullcontext()  # one alone ends at once
-    with memory.device_errors("lower --batch-size or --max-seq-length"), signals as group.stop:
+    stops = group.hear_stops() if group.size > 1 else nullcontext()  # one alone ends at once
+    with memory.device_errors("lower --batch-size or --max-seq-length"), stops:
         mean = evaluate(model, loss, examples, batch_size, num_batches, group, group.check_stop)
-    group.stop = None
     perplexity = math.exp(mean) if mean < 700 else math.inf
     line = f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}."
     report_line(line, test_loss=mean, test_ppl=perplexity)
@@ -280,10 +278,12 @@ def make_step(
 
     def step(batch: list[dataset.Batch]) -> tuple[float, int, float]:
         before, moments = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
-        nothing = tree_map(mx.zeros_like, (mx.array(0.0), before))  # of a share without texts
         num_targets = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
         try:
-            sums = gradients_of(*batch[0]) if batch else nothing
+            if batch:
+                sums = gradients_of(*batch[0])
+            else:  # a share without texts
+                sums = tree_map(mx.zeros_like, (mx.array(0.0), before))
             for part in batch[1:]:
                 mx.eval(sums)
                 sums = tree_map(mx.add, sums, gradients_of(*part))
@@ -423,7 +423,7 @@ def train(
         examples = {split: prefix.examples(examples[split]) for split in ("train", "valid")}
     model.train()  # before the step is traced: some layers have kernels without a gradient else
     group.rescue = partial(save_unfinished, model, optimizer, plan, first)
-    with StopSignals() as group.stop:
+    with group.hear_stops():
         try:
             with memory.device_errors(MEMORY_ADVICE):
                 rows = -(-plan.batch_size // group.size)
@@ -447,7 +447,6 @@ def train(
         except UserError:
             plan.files.save_best_after_error(plan.progress)
             raise
-    group.stop = None
 
 
 def keep_states(

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import models
-from lora_finetune import adapters, dataset, demo_model
+from lora_finetune import adapters, checkpoint, dataset, demo_model
 from lora_finetune.command_line import ROOT, UserError
 
 import mlx.nn as nn
@@ -55,7 +55,7 @@ def main() -> None:
     print(
         f"\nQuestion  {QUESTION}  ({MEANING}; in other words than in the training texts)"
         f"\nBefore    {before}\nAfter     {ask(model, tokenizer)}"
-        f"\nPicture   {Path(ADAPTER).with_suffix('.png')}: the losses"
+        f"\nPicture   {checkpoint.picture_file(Path(ADAPTER))}: the losses"
         '\nNext      the commands above, or your own text: "Your own data" in README.md'
     )
 

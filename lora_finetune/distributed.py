@@ -20,7 +20,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
@@ -31,8 +31,10 @@ from lora_finetune.command_line import (
     UserError,
     describe,
     first_line,
+    handle,
     hint,
     number_of_process,
+    restore,
 )
 from lora_finetune.memory import DeviceError
 
@@ -167,11 +169,10 @@ class Group:
     def wait_for(self, collective: Callable[..., mx.array], given: mx.array) -> mx.array:
         """What all processes make together of what each gives; raises LostError if one has gone."""
         self.waiting_since = time.monotonic()
-        # MLX does not return to Python while it waits, so that a Ctrl-C has to end the process.
-        handler = None if self.stop else signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
-            array = collective(given, group=self.comm)
-            mx.eval(array)  # here, since NumPy drops its errors
+            with nullcontext() if self.stop else ctrl_c_ends():
+                array = collective(given, group=self.comm)
+                mx.eval(array)  # here, since NumPy drops its errors
         except RuntimeError as error:
             self.is_over = True
             raise LostError(
@@ -180,11 +181,7 @@ class Group:
             ) from error
         finally:
             self.waiting_since = None
-            if handler:
-                signal.signal(signal.SIGINT, handler)
-        while (
-            self.last_words is not None and self.is_over
-        ):  # another thread is about to end the process
+        while self.last_words is not None and self.is_over:  # `give_up` is about to end this
             time.sleep(1)
         now = time.monotonic()
         self.intervals.append(now - self.last_exchange)
@@ -233,6 +230,13 @@ class Group:
         rounds = -(-len(items) // self.size)
         return [*items, *[None] * self.size][self.rank :: self.size][:rounds]
 
+    @contextmanager
+    def hear_stops(self) -> Iterator[None]:
+        """A block in which signals ask for a stop, which `check_stop` raises."""
+        with StopSignals() as self.stop:
+            yield
+        self.stop = None
+
     def check_stop(self) -> None:
         """Raise Interrupted if a signal asks for a stop, and all processes know of it."""
         asked = self.agreed_signal if self.size > 1 else self.stop and self.stop.signal
@@ -254,16 +258,15 @@ class Group:
         """
         if self.size == 1:
             return
-        for number in (signal.SIGTERM, signal.SIGHUP):  # by which launchers end the rest
-            signal.signal(number, signal.SIG_IGN)
+        handle([signal.SIGTERM, signal.SIGHUP], signal.SIG_IGN)  # by which launchers end the rest
         if self.is_over and self.is_first:
             return
         line = describe(error, "the run")
+        reason, is_known = zlib.crc32(line.encode()) >> 1, self.is_told
         is_interrupt = isinstance(error, KeyboardInterrupt)
         if not self.is_first:
             line = "" if is_interrupt else line.replace(": ", f": {self.name(self.rank)}: ", 1)
         self.last_words = line
-        reason, is_known = zlib.crc32(describe(error, "the run").encode()) >> 1, self.is_told
         if not (self.is_told or self.is_over):
             with suppress(LostError):
                 status = INTERRUPTED if is_interrupt else FAILED
@@ -329,8 +332,8 @@ def join() -> Iterator[Group]:
     """
     group = None
     try:
-        rank, size = launched()
-        group = connect(rank, size) if size > 1 else Group()
+        size = num_launched()
+        group = connect(size) if size > 1 else Group()
         yield group
     except BaseException as error:
         if group:
@@ -340,42 +343,49 @@ def join() -> Iterator[Group]:
         raise
 
 
-def launched() -> tuple[int, int]:
-    """The number of this process, and how many a launcher has started; (0, 1) without one.
+def num_launched() -> int:
+    """How many processes a launcher has started; 1 without one.
 
     Raises:
         UserError: the launcher does not tell how many.
     """
     names = next((names for names in LAUNCHERS if names[0] in os.environ), None)
     if names is None:
-        return 0, 1
+        return 1
     size = os.environ.get(names[1])
     hosts = os.environ.get("MLX_HOSTFILE") or os.environ.get("MLX_IBV_DEVICES")
     try:
         # For a single process mlx.launch makes an empty file, which MLX itself cannot read.
-        size = int(size) if size else len(json.loads(Path(hosts).read_text().strip() or "[0]"))
+        return int(size) if size else len(json.loads(Path(hosts).read_text().strip() or "[0]"))
     except (OSError, TypeError, ValueError):
         raise UserError(
             f"{names[0]} is set, but nothing says how many processes there are; start them with "
             "mlx.launch, or unset it"
         ) from None
-    return number_of_process(), size
 
 
-def connect(rank: int, size: int) -> Group:
+@contextmanager
+def ctrl_c_ends() -> Iterator[None]:
+    """While MLX waits, which does not return to Python, a Ctrl-C ends the process."""
+    handlers = handle([signal.SIGINT], signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        restore(handlers)
+
+
+def connect(size: int) -> Group:
     """Find the other processes that a launcher has started, which a signal ends after some time."""
     hint(f"waiting for all {size} processes, up to {LONGEST_WAIT / 60:.0f} minutes")
-    # MLX waits without an end, and without a look at Python's signals.
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, LONGEST_WAIT)
-    failed = f"process {rank} of {size} did not find the others"
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_WAIT)  # MLX itself waits without an end
+    failed = f"process {number_of_process()} of {size} did not find the others"
     try:
-        comm = mx.distributed.init()
+        with ctrl_c_ends():
+            comm = mx.distributed.init()
     except RuntimeError as error:
         raise UserError(f"{failed} ({first_line(error)}); see how they were launched") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGINT, handler)
     if comm.size() != size:
         raise UserError(f"{failed}: MLX has no library here for how they were launched")
     return Group(comm)

@@ -43,10 +43,10 @@ def device_limit(
         in_use: bytes that MLX holds already; CUDA does not count them as free.
         processes: how many share a memory that is the machine's; each has a GPU with CUDA.
     """
-    if recommended := device.get("max_recommended_working_set_size"):
-        return recommended // processes
-    free = device["free_memory"] + in_use if "free_memory" in device else None
-    return machine // processes if free is None else free
+    recommended = device.get("max_recommended_working_set_size")
+    if not recommended and "free_memory" in device:
+        return device["free_memory"] + in_use
+    return (recommended or machine) // processes
 
 
 def machine_memory(root: Path = Path("/")) -> int:

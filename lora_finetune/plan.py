@@ -16,8 +16,6 @@ from lora_finetune.command_line import ROOT, UserError
 from lora_finetune.files import real_file
 
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
 
 
 @dataclass(frozen=True)
@@ -171,12 +169,12 @@ def to_compare(
         fingerprints: of the model, by names.
     """
     sources = (path for folder in (ROOT, ROOT / "lora_finetune") for path in folder.glob("*.py"))
-    trainable = (np.array(array) for _, array in tree_flatten(model.trainable_parameters()))
+    trainable = adapters.trainable_arrays(model).values()
     moments = sorted(plan.state.optimizer.items()) if plan.state else []
     contents = {
         "the source of this program": (path.read_bytes() for path in sorted(sources)),
         "the adapter to start from": (array.tobytes() for array in trainable),
-        "Adam's moments to start from": (np.array(array).tobytes() for _, array in moments),
+        "Adam's moments to start from": (array.tobytes() for _, array in moments),
         **{
             f"the tokens of {split}.jsonl": (e.tokens.tobytes(), e.is_target.tobytes())
             for split, e in examples.items()

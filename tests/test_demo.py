@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.lora import LoRALinear
 
-FORMS = ("mlx-lm", "merged")  # the others are those of a tiny model, in test_export.py
+FORMS = ("mlx-lm", "peft", "merged", "merged-float")
 
 TEXTS = [
     "### 질문:\n물은 몇 도에서 끓습니까?\n\n### 답변:\n섭씨 100도에서 끓습니다.",

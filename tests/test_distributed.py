@@ -20,7 +20,7 @@ import background
 import tiny
 from conftest import ROOT, Run
 from lora_finetune import adapters, checkpoint, dataset
-from test_survival import entries, losses, wait_for
+from test_survival import RHYTHM, entries, losses, wait_for
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +28,6 @@ import pytest
 
 Processes = list[multiprocessing.Process]
 
-RHYTHM = ["--steps-per-report", 3, "--steps-per-eval", 4, "--save-every", 2, "--val-batches", 2]
 SETTINGS = ["--lora-layers", 2, "--batch-size", 4, "--learning-rate", "1e-3", *RHYTHM]
 
 
