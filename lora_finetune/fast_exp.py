@@ -1,8 +1,12 @@
-"""SwiGLU that keeps little, and exp on a Linux CPU, where MLX's takes 40 multiplications' time."""
+"""Activations that keep little, and exp on a Linux CPU, where MLX's takes 40 multiplications' time."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models import activations
 
 # Of x = k · log 2 + r, with |r| at most half of log 2, e^x is 2^k · e^r. Log 2 is in two parts, the
@@ -20,6 +24,7 @@ ROUND, ROUND_BITS = 1.5 * 2**23, 0x4B400000  # added, it leaves the nearest inte
 in_place = False  # whether `put_in_place` has put this exp in the place of MLX's
 
 
+@mx.custom_function
 @mx.compile
 def exp(x: mx.array) -> mx.array:
     """e^x; in place, that of float32 is made of multiplications and additions, to 2e-7.
@@ -38,6 +43,11 @@ def exp(x: mx.array) -> mx.array:
     low, middle = c[0] + c[1] * r, c[2] + c[3] * r
     high = (c[4] + c[5] * r) + c[6] * r2
     return (low + r2 * middle + (r2 * r2) * high) * exponent.view(mx.float32)
+
+
+@exp.vjp
+def exp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent * output
 
 
 @mx.compile
@@ -69,6 +79,31 @@ def sigmoid(x: mx.array) -> mx.array:
     return 1 / (1 + exp(-x)) if in_place else mx.sigmoid(x)
 
 
+def keeping_inputs(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """The function, which keeps its input only, and is computed again for its gradient."""
+    keeping = mx.custom_function(function)
+
+    @keeping.vjp
+    def gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        # The input seems to depend on the cotangent, else, compiled, what is computed again would
+        # be merged with what was computed before, and kept.
+        ready = mx.depends([x], [cotangent])
+        return mx.vjp(function, ready, [cotangent])[1][0]
+
+    return keeping
+
+
+@keeping_inputs
+def silu(x: mx.array) -> mx.array:
+    return x * sigmoid(x)
+
+
+@keeping_inputs
+def gelu_approx(x: mx.array) -> mx.array:
+    """GELU with tanh: (1 + tanh u) / 2 is the sigmoid of 2 u."""
+    return x * sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
 @mx.custom_function
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """SiLU(gate) · x, with the gate's sigmoid computed again for the gradients and not kept."""
@@ -93,7 +128,7 @@ def swiglu_vjp(
 
 
 def put_in_place(slow_exp: bool) -> None:
-    """Let models use this SwiGLU, before mlx-lm imports a model's own module.
+    """Let models use these activations, before mlx-lm imports a model's own module.
 
     Args:
         slow_exp: whether MLX's exp is the slow one of a Linux CPU. Where MLX does not compile, it
@@ -102,3 +137,4 @@ def put_in_place(slow_exp: bool) -> None:
     global in_place
     in_place = slow_exp
     activations.swiglu = swiglu
+    nn.silu, nn.gelu_approx = silu, gelu_approx
