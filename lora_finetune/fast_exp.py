@@ -1,4 +1,4 @@
-"""Activations that keep little, and exp on a Linux CPU, where MLX's takes 40 multiplications' time."""
+"""Activations that keep little, and exp on a Linux CPU, which takes 40 multiplications in MLX."""
 
 from __future__ import annotations
 
