@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_finetune import memory
+from lora_finetune import fast_exp, memory  # noqa: F401
 from lora_finetune.command_line import UserError, hint
 from lora_finetune.files import file_checksum
 from lora_finetune.model_folder import (
@@ -208,18 +208,18 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     @mx.custom_function
     def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
         z = x.astype(a.dtype) @ a
-        return (scale * (z @ b)).astype(x.dtype), z
+        return (z @ (b * scale)).astype(x.dtype), z
 
     @forward.vjp
     def gradients(primals, cotangents, outputs):
         (x, a, b), (dy, _), (_, z) = primals, cotangents, outputs
         (x,) = mx.depends([x], [dy])  # else, compiled, the copy of above would be kept
-        x, dy, z = (array.flatten(0, -2) for array in (x, scale * dy.astype(a.dtype), z))
-        dz = dy @ b.T
+        x, dy, z = (array.flatten(0, -2) for array in (x, dy.astype(a.dtype), z))
+        dz = dy @ (b * scale).T
         return (
             (dz @ a.T).reshape(primals[0].shape).astype(x.dtype),
             x.astype(a.dtype).T @ dz,
-            z.T @ dy,
+            (z.T @ dy) * scale,
         )
 
     return forward(x, a, b)[0]
@@ -301,24 +301,25 @@ class LoRAFused(Adapted, nn.Module):
             self[part] = LowRank(d_in, layout.num_rows(part), r, scale)
 
     def __call__(self, x: mx.array) -> mx.array | list[mx.array]:
-        y = self.linear(x)
-        groups, q, k, v = self.layout
-        is_split = isinstance(y, list)  # one such layer splits its output itself
-        if not is_split:
-            y = y.reshape(*y.shape[:-1], groups, -1).split([q, q + k, q + k + v], axis=-1)
-        for place, part in [(0, "q"), (2, "v")]:
-            if part in self:
-                y[place] = y[place] + self[part](x).reshape(y[place].shape)
-        return y if is_split else mx.concatenate(y, axis=-1).flatten(-2)
+        y, update = self.linear(x), low_rank(x, *self.pair(), SCALE)
+        if not isinstance(y, list):  # one such layer splits its output itself
+            return y + update
+        ends = np.cumsum([part.shape[-1] for part in y]).tolist()
+        return [a + b for a, b in zip(y, update.split(ends[:-1], axis=-1), strict=True)]
 
     def pair(self) -> tuple[mx.array, mx.array]:
-        """One A and B for the whole projection: the A's side by side, the B's in blocks of rows."""
-        a, b = zip(*(self[part].pair() for part in "qv" if part in self), strict=True)
-        d_out = linear_shape(self.linear)[0]
-        blocks = [mx.zeros((len(rows), d_out)) for rows in b]
-        for block, part, rows in zip(blocks, (p for p in "qv" if p in self), b, strict=True):
-            block[:, mx.array(self.layout.rows(part, d_out))] = rows
-        return mx.concatenate(a, axis=1), mx.concatenate(blocks)
+        """One A and B for the whole projection: the A's side by side, the B's with zeros added."""
+        groups, q, k, _ = self.layout
+        rows = linear_shape(self.linear)[0] // groups
+        low_a, low_b = [], []
+        for part, start in (("q", 0), ("v", q + k)):
+            if part in self:
+                a, b = self[part].pair()
+                b = b.reshape(len(b), groups, -1)
+                end = rows - start - b.shape[2]
+                low_a.append(a)
+                low_b.append(mx.pad(b, [(0, 0), (0, 0), (start, end)]).flatten(1))
+        return mx.concatenate(low_a, axis=1), mx.concatenate(low_b)
 
 
 class Layout(NamedTuple):

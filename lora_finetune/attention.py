@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 from lora_finetune import fast_exp
 
 import mlx.core as mx
+import numpy as np
 
 # For so many queries at a time. Half as many take little less memory, and on a GPU more time.
 BLOCK = 256
 
-# CUDA's products copy keys and values for each query of a group, in short texts too.
-COPIES_GROUPS = mx.cuda.is_available()
+# CUDA's products copy keys and values for each query of a group, so these are put one behind the
+# other; and without cuDNN it has no kernel of its own for attention.
+ON_CUDA = mx.cuda.is_available()
 
 whole_attention = mx.fast.scaled_dot_product_attention
 
@@ -40,34 +42,32 @@ def attention(
         mask: "causal", or an array (..., length, length). One that is added may have gradients of
             its own, and is left to MLX.
     """
-    rows, heads, length, size = queries.shape
+    length = queries.shape[2]
     is_array = isinstance(mask, mx.array)
     is_added = is_array and mask.dtype != mx.bool_
-    by_hand = fast_exp.in_place and queries.dtype == mx.float32
-    by_hand = by_hand and mask is not None and sinks is None
+    by_hand = sinks is None and mask is not None
+    by_hand = by_hand and (ON_CUDA or (fast_exp.in_place and queries.dtype == mx.float32))
     shape = mask.shape[-2:] if is_array else (length, keys.shape[2])
-    is_grouped = heads > keys.shape[1] and mask is not None and sinks is None
-    is_short = length <= BLOCK and not by_hand and not (is_grouped and COPIES_GROUPS)
+    is_short = length <= BLOCK and not by_hand
     if options or is_added or is_short or shape != (length, length):
         return whole_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks, **options
         )
-    # On a GPU the queries of a group, which have the same keys, are put one behind the other. Else
-    # the keys would be copied for each.
-    group = 1 if by_hand or sinks is not None else heads // keys.shape[1]
 
-    def attend(start: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def block_of(start: int, q: mx.array, k: mx.array, v: mx.array) -> tuple:
+        """The queries of a block, the keys and values that they see, and the mask."""
         end = min(start + BLOCK, length)
         seen = length if mask is None or is_array else end
-        q, k, v = q[:, :, start:end], k[:, :, :seen], v[:, :, :seen]
-        block = None if mask is None else in_groups(mask_of(mask, start, end), group)
-        if by_hand:
-            return attention_by_hand(q, k, v, scale, block)
-        q = q.reshape(rows, heads // group, -1, size)
-        attended = whole_attention(q, k, v, scale=scale, mask=block, sinks=sinks)
-        return attended.reshape(rows, heads, end - start, -1)
+        block_mask = None if mask is None else mask_of(mask, start, end)
+        return q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], block_mask
 
-    if length <= BLOCK:
+    def attend(start: int, *inputs: mx.array) -> mx.array:
+        q, k, v, block_mask = block_of(start, *inputs)
+        if by_hand:
+            return attention_by_hand(q, k, v, block_mask, scale)
+        return whole_attention(q, k, v, scale=scale, mask=block_mask, sinks=sinks)
+
+    if length <= BLOCK and ON_CUDA:  # its scores are few, and products hardly faster than on more
         return attend(0, queries, keys, values)
 
     @mx.custom_function
@@ -79,39 +79,87 @@ def attention(
 
     @in_turn.vjp
     def gradients(inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
-        totals, ready = [], mx.depends(inputs, [cotangent])
-        for start in range(0, length, BLOCK):
+        of_queries, totals, ready = [], [], mx.depends(inputs, [cotangent])
+        for start in reversed(range(0, length, BLOCK)):
             of_block = cotangent[:, :, start : start + BLOCK]
-            found = mx.vjp(partial(attend, start), ready, [of_block])[1]
-            totals = list(map(mx.add, totals, found)) if totals else found
-            ready = mx.depends(inputs, totals)
-        return totals
+            if sinks is None:
+                found = block_gradients(*block_of(start, *ready), of_block, scale)
+            else:
+                q, k, v, block_mask = block_of(start, *ready)
+                function = partial(whole_attention, scale=scale, mask=block_mask, sinks=sinks)
+                found = mx.vjp(function, [q, k, v], [of_block])[1]
+            of_queries.insert(0, found[0])
+            totals = list(map(add_to_first, totals, found[1:])) if totals else found[1:]
+            ready = mx.depends(inputs, [found[0], *totals])
+        return [mx.concatenate(of_queries, axis=2), *totals]
 
     return in_turn(queries, keys, values)
 
 
 def attention_by_hand(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: float
 ) -> mx.array:
-    """Attention with the exp that is fast on a Linux CPU; the mask is of booleans."""
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = mx.repeat(k, group, axis=1), mx.repeat(v, group, axis=1)
-    return fast_exp.masked_softmax((q * scale) @ k.swapaxes(-1, -2), mask) @ v
+    """Attention with products, and the exp that is fast on a Linux CPU; the mask is of booleans."""
+    return (probabilities(in_groups(scale * q, k), k, mask) @ v).reshape(*q.shape[:-1], -1)
+
+
+def probabilities(q: mx.array, k: mx.array, mask: mx.array | None) -> mx.array:
+    """The softmax of the scores of queries in groups, as they are, under a mask of booleans."""
+    scores = q @ k.swapaxes(-1, -2)
+    if mask is None:
+        return mx.softmax(scores, axis=-1, precise=True)
+    by_head = scores.reshape(*scores.shape[:2], -1, *mask.shape[-2:])
+    if mask.ndim > 2:
+        rows, heads = (1, 1, *mask.shape)[-4:-2]
+        mask = mask.reshape(rows, *((1, 1) if heads == 1 else by_head.shape[1:3]), *mask.shape[-2:])
+    return fast_exp.masked_softmax(by_head, mask).reshape(scores.shape)
+
+
+def block_gradients(
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, cotangent: mx.array, scale: float
+) -> list[mx.array]:
+    """The gradients to queries, keys and values: those of FlashAttention (Dao et al. 2022).
+
+    With P the softmax of the scores and O = P V: of the scores they are P · (dO Vᵀ − Σ dO · O).
+    """
+    grouped, of_output = in_groups(scale * q, k), in_groups(cotangent, k)
+    p = probabilities(grouped, k, mask)
+    product = (of_output.astype(mx.float32) * (p @ v)).sum(axis=-1, keepdims=True)
+    of_scores = scores_gradient(p, of_output @ v.swapaxes(-1, -2), product)
+    return [
+        (scale * (of_scores @ k)).reshape(q.shape),
+        of_scores.swapaxes(-1, -2) @ grouped,
+        p.swapaxes(-1, -2) @ of_output,
+    ]
+
+
+@mx.compile
+def scores_gradient(p: mx.array, of_p: mx.array, product: mx.array) -> mx.array:
+    return (p * (of_p - product)).astype(p.dtype)
+
+
+def add_to_first(total: mx.array, part: mx.array) -> mx.array:
+    """A total over keys with a part added that is of the first of them."""
+    seen, length = part.shape[2], total.shape[2]
+    if seen == length:
+        return total + part
+    return mx.concatenate([total[:, :, :seen] + part, total[:, :, seen:]], axis=2)
+
+
+def in_groups(x: mx.array, keys: mx.array) -> mx.array:
+    """(rows, heads of the keys, queries of a group of heads one behind the other, size)."""
+    return x.reshape(*keys.shape[:2], -1, x.shape[-1])
 
 
 def mask_of(mask: str | mx.array, start: int, end: int) -> mx.array:
     """The mask (..., block, keys) of a block of queries; if causal, for the keys up to its end."""
-    if isinstance(mask, str):
-        return mx.arange(start, end)[:, None] >= mx.arange(end)
-    return mask[..., start:end, :]
+    return causal_mask(start, end) if isinstance(mask, str) else mask[..., start:end, :]
 
 
-def in_groups(mask: mx.array, group: int) -> mx.array:
-    """The mask (..., group · block, keys) of queries of a group of heads one behind the other."""
-    if mask.ndim < 3 or mask.shape[-3] == 1:
-        return mx.concatenate([mask] * group, axis=-2)
-    return mask.reshape(*mask.shape[:-3], mask.shape[-3] // group, -1, mask.shape[-1])
+@cache
+def causal_mask(start: int, end: int) -> mx.array:
+    """Which keys queries see, (end − start, end): made once, and not for each layer anew."""
+    return mx.array(np.tri(end - start, end, start, dtype=bool))
 
 
 @contextmanager

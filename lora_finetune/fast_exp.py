@@ -1,4 +1,7 @@
-"""Activations that keep little, and exp on a Linux CPU, which takes 40 multiplications in MLX."""
+"""Activations that keep little, and exp on a Linux CPU, which takes 40 multiplications in MLX.
+
+Import this before mlx_lm: it compiles some functions of its models when it is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,21 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations
+
+mlx_compile = mx.compile
+
+
+def compile_for_each_shape(
+    function: Callable, inputs: object = None, outputs: object = None, shapeless: bool = False
+) -> Callable:
+    """mx.compile, but never for all shapes at once.
+
+    MLX can do that only of operations with a rule for it. What is put in place here has none.
+    """
+    return mlx_compile(function, inputs, outputs)
+
+
+mx.compile = compile_for_each_shape
 
 # Of x = k · log 2 + r, with |r| at most half of log 2, e^x is 2^k · e^r. Log 2 is in two parts, the
 # first of so few bits that its product with k is exact (Cody and Waite). The polynomial for e^r,
@@ -63,6 +80,8 @@ def log_sum_exp(x: mx.array) -> mx.array:
 def masked_softmax(x: mx.array, mask: mx.array) -> mx.array:
     """e^x over its sum on the last axis, both over what the mask of booleans lets through."""
     x = mx.where(mask, x, mx.finfo(x.dtype).min)
+    if x.dtype != mx.float32 or not in_place:
+        return mx.softmax(x, axis=-1, precise=True)
     powers = exp(x - mx.max(x, axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
@@ -121,10 +140,10 @@ def swiglu_vjp(
     of_gate = cotangent * x * (part + silu * (1 - part))
     if mx.default_device() == mx.gpu:
         # Two gradients of one expression are two kernels and what is between them in memory; of two
-        # expressions they are one kernel each.
+        # expressions they are one kernel each, and the second is that of the forward pass.
         (gate,) = mx.depends([gate], [of_gate])
         silu = gate * sigmoid(gate)
-    return of_gate, cotangent * silu
+    return of_gate, silu * cotangent
 
 
 def put_in_place(slow_exp: bool) -> None:
@@ -134,7 +153,9 @@ def put_in_place(slow_exp: bool) -> None:
         slow_exp: whether MLX's exp is the slow one of a Linux CPU. Where MLX does not compile, it
             is none the less faster than this one.
     """
+    from mlx_lm.models import activations, switch_layers
+
     global in_place
     in_place = slow_exp
-    activations.swiglu = swiglu
+    activations.swiglu = switch_layers.swiglu = swiglu
     nn.silu, nn.gelu_approx = silu, gelu_approx

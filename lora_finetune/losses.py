@@ -128,20 +128,30 @@ def loss_by_pieces(
     hidden = head.hidden_states(tokens[:, :-1]).flatten(0, 1)
     targets, mask = tokens[:, 1:].flatten(), is_target[:, 1:].flatten()
 
+    def of_piece(hidden: mx.array, targets: mx.array) -> mx.array:
+        return losses_of(head.logits(hidden), targets)
+
     def piece_loss(hidden: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
-        return (losses_of(head.logits(hidden), targets) * mask).sum()
+        return (of_piece(hidden, targets) * mask).sum()
+
+    def piece_gradient(
+        hidden: mx.array, targets: mx.array, mask: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        of_hidden = lambda hidden: of_piece(hidden, targets)  # noqa: E731
+        (losses,), (gradient,) = mx.vjp(of_hidden, [hidden], [mask])
+        return (losses * mask).sum(), gradient
 
     size = rows_of_piece(len(hidden), head.num_logits)
 
     @mx.custom_function
     def with_gradient(*arrays: mx.array) -> tuple[mx.array, mx.array]:
-        totals, gradients = zip(*in_turn(mx.value_and_grad(piece_loss), size, *arrays), strict=True)
+        totals, gradients = zip(*in_turn(piece_gradient, size, *arrays), strict=True)
         return mx.stack(totals).sum(), mx.concatenate(gradients)
 
     @with_gradient.vjp
     def with_gradient_vjp(arrays, cotangents, outputs):
         others = [mx.zeros_like(array) for array in arrays[1:]]
-        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype), *others
+        return outputs[1] * cotangents[0].astype(outputs[1].dtype), *others
 
     if model.training:
         total, _ = with_gradient(hidden, targets, mask.astype(mx.float32))

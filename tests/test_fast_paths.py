@@ -124,7 +124,10 @@ def random_mask(*shape: int) -> mx.array:
     return mx.random.uniform(shape=shape) > 0.3
 
 
-@pytest.mark.parametrize(("block", "slow_exp"), [(8, True), (8, False), (64, False)])
+@pytest.mark.parametrize(
+    ("block", "slow_exp", "on_cuda"),
+    [(8, True, False), (8, False, False), (8, False, True), (64, False, True), (64, True, False)],
+)
 @pytest.mark.parametrize(
     ("heads", "mask", "has_sinks"),
     [
@@ -143,13 +146,14 @@ def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
     monkeypatch: pytest.MonkeyPatch,
     block: int,
     slow_exp: bool,
+    on_cuda: bool,
     heads: tuple[int, int],
     mask: Callable[[], object],
     has_sinks: bool,
 ) -> None:
     monkeypatch.setattr(fast_exp, "in_place", slow_exp)
     monkeypatch.setattr(attention, "BLOCK", block)  # 64: a text shorter than a block
-    monkeypatch.setattr(attention, "COPIES_GROUPS", True)
+    monkeypatch.setattr(attention, "ON_CUDA", on_cuda)
     mx.random.seed(0)
     inputs = [mx.random.normal((2, n, 33, 16)) for n in (heads[0], heads[1], heads[1])]
     weight = mx.random.normal((2, heads[0], 33, 16))
