@@ -196,7 +196,8 @@ class LowRank(nn.Module):
 
     def pair(self) -> tuple[mx.array, mx.array]:
         """A (d_in, r) and B (r, d_out) for the scale of adapter files, 20."""
-        return self.lora_a, self.lora_b * (self.scale / SCALE)
+        b = self.lora_b if self.scale == SCALE else self.lora_b * (self.scale / SCALE)
+        return self.lora_a, b
 
 
 def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
