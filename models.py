@@ -209,7 +209,7 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     @mx.custom_function
     def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
         z = x.astype(a.dtype) @ a
-        return (z @ (b * scale)).astype(x.dtype), z
+        return (scale * (z @ b)).astype(x.dtype), z
 
     @forward.vjp
     def gradients(primals, cotangents, outputs):

@@ -145,6 +145,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # parsed before the imports, which take seconds: --help answers at once
     begin_process()
     args = parse_arguments()
+    # Where PyTorch is installed, transformers would import it: seconds and 180 MB, for nothing.
+    sys.modules.setdefault("torch", None)
 
 import models
 from lora_finetune import (

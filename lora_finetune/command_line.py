@@ -212,15 +212,13 @@ def tolerant_stream(stream: TextIO | None, number: int) -> TextIO:
 
 
 def begin_process() -> None:
-    """Make the standard streams last, let Ctrl-C end the imports quietly, and leave PyTorch out."""
+    """Make the standard streams last, and let Ctrl-C end the imports without a traceback."""
     while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # streams that were closed lead nowhere
         pass
     os.close(opened)
     sys.stdout, sys.stderr = tolerant_stream(sys.stdout, 1), tolerant_stream(sys.stderr, 2)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # transformers imports it where it is there: seconds and 180 MB, for nothing that is used here.
-    sys.modules.setdefault("torch", None)
     if number_of_process() > 0:
         be_silent()
 

@@ -3,19 +3,21 @@
     python tests/bench/gpu.py [--steps] [--runs] [--quantized] [--processes] [--memory]
         [--small]
 
---steps: a compiled step of this program and the plain one of mlx_lm.lora in turn, on Gumini-1B's
-shape in bfloat16, against the arithmetic at the matrix rate measured beside them. --runs: 2,000
-texts of log-normal length, 1 epoch, whole processes in turn. --quantized: the specification's
-example, Phi-3's shape in 8 bits, batch 4, 8 of 32 layers, 3 epochs. --processes: two processes on
-two GPUs with batches of 20 texts of 256 tokens, against one with batches of 10, Gumini-1B's shape,
-in turn; only if asked for. --memory: peaks of steps of real shapes, packed as on a Mac, and what
-they come to for each 1,000 tokens in a batch; only if asked for. --small: all at a tiny shape.
+--steps: a compiled step of this program and the plain one of mlx_lm.lora in turn, each in a process
+of its own, on Gumini-1B's shape in bfloat16, against the arithmetic at the matrix rate measured
+beside them. --runs: 2,000 texts of log-normal length, 1 epoch, whole processes in turn, first with
+an empty cache of compiled kernels. --quantized: the specification's example, Phi-3's shape in 8
+bits, batch 4, 8 of 32 layers, 3 epochs. --processes: two processes on two GPUs with batches of 20
+texts of 256 tokens, against one with batches of 10, Gumini-1B's shape, in turn; only if asked for.
+--memory: peaks of steps of real shapes, packed as on a Mac, and what they come to for each 1,000
+tokens in a batch; only if asked for. --small: all at a tiny shape.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import statistics
@@ -23,12 +25,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ENVIRONMENT = dict(os.environ)  # as it is before this program sets anything of MLX in it
 
 import models  # noqa: E402, F401
 import tiny  # noqa: E402
@@ -37,10 +40,7 @@ from lora_finetune import adapters, attention, dataset, fast_exp, frozen_prefix,
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx_lm.tuner.trainer import default_loss  # noqa: E402
-from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 
 KEYS = ["self_attn.q_proj", "self_attn.v_proj"]
 GUMINI = {
@@ -85,43 +85,6 @@ def build(config: dict) -> nn.Module:
 # --- Steps --------------------------------------------------------------------------------------
 
 
-def plain_step(model: nn.Module) -> Callable:
-    """The step of mlx_lm.lora."""
-    layers = len(model.layers)
-    model.freeze()
-    options = {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": KEYS}
-    linear_to_lora_layers(model, layers, options)
-    model.train()
-    optimizer = optim.Adam(learning_rate=2e-5)
-    state = [model.state, optimizer.state, mx.random.state]
-    function = nn.value_and_grad(model, default_loss)
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def compiled(tokens: mx.array, lengths: mx.array) -> tuple:
-        (loss, number), gradients = function(model, tokens, lengths)
-        optimizer.update(model, gradients)
-        return loss, number
-
-    def step(tokens: np.ndarray, is_target: np.ndarray) -> None:
-        lengths = mx.array([[0, tokens.shape[1] - 1]] * len(tokens))
-        mx.eval(state, compiled(mx.array(tokens), lengths))
-
-    return step
-
-
-def our_step(model: nn.Module) -> Callable:
-    adapters.adapt(model, {}, None, len(model.layers))
-    loss = losses.make_loss(model)
-    model.train()
-    step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 2e-5, {}))
-
-    def by_blocks(*batch: np.ndarray) -> None:
-        with attention.by_blocks():
-            step([batch])
-
-    return by_blocks
-
-
 def matrix_rate(size: int) -> float:
     """Floating-point operations a second in products of bfloat16 matrices."""
     a, b = (mx.random.normal((size, size)).astype(mx.bfloat16) for _ in range(2))
@@ -132,42 +95,49 @@ def matrix_rate(size: int) -> float:
     return 10 * 2 * size**3 / (time.perf_counter() - start)
 
 
+@contextmanager
+def contender(name: str, folder: Path) -> Iterator[Callable[[int, int], tuple[float, float]]]:
+    """A process that tells the seconds of a step on a batch, and its peak of memory in GB."""
+    command = [sys.executable, str(Path(__file__).with_name("step.py")), name, str(folder)]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def measure(rows: int, width: int) -> tuple[float, float]:
+            print(rows, width, file=process.stdin, flush=True)
+            seconds, peak = map(float, process.stdout.readline().split())
+            return seconds, peak
+
+        yield measure
+        process.stdin.close()
+
+
 def compare_steps(config: dict, small: bool) -> None:
-    plain = plain_step(build(config))
-    fast_exp.put_in_place(slow_exp=False)
-    contenders = {"mlx-lm": plain, "train_lora.py": our_step(build(config))}
-    weights = sum(
-        a.size for n, a in nn.utils.tree_flatten(build(config).parameters()) if a.ndim == 2
-    )
-    other_model = mx.get_active_memory() / len(contenders)
-    for rows, width in [(2, 33)] if small else [(10, 257), (10, 1025)]:
-        tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (rows, width))
-        batch = tokens.astype(np.int32), np.arange(width)[None].repeat(rows, 0) > 0
-        seconds, peaks = {name: [] for name in contenders}, dict.fromkeys(contenders, 0.0)
-        for step in contenders.values():
-            step(*batch)
-            step(*batch)
-        for _ in range(5):
-            for name, step in contenders.items():
-                mx.clear_cache()
-                step(*batch)
-                mx.reset_peak_memory()
-                start = time.perf_counter()
-                for _ in range(5):
-                    step(*batch)
-                seconds[name].append((time.perf_counter() - start) / 5)
-                peaks[name] = max(peaks[name], mx.get_peak_memory() - other_model)
-        rate = matrix_rate(64 if small else 8192)
-        arithmetic = 4 * weights * rows * (width - 1) / rate
-        print(
-            f"{rows} x {width - 1}: {rate / 1e12:.0f} TFLOP/s, arithmetic {arithmetic * 1e3:.1f} ms"
-        )
-        for name in contenders:
-            median = statistics.median(seconds[name])
-            share, peak = arithmetic / median, peaks[name] / 1e9
-            print(f"  {name:14} {median * 1e3:7.1f} ms {share:5.0%} {peak:7.2f} GB")
-        pairs = zip(*seconds.values(), strict=True)
-        print(f"  faster by {statistics.median(a / b for a, b in pairs):.2f}", flush=True)
+    """Each contender in a process of its own, with the settings that it makes or leaves as is."""
+    model = build(config)
+    weights = sum(a.size for _, a in nn.utils.tree_flatten(model.parameters()) if a.ndim == 2)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+        tiny.write_model(folder, model, tiny.LLAMA | config)
+        names = ("mlx-lm", "train_lora.py")
+        contenders = {name: stack.enter_context(contender(name, folder)) for name in names}
+        for rows, width in [(2, 32)] if small else [(10, 256), (10, 1024)]:
+            found = {name: [] for name in names}
+            for _ in range(7):
+                for name, measure in contenders.items():
+                    found[name].append(measure(rows, width))
+            rate = matrix_rate(64 if small else 8192)
+            arithmetic = 4 * weights * rows * width / rate
+            print(f"{rows} x {width}: {rate / 1e12:.0f} TFLOP/s, {arithmetic * 1e3:.1f} ms")
+            for name, measured in found.items():
+                seconds, peak = (
+                    statistics.median(s for s, _ in measured),
+                    max(p for _, p in measured),
+                )
+                share = arithmetic / seconds
+                print(f"  {name:14} {seconds * 1e3:7.1f} ms {share:5.0%} {peak:7.2f} GB")
+            ratios = [theirs[0] / ours[0] for theirs, ours in zip(*found.values(), strict=True)]
+            print(f"  faster by {statistics.median(ratios):.2f}", flush=True)
 
 
 # --- Whole runs ---------------------------------------------------------------------------------
@@ -191,12 +161,19 @@ def write_texts(folder: Path, number: int, small: bool) -> None:
         tiny.write_jsonl(folder, split, texts)
 
 
-def run(arguments: list[str], work: Path) -> tuple[float, float]:
-    """Seconds and peak memory in GB, as the program reports it, of a process."""
+def run(arguments: list[str], work: Path, kernels: Path) -> tuple[float, float]:
+    """Seconds and peak memory in GB, as the program reports it, of a process.
+
+    Args:
+        kernels: the folder for the kernels that it compiles.
+    """
+    kernels.mkdir(exist_ok=True)
+    caches = {"MLX_PTX_CACHE_DIR": str(kernels), "CUDA_CACHE_PATH": str(kernels)}
     start = time.perf_counter()
     ended = subprocess.run(
-        [sys.executable, *arguments], cwd=work, capture_output=True, text=True, check=False
-    )
+        [sys.executable, *arguments], cwd=work, env=ENVIRONMENT | caches, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     if ended.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{ended.stdout}{ended.stderr}")
@@ -204,7 +181,7 @@ def run(arguments: list[str], work: Path) -> tuple[float, float]:
 
 
 def compare_runs(name: str, config: dict, options: dict, bits: int | None, small: bool) -> None:
-    """Whole runs in turn: a first of each to warm the kernels' cache on disk, then two."""
+    """Whole runs in turn: of each one with an empty cache of kernels, then one that finds them."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         tiny.write_model(work / "model", build(config), tiny.LLAMA | config, bits)
@@ -225,12 +202,16 @@ def compare_runs(name: str, config: dict, options: dict, bits: int | None, small
         results = {"mlx_lm.lora": [], "train_lora.py": []}
         for turn in range(2):
             for contender, arguments in (("mlx_lm.lora", theirs), ("train_lora.py", ours)):
-                results[contender].append(run(arguments, work))
+                results[contender].append(run(arguments, work, work / f"kernels of {contender}"))
                 print(f"  {name}, turn {turn}: {contender:14} {results[contender][-1]}", flush=True)
-        last = {contender: found[-1] for contender, found in results.items()}
-        ratio = last["mlx_lm.lora"][0] / last["train_lora.py"][0]
-        memory = last["train_lora.py"][1] / last["mlx_lm.lora"][1]
-        print(f"{name}: faster by {ratio:.2f}, memory {memory:.2f}", flush=True)
+        last = [found[-1] for found in results.values()]
+        ratios = [theirs[0] / ours[0] for theirs, ours in zip(*results.values(), strict=True)]
+        memory = last[1][1] / last[0][1]
+        print(
+            f"{name}: faster by {ratios[0]:.2f} without kernels, {ratios[1]:.2f} with them, "
+            f"memory {memory:.2f}",
+            flush=True,
+        )
 
 
 # --- Memory -------------------------------------------------------------------------------------
@@ -319,8 +300,8 @@ def compare_processes(config: dict, small: bool) -> None:
                 arguments = [sys.executable, *launch, *ours, *own]
                 # The launcher spins on a standard input that has ended.
                 with subprocess.Popen(
-                    arguments, cwd=work, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT, text=True,
+                    arguments, cwd=work, env=ENVIRONMENT, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                 ) as process:  # fmt: skip
                     printed = process.stdout.read()
                 speeds = [float(n) for n in re.findall(r"Tokens/sec ([\d.]+)", printed)]

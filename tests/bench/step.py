@@ -1,0 +1,97 @@
+"""Training steps of this program, or of mlx-lm as it comes, timed when a line asks for some.
+
+    python step.py train_lora.py|mlx-lm MODEL
+
+A line on standard input names the rows and the tokens of a row of a batch. The answer is a line:
+the seconds of a step, as the mean of five, and the most memory in GB that the process has held in
+them. All layers have LoRA on queries and values.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+Step = Callable[[np.ndarray], None]
+
+
+def plain_step(folder: Path) -> Step:
+    """The step of mlx_lm.lora, without anything of this program."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.trainer import default_loss
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    model.freeze()
+    keys = ["self_attn.q_proj", "self_attn.v_proj"]
+    options = {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, len(model.layers), options)
+    model.train()
+    optimizer = optim.Adam(learning_rate=2e-5)
+    state = [model.state, optimizer.state, mx.random.state]
+    function = nn.value_and_grad(model, default_loss)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def compiled(tokens: mx.array, lengths: mx.array) -> tuple:
+        (loss, number), gradients = function(model, tokens, lengths)
+        optimizer.update(model, gradients)
+        return loss, number
+
+    def step(tokens: np.ndarray) -> None:
+        lengths = mx.array([[0, tokens.shape[1] - 1]] * len(tokens))
+        mx.eval(state, compiled(mx.array(tokens), lengths))
+
+    return step
+
+
+def our_step(folder: Path) -> Step:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import models
+    import train_lora
+    from lora_finetune import adapters, attention, fast_exp, losses
+
+    fast_exp.put_in_place(slow_exp=False)
+    model, _ = models.load_as_stored(folder)
+    adapters.adapt(model, {}, None, len(model.layers))
+    loss = losses.make_loss(model)
+    model.train()
+    step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 2e-5, {}))
+
+    def by_blocks(tokens: np.ndarray) -> None:
+        is_target = np.arange(tokens.shape[1])[None].repeat(len(tokens), 0) > 0
+        with attention.by_blocks():
+            step([(tokens, is_target)])
+
+    return by_blocks
+
+
+def main() -> None:
+    contender, folder = sys.argv[1], Path(sys.argv[2])
+    step = {"mlx-lm": plain_step, "train_lora.py": our_step}[contender](folder)
+    import mlx.core as mx
+
+    warm = set()
+    for line in sys.stdin:
+        rows, width = map(int, line.split())
+        tokens = np.random.default_rng(0).integers(0, 300, (rows, width + 1)).astype(np.int32)
+        if (rows, width) not in warm:
+            warm.add((rows, width))
+            step(tokens)
+            step(tokens)
+        mx.clear_cache()
+        step(tokens)
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        for _ in range(5):
+            step(tokens)
+        print((time.perf_counter() - start) / 5, mx.get_peak_memory() / 1e9, flush=True)
+
+
+if __name__ == "__main__":
+    main()
