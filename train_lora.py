@@ -145,7 +145,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # parsed before the imports, which take seconds: --help answers at once
     begin_process()
     args = parse_arguments()
-    # Where PyTorch is installed, transformers would import it: seconds and 180 MB, for nothing.
+    # Hide PyTorch, where it is installed, from transformers: seconds and 180 MB for nothing here.
     sys.modules.setdefault("torch", None)
 
 import models
@@ -182,6 +182,9 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters
 from tqdm import tqdm
+
+if sys.modules.get("torch") is None:
+    sys.modules.pop("torch", None)  # no longer hidden
 
 # --- Evaluation ---------------------------------------------------------------------------------
 

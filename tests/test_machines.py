@@ -44,6 +44,21 @@ def test_testing_and_generating_need_no_file_to_be_written(
     assert ended.stdout.split("=====")[0] == usual.stdout.split("=====")[0]
 
 
+def test_pytorch_is_not_imported_where_it_is_installed(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Which transformers would do, in seconds and 180 MB, for nothing that is used."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise SystemExit('PyTorch is imported')\n")
+    (tmp_path / "torch-2.9.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: torch\nVersion: 2.9.0\n"
+    (tmp_path / "torch-2.9.0.dist-info/METADATA").write_text(metadata)
+    args = ["--train", "--model", model, "--data", data, "--adapter-file", tmp_path / "a.npz"]
+    args += ["--iters", 1, "--prompt", "안녕", "--max-tokens", 1]
+    ended = run(*args, env={"PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == 0, ended.stderr
+
+
 @pytest.mark.parametrize("kind", ["arrow", "csv", "jsonl"])
 def test_a_dry_run_needs_no_file_to_be_written(run: Run, tmp_path: Path, kind: str) -> None:
     """Nor a folder for the cache of `datasets`."""
