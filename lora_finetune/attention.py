@@ -14,8 +14,8 @@ import numpy as np
 # For so many queries at a time. Half as many take little less memory, and on a GPU more time.
 BLOCK = 256
 
-# CUDA's products copy keys and values for each query of a group, so these are put one behind the
-# other; and without cuDNN it has no kernel of its own for attention.
+# Without cuDNN MLX has no kernel for attention there, and copies keys and values for each query of a
+# group; by hand the queries of a group stand one behind the other.
 ON_CUDA = mx.cuda.is_available()
 
 whole_attention = mx.fast.scaled_dot_product_attention
@@ -45,7 +45,7 @@ def attention(
     length = queries.shape[2]
     is_array = isinstance(mask, mx.array)
     is_added = is_array and mask.dtype != mx.bool_
-    by_hand = sinks is None and mask is not None
+    by_hand = mask is not None and sinks is None
     by_hand = by_hand and (ON_CUDA or (fast_exp.in_place and queries.dtype == mx.float32))
     shape = mask.shape[-2:] if is_array else (length, keys.shape[2])
     is_short = length <= BLOCK and not by_hand
@@ -67,7 +67,7 @@ def attention(
             return attention_by_hand(q, k, v, block_mask, scale)
         return whole_attention(q, k, v, scale=scale, mask=block_mask, sinks=sinks)
 
-    if length <= BLOCK and ON_CUDA:  # its scores are few, and products hardly faster than on more
+    if length <= BLOCK and ON_CUDA:  # the scores of one block are few; computed again, 4 % slower
         return attend(0, queries, keys, values)
 
     @mx.custom_function
@@ -153,13 +153,15 @@ def in_groups(x: mx.array, keys: mx.array) -> mx.array:
 
 def mask_of(mask: str | mx.array, start: int, end: int) -> mx.array:
     """The mask (..., block, keys) of a block of queries; if causal, for the keys up to its end."""
-    return causal_mask(start, end) if isinstance(mask, str) else mask[..., start:end, :]
+    if isinstance(mask, mx.array):
+        return mask[..., start:end, :]
+    return mx.pad(triangle(end - start), [(0, 0), (start, 0)], constant_values=True)
 
 
 @cache
-def causal_mask(start: int, end: int) -> mx.array:
-    """Which keys queries see, (end − start, end): made once, and not for each layer anew."""
-    return mx.array(np.tri(end - start, end, start, dtype=bool))
+def triangle(size: int) -> mx.array:
+    """Which keys of a block its queries see: made once, and not for each layer anew."""
+    return mx.array(np.tri(size, dtype=bool))
 
 
 @contextmanager

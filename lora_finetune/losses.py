@@ -99,7 +99,7 @@ def loss(model: nn.Module, tokens: mx.array, is_target: mx.array) -> tuple[mx.ar
 
 # How large a piece is: in rows on a CPU, whose products of fewer rows are slow, and in logits on a
 # GPU, which small pieces would not fill.
-PIECE_ROWS, PIECE_LOGITS = 128, 2**27
+PIECE_ROWS, PIECE_LOGITS = 96, 2**27
 
 
 def make_loss(model: nn.Module) -> Loss:
