@@ -13,7 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_finetune import fast_exp, memory  # noqa: F401
+from lora_finetune import (
+    fast_exp,  # noqa: F401  # before mlx_lm, see there
+    memory,
+)
 from lora_finetune.command_line import UserError, hint
 from lora_finetune.files import file_checksum
 from lora_finetune.model_folder import (

@@ -1,4 +1,4 @@
-"""Attention that keeps queries, keys and values for its gradients, and nothing of length²."""
+"""Attention that keeps queries, keys and values for its gradients, and no scores of a long text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 # For so many queries at a time. Half as many take little less memory, and on a GPU more time.
 BLOCK = 256
 
-# Without cuDNN MLX has no kernel for attention there, and copies keys and values for each query of a
-# group; by hand the queries of a group stand one behind the other.
+# On CUDA, with cuDNN off, MLX has no kernel for attention, and copies keys and values for each head
+# of a group that shares them; by hand the queries of a group stand one behind the other.
 ON_CUDA = mx.cuda.is_available()
 
 whole_attention = mx.fast.scaled_dot_product_attention
@@ -34,19 +34,20 @@ def attention(
     """As mx.fast.scaled_dot_product_attention, for one block of a text after another.
 
     For the gradients the scores of a block of queries are computed again. Under a causal mask, keys
-    behind the block are left out.
+    after the block are left out.
 
     Args:
         queries: (rows, heads, length, size).
-        keys, values: (rows, heads, length, size); their heads can be fewer.
-        mask: "causal", or an array (..., length, length). One that is added may have gradients of
-            its own, and is left to MLX.
+        keys, values: (rows, heads, length, size); their heads can be fewer, and the size of values
+            another.
+        mask: "causal", or an array (..., length, length). One of booleans lets each query see some
+            key. One that is added may have gradients of its own, and is left to MLX.
     """
-    length = queries.shape[2]
+    length, scale = queries.shape[2], float(scale)
     is_array = isinstance(mask, mx.array)
     is_added = is_array and mask.dtype != mx.bool_
-    by_hand = mask is not None and sinks is None
-    by_hand = by_hand and (ON_CUDA or (fast_exp.in_place and queries.dtype == mx.float32))
+    is_faster_by_hand = ON_CUDA or (fast_exp.in_place and queries.dtype == mx.float32)
+    by_hand = is_faster_by_hand and mask is not None and sinks is None
     shape = mask.shape[-2:] if is_array else (length, keys.shape[2])
     is_short = length <= BLOCK and not by_hand
     if options or is_added or is_short or shape != (length, length):
@@ -80,7 +81,7 @@ def attention(
     @in_turn.vjp
     def gradients(inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
         of_queries, totals, ready = [], [], mx.depends(inputs, [cotangent])
-        for start in reversed(range(0, length, BLOCK)):
+        for start in reversed(range(0, length, BLOCK)):  # the last block is the one to see all keys
             of_block = cotangent[:, :, start : start + BLOCK]
             if sinks is None:
                 found = block_gradients(*block_of(start, *ready), of_block, scale)
@@ -89,7 +90,7 @@ def attention(
                 function = partial(whole_attention, scale=scale, mask=block_mask, sinks=sinks)
                 found = mx.vjp(function, [q, k, v], [of_block])[1]
             of_queries.insert(0, found[0])
-            totals = list(map(add_to_first, totals, found[1:])) if totals else found[1:]
+            totals = list(map(add_to_first_keys, totals, found[1:])) if totals else found[1:]
             ready = mx.depends(inputs, [found[0], *totals])
         return [mx.concatenate(of_queries, axis=2), *totals]
 
@@ -104,7 +105,7 @@ def attention_by_hand(
 
 
 def probabilities(q: mx.array, k: mx.array, mask: mx.array | None) -> mx.array:
-    """The softmax of the scores of queries in groups, as they are, under a mask of booleans."""
+    """The softmax of the scores under a mask of booleans; queries are scaled and in groups."""
     scores = q @ k.swapaxes(-1, -2)
     if mask is None:
         return mx.softmax(scores, axis=-1, precise=True)
@@ -118,28 +119,19 @@ def probabilities(q: mx.array, k: mx.array, mask: mx.array | None) -> mx.array:
 def block_gradients(
     q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, cotangent: mx.array, scale: float
 ) -> list[mx.array]:
-    """The gradients to queries, keys and values: those of FlashAttention (Dao et al. 2022).
-
-    With P the softmax of the scores and O = P V: of the scores they are P · (dO Vᵀ − Σ dO · O).
-    """
+    """The gradients to queries, keys and values, each of the type of what it is of."""
     grouped, of_output = in_groups(scale * q, k), in_groups(cotangent, k)
     p = probabilities(grouped, k, mask)
-    product = (of_output.astype(mx.float32) * (p @ v)).sum(axis=-1, keepdims=True)
-    of_scores = scores_gradient(p, of_output @ v.swapaxes(-1, -2), product)
+    of_scores = fast_exp.softmax_gradient(p, of_output @ v.swapaxes(-1, -2))
     return [
-        (scale * (of_scores @ k)).reshape(q.shape),
-        of_scores.swapaxes(-1, -2) @ grouped,
-        p.swapaxes(-1, -2) @ of_output,
+        (scale * (of_scores @ k)).reshape(q.shape).astype(q.dtype),
+        (of_scores.swapaxes(-1, -2) @ grouped).astype(k.dtype),
+        (p.swapaxes(-1, -2) @ of_output).astype(v.dtype),
     ]
 
 
-@mx.compile
-def scores_gradient(p: mx.array, of_p: mx.array, product: mx.array) -> mx.array:
-    return (p * (of_p - product)).astype(p.dtype)
-
-
-def add_to_first(total: mx.array, part: mx.array) -> mx.array:
-    """A total over keys with a part added that is of the first of them."""
+def add_to_first_keys(total: mx.array, part: mx.array) -> mx.array:
+    """A total (rows, heads, keys, size) with a part added that is of the first keys only."""
     seen, length = part.shape[2], total.shape[2]
     if seen == length:
         return total + part

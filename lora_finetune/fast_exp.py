@@ -15,13 +15,13 @@ mlx_compile = mx.compile
 
 
 def compile_for_each_shape(
-    function: Callable, inputs: object = None, outputs: object = None, shapeless: bool = False
+    fun: Callable, inputs: object = None, outputs: object = None, shapeless: bool = False
 ) -> Callable:
     """mx.compile, but never for all shapes at once.
 
     MLX can do that only of operations with a rule for it. What is put in place here has none.
     """
-    return mlx_compile(function, inputs, outputs)
+    return mlx_compile(fun, inputs, outputs)
 
 
 mx.compile = compile_for_each_shape
@@ -90,34 +90,58 @@ def masked_softmax(x: mx.array, mask: mx.array) -> mx.array:
 def masked_softmax_vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
 ) -> tuple[mx.array, mx.array]:
-    product = cotangent * output
-    return product - output * product.sum(axis=-1, keepdims=True), mx.zeros_like(primals[1])
+    return softmax_gradient(output, cotangent), mx.zeros_like(primals[1])
+
+
+@mx.compile
+def softmax_gradient(p: mx.array, cotangent: mx.array) -> mx.array:
+    """The gradient to what p is the softmax of: p · (cotangent − Σ p · cotangent).
+
+    Of a row with nearly all in one place next to nothing is left, so the sum is of float32, and of
+    a p rounded to less it is divided by Σ p, which is 1 no more.
+    """
+    p32 = p.astype(mx.float32)
+    mean = (p32 * cotangent).sum(axis=-1, keepdims=True) / p32.sum(axis=-1, keepdims=True)
+    return (p * (cotangent - mean)).astype(p.dtype)
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    return 1 / (1 + exp(-x)) if in_place else mx.sigmoid(x)
+    return 1 / (1 + exp(-x)) if in_place and x.dtype == mx.float32 else mx.sigmoid(x)
 
 
-def keeping_inputs(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """The function, which keeps its input only, and is computed again for its gradient."""
-    keeping = mx.custom_function(function)
+def keeping_input(plain: Callable[[mx.array], mx.array]) -> Callable:
+    """A decorator of the form of an activation that is fast where this exp is in place.
 
-    @keeping.vjp
-    def gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        # The input seems to depend on the cotangent, else, compiled, what is computed again would
-        # be merged with what was computed before, and kept.
-        ready = mx.depends([x], [cotangent])
-        return mx.vjp(function, ready, [cotangent])[1][0]
+    What it makes keeps its input only, and is computed again for its gradient.
 
-    return keeping
+    Args:
+        plain: MLX's form, for where it is not.
+    """
+
+    def decorate(fast: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        def function(x: mx.array) -> mx.array:
+            return fast(x) if in_place and x.dtype == mx.float32 else plain(x)
+
+        keeping = mx.custom_function(function)
+
+        @keeping.vjp
+        def gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+            # The input seems to depend on the cotangent, else, compiled, what is computed again
+            # would be merged with what was computed before, and kept.
+            ready = mx.depends([x], [cotangent])
+            return mx.vjp(function, ready, [cotangent])[1][0]
+
+        return keeping
+
+    return decorate
 
 
-@keeping_inputs
+@keeping_input(nn.silu)
 def silu(x: mx.array) -> mx.array:
     return x * sigmoid(x)
 
 
-@keeping_inputs
+@keeping_input(nn.gelu_approx)
 def gelu_approx(x: mx.array) -> mx.array:
     """GELU with tanh: (1 + tanh u) / 2 is the sigmoid of 2 u."""
     return x * sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))

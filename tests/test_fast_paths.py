@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import activations
+from mlx_lm.models import activations, switch_layers
 
 # --- exp ----------------------------------------------------------------------------------------
 
@@ -25,7 +25,8 @@ from mlx_lm.models import activations
 @pytest.fixture
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast exp, for this test alone."""
-    places = (fast_exp, "in_place"), (activations, "swiglu"), (nn, "silu"), (nn, "gelu_approx")
+    places = [(fast_exp, "in_place"), (nn, "silu"), (nn, "gelu_approx")]
+    places += [(activations, "swiglu"), (switch_layers, "swiglu")]
     for place, name in places:
         monkeypatch.setattr(place, name, getattr(place, name))
     fast_exp.put_in_place(slow_exp=True)
@@ -172,6 +173,57 @@ def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
     for other in (found, *others):
         for (_, a), (_, b) in zip(tree_flatten(expected), tree_flatten(other), strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-5)
+
+
+def attention_gradients(
+    q: mx.array, k: mx.array, v: mx.array, by_blocks: bool
+) -> tuple[mx.array, ...]:
+    def of_inputs(*inputs: mx.array) -> mx.array:
+        found = mx.fast.scaled_dot_product_attention(*inputs, scale=1.0, mask="causal")
+        return (found.astype(mx.float32) * mx.arange(1, 17)).sum()
+
+    with attention.by_blocks() if by_blocks else nullcontext():
+        return mx.grad(of_inputs, argnums=(0, 1, 2))(q, k, v)
+
+
+@pytest.mark.parametrize("on_cuda", [True, False])
+def test_gradients_of_attention_have_the_types_of_its_inputs(
+    monkeypatch: pytest.MonkeyPatch, on_cuda: bool
+) -> None:
+    """Some models (Phi) compute queries in float32, and keys and values in bfloat16."""
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(attention, "ON_CUDA", on_cuda)
+    for types in ([mx.float32, mx.bfloat16, mx.bfloat16], [mx.float32, mx.float32, mx.float16]):
+        inputs = [mx.random.normal((1, 2, 20, 16)).astype(dtype) for dtype in types]
+        expected = attention_gradients(*inputs, by_blocks=False)
+        for a, b in zip(expected, attention_gradients(*inputs, by_blocks=True), strict=True):
+            assert a.dtype == b.dtype
+            a, b = a.astype(mx.float32), b.astype(mx.float32)
+            assert mx.abs(a - b).max().item() < 0.05 * mx.abs(a).max().item()
+
+
+def test_gradients_of_attention_to_one_key_are_no_worse_than_those_of_mlx(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Heads that look at the first token alone are many; what is left of dP must cancel."""
+    monkeypatch.setattr(attention, "BLOCK", 64)
+    mx.random.seed(0)
+    q, k, v = (mx.random.normal((1, 4, 200, 16)) * 0.5 for _ in range(3))
+    q[..., 0] = 4
+    k[..., 0, 0] = 6  # a score of 24 more than those of other keys
+    exact = attention_gradients(q, k, v, by_blocks=False)
+    errors = []
+    for by_blocks in (False, True):
+        inputs = [array.astype(mx.bfloat16) for array in (q, k, v)]
+        found = attention_gradients(*inputs, by_blocks=by_blocks)
+        errors.append(
+            [
+                (mx.linalg.norm(b.astype(mx.float32) - a) / mx.linalg.norm(a)).item()
+                for a, b in zip(exact, found, strict=True)
+            ]
+        )
+    for of_mlx, of_blocks in zip(*errors, strict=True):
+        assert of_blocks < 1.1 * of_mlx + 0.01
 
 
 def test_no_array_of_length_squared_is_kept_for_the_gradients() -> None:

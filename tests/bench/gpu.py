@@ -201,9 +201,9 @@ def compare_runs(name: str, config: dict, options: dict, bits: int | None, small
         theirs += ["--iters", str(mlx_epoch), "--adapter-path", "theirs"]
         results = {"mlx_lm.lora": [], "train_lora.py": []}
         for turn in range(2):
-            for contender, arguments in (("mlx_lm.lora", theirs), ("train_lora.py", ours)):
-                results[contender].append(run(arguments, work, work / f"kernels of {contender}"))
-                print(f"  {name}, turn {turn}: {contender:14} {results[contender][-1]}", flush=True)
+            for program, arguments in (("mlx_lm.lora", theirs), ("train_lora.py", ours)):
+                results[program].append(run(arguments, work, work / f"kernels of {program}"))
+                print(f"  {name}, turn {turn}: {program:14} {results[program][-1]}", flush=True)
         last = [found[-1] for found in results.values()]
         ratios = [theirs[0] / ours[0] for theirs, ours in zip(*results.values(), strict=True)]
         memory = last[1][1] / last[0][1]
