@@ -313,13 +313,14 @@ class LoRAFused(Adapted, nn.Module):
 
     def pair(self) -> tuple[mx.array, mx.array]:
         """One A and B for the whole projection: the A's side by side, the B's with zeros added."""
-        groups, q, k, _ = self.layout
+        groups = self.layout.groups
         rows = linear_shape(self.linear)[0] // groups
         low_a, low_b = [], []
-        for part, start in (("q", 0), ("v", q + k)):
+        for part in "qv":
             if part in self:
                 a, b = self[part].pair()
                 b = b.reshape(len(b), groups, -1)
+                start = self.layout.first(part)
                 end = rows - start - b.shape[2]
                 low_a.append(a)
                 low_b.append(mx.pad(b, [(0, 0), (0, 0), (start, end)]).flatten(1))
@@ -338,10 +339,13 @@ class Layout(NamedTuple):
         """The rows of the part "q" or "v" in all groups."""
         return self.groups * getattr(self, part)
 
+    def first(self, part: str) -> int:
+        """Where in a group the rows of "q" or "v" begin."""
+        return {"q": 0, "v": self.q + self.k}[part]
+
     def rows(self, part: str, d_out: int) -> np.ndarray:
         """Which of the projection's d_out rows those of "q" or "v" are, in their order."""
-        first = {"q": 0, "v": self.q + self.k}[part]
-        in_group = np.arange(first, first + getattr(self, part))
+        in_group = self.first(part) + np.arange(getattr(self, part))
         return (np.arange(0, d_out, d_out // self.groups)[:, None] + in_group).flatten()
 
 

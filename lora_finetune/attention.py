@@ -46,7 +46,7 @@ def attention(
     length, scale = queries.shape[2], float(scale)
     is_array = isinstance(mask, mx.array)
     is_added = is_array and mask.dtype != mx.bool_
-    is_faster_by_hand = ON_CUDA or (fast_exp.in_place and queries.dtype == mx.float32)
+    is_faster_by_hand = ON_CUDA or fast_exp.is_for(queries)
     by_hand = is_faster_by_hand and mask is not None and sinks is None
     shape = mask.shape[-2:] if is_array else (length, keys.shape[2])
     is_short = length <= BLOCK and not by_hand
@@ -62,20 +62,19 @@ def attention(
         block_mask = None if mask is None else mask_of(mask, start, end)
         return q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], block_mask
 
-    def attend(start: int, *inputs: mx.array) -> mx.array:
-        q, k, v, block_mask = block_of(start, *inputs)
+    def attend(q: mx.array, k: mx.array, v: mx.array, block_mask: mx.array | None) -> mx.array:
         if by_hand:
             return attention_by_hand(q, k, v, block_mask, scale)
         return whole_attention(q, k, v, scale=scale, mask=block_mask, sinks=sinks)
 
     if length <= BLOCK and ON_CUDA:  # the scores of one block are few; computed again, 4 % slower
-        return attend(0, queries, keys, values)
+        return attend(*block_of(0, queries, keys, values))
 
     @mx.custom_function
     def in_turn(*inputs: mx.array) -> mx.array:
-        blocks = [attend(0, *inputs)]
+        blocks = [attend(*block_of(0, *inputs))]
         for start in range(BLOCK, length, BLOCK):
-            blocks.append(attend(start, *mx.depends(inputs, blocks[-1:])))
+            blocks.append(attend(*block_of(start, *mx.depends(inputs, blocks[-1:]))))
         return mx.concatenate(blocks, axis=2)
 
     @in_turn.vjp
@@ -83,12 +82,11 @@ def attention(
         of_queries, totals, ready = [], [], mx.depends(inputs, [cotangent])
         for start in reversed(range(0, length, BLOCK)):  # the last block is the one to see all keys
             of_block = cotangent[:, :, start : start + BLOCK]
+            *block, block_mask = block_of(start, *ready)
             if sinks is None:
-                found = block_gradients(*block_of(start, *ready), of_block, scale)
+                found = block_gradients(*block, block_mask, of_block, scale)
             else:
-                q, k, v, block_mask = block_of(start, *ready)
-                function = partial(whole_attention, scale=scale, mask=block_mask, sinks=sinks)
-                found = mx.vjp(function, [q, k, v], [of_block])[1]
+                found = mx.vjp(partial(attend, block_mask=block_mask), block, [of_block])[1]
             of_queries.insert(0, found[0])
             totals = list(map(add_to_first_keys, totals, found[1:])) if totals else found[1:]
             ready = mx.depends(inputs, [found[0], *totals])

@@ -41,6 +41,11 @@ ROUND, ROUND_BITS = 1.5 * 2**23, 0x4B400000  # added, it leaves the nearest inte
 in_place = False  # whether `put_in_place` has put this exp in the place of MLX's
 
 
+def is_for(x: mx.array) -> bool:
+    """Whether it is this exp, and not MLX's, that an array is for."""
+    return in_place and x.dtype == mx.float32
+
+
 @mx.custom_function
 @mx.compile
 def exp(x: mx.array) -> mx.array:
@@ -49,7 +54,7 @@ def exp(x: mx.array) -> mx.array:
     Below −87.7 it is 0, and above 88 it stays what it is there, 1.7e38. The polynomial is taken in
     pairs and not term after term, so that MLX fuses all but the exponent into one loop.
     """
-    if x.dtype != mx.float32 or not in_place:
+    if not is_for(x):
         return mx.exp(x)
     x = mx.clip(x, LEAST, MOST)
     rounded = x * 1.44269504 + ROUND
@@ -80,7 +85,7 @@ def log_sum_exp(x: mx.array) -> mx.array:
 def masked_softmax(x: mx.array, mask: mx.array) -> mx.array:
     """e^x over its sum on the last axis, both over what the mask of booleans lets through."""
     x = mx.where(mask, x, mx.finfo(x.dtype).min)
-    if x.dtype != mx.float32 or not in_place:
+    if not is_for(x):
         return mx.softmax(x, axis=-1, precise=True)
     powers = exp(x - mx.max(x, axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
@@ -106,7 +111,7 @@ def softmax_gradient(p: mx.array, cotangent: mx.array) -> mx.array:
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    return 1 / (1 + exp(-x)) if in_place and x.dtype == mx.float32 else mx.sigmoid(x)
+    return 1 / (1 + exp(-x)) if is_for(x) else mx.sigmoid(x)
 
 
 def keeping_input(plain: Callable[[mx.array], mx.array]) -> Callable:
@@ -120,7 +125,7 @@ def keeping_input(plain: Callable[[mx.array], mx.array]) -> Callable:
 
     def decorate(fast: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
         def function(x: mx.array) -> mx.array:
-            return fast(x) if in_place and x.dtype == mx.float32 else plain(x)
+            return fast(x) if is_for(x) else plain(x)
 
         keeping = mx.custom_function(function)
 

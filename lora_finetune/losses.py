@@ -137,8 +137,7 @@ def loss_by_pieces(
     def piece_gradient(
         hidden: mx.array, targets: mx.array, mask: mx.array
     ) -> tuple[mx.array, mx.array]:
-        of_hidden = lambda hidden: of_piece(hidden, targets)  # noqa: E731
-        (losses,), (gradient,) = mx.vjp(of_hidden, [hidden], [mask])
+        (losses,), (gradient,) = mx.vjp(partial(of_piece, targets=targets), [hidden], [mask])
         return (losses * mask).sum(), gradient
 
     size = rows_of_piece(len(hidden), head.num_logits)

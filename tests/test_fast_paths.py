@@ -94,7 +94,7 @@ def test_an_activation_and_its_gradient_are_those_of_the_formula(
     function, formula = ACTIVATIONS[name]
     x = np.concatenate([np.linspace(-200, 200, 4001), np.linspace(-6, 6, 4001)])
     gradient = (formula(x + 1e-5) - formula(x - 1e-5)) / 2e-5
-    of_sum = mx.compile(mx.value_and_grad(lambda x: (function(x)).sum()))
+    of_sum = mx.compile(mx.value_and_grad(lambda x: function(x).sum()))
     array = mx.array(x.astype(np.float32))
     np.testing.assert_allclose(function(array), formula(x), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(of_sum(array)[1], gradient, rtol=1e-6, atol=2e-6)

@@ -130,12 +130,10 @@ def compare_steps(config: dict, small: bool) -> None:
             arithmetic = 4 * weights * rows * width / rate
             print(f"{rows} x {width}: {rate / 1e12:.0f} TFLOP/s, {arithmetic * 1e3:.1f} ms")
             for name, measured in found.items():
-                seconds, peak = (
-                    statistics.median(s for s, _ in measured),
-                    max(p for _, p in measured),
-                )
-                share = arithmetic / seconds
-                print(f"  {name:14} {seconds * 1e3:7.1f} ms {share:5.0%} {peak:7.2f} GB")
+                seconds, peaks = zip(*measured, strict=True)
+                median, peak = statistics.median(seconds), max(peaks)
+                share = arithmetic / median
+                print(f"  {name:14} {median * 1e3:7.1f} ms {share:5.0%} {peak:7.2f} GB")
             ratios = [theirs[0] / ours[0] for theirs, ours in zip(*found.values(), strict=True)]
             print(f"  faster by {statistics.median(ratios):.2f}", flush=True)
 
