@@ -211,19 +211,19 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
 
     @mx.custom_function
     def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        z = x.astype(a.dtype) @ a
-        return (scale * (z @ b)).astype(x.dtype), z
+        z = scale * (x.astype(a.dtype) @ a)  # scaled here, where it has r columns only
+        return (z @ b).astype(x.dtype), z
 
     @forward.vjp
     def gradients(primals, cotangents, outputs):
         (x, a, b), (dy, _), (_, z) = primals, cotangents, outputs
         (x,) = mx.depends([x], [dy])  # else, compiled, the copy of above would be kept
         x, dy, z = (array.flatten(0, -2) for array in (x, dy.astype(a.dtype), z))
-        dz = dy @ (b * scale).T
+        dz = scale * (dy @ b.T)
         return (
             (dz @ a.T).reshape(primals[0].shape).astype(x.dtype),
             x.astype(a.dtype).T @ dz,
-            (z.T @ dy) * scale,
+            z.T @ dy,
         )
 
     return forward(x, a, b)[0]

@@ -13,8 +13,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
+from itertools import islice
+from typing import NamedTuple
 
 from lora_finetune.command_line import (
     Interrupted,
@@ -263,9 +265,36 @@ def make_optimizer(
     return optimizer
 
 
+class LazyStep(NamedTuple):
+    """What a step makes, as arrays that MLX need not have computed yet.
+
+    Attributes:
+        total: the sum of the loss.
+        num_targets: of the batch.
+        parameter_sum: of all updated parameters, finite only if each gradient and parameter is.
+        changed: the updated parameters and the optimizer's state.
+        undo: gives the model and the optimizer back what they held before.
+    """
+
+    total: mx.array
+    num_targets: int
+    parameter_sum: mx.array
+    changed: list[mx.array]
+    undo: Callable[[], None]
+
+    def compute(self) -> tuple[float, int, float]:
+        """The sum of the loss, the number of targets, and the sum of all updated parameters.
+
+        Raises:
+            RuntimeError, MemoryError: MLX's, where the device fails.
+        """
+        mx.eval(self.total, self.parameter_sum, self.changed)
+        return self.total.item(), self.num_targets, self.parameter_sum.item()
+
+
 def make_step(
     model: nn.Module, loss: Loss, optimizer: optim.Optimizer, group: Group = ALONE
-) -> Callable[[list[dataset.Batch]], tuple[float, int, float]]:
+) -> Callable[[list[dataset.Batch]], LazyStep]:
     """A step that updates the model's trainable parameters on one batch, given in parts.
 
     The gradients of the sum of the loss are added over the parts, and over the processes, and
@@ -273,16 +302,19 @@ def make_step(
     rounding.
 
     Returns:
-        The step, which takes this process's share of a batch. It returns the sum of the loss, the
-        number of targets, and the sum of all updated parameters, which is finite only if each
-        gradient and parameter is. Where the device fails, it raises one of memory.FAILURES, and the
-        parameters and the optimizer's state are rolled back; the copies for this take their memory
-        once more.
+        The step, which takes this process's share of a batch. Model and optimizer hold then what it
+        will make. What `LazyStep.compute` raises, the step can raise too, after undoing itself. The
+        copies for this take the memory of parameters and moments once more.
     """
     gradients_of, update = make_gradients(model, loss), make_update(optimizer)
 
-    def step(batch: list[dataset.Batch]) -> tuple[float, int, float]:
+    def step(batch: list[dataset.Batch]) -> LazyStep:
         before, moments = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
+
+        def undo() -> None:
+            model.update(before)
+            optimizer.state.update(moments)
+
         num_targets = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
         try:
             if batch:
@@ -294,15 +326,49 @@ def make_step(
                 sums = tree_map(mx.add, sums, gradients_of(*part))
             total, gradients, num_targets = group.sum(*sums, num_targets)
             parameters, parameter_sum = update(before, gradients, mx.array(max(num_targets, 1)))
-            model.update(parameters)
-            mx.eval(total, parameters, parameter_sum, optimizer.state)
         except memory.FAILURES:
-            model.update(before)
-            optimizer.state = moments
+            undo()
             raise
-        return total.item(), num_targets, parameter_sum.item()
+        model.update(parameters)
+        changed = [array for _, array in tree_flatten([parameters, optimizer.state])]
+        return LazyStep(total, num_targets, parameter_sum, changed, undo)
 
     return step
+
+
+def run_steps(
+    step: Callable[[list[dataset.Batch]], LazyStep],
+    batches: Iterator[list[dataset.Batch]],
+    ahead: bool,
+) -> Iterator[tuple[float, int, float]]:
+    """What `LazyStep.compute` returns of a step on each batch.
+
+    What is not asked for before this ends is undone, and what the device fails in.
+
+    Args:
+        ahead: whether MLX is given the next step before the present one has ended, so that a GPU
+            does not wait for Python. Python prepares it while the GPU has the most to do, between
+            the loss and the gradients.
+    """
+
+    def prepare() -> LazyStep | None:
+        return next(map(step, batches), None)
+
+    present = prepare()
+    try:
+        while present:
+            mx.async_eval(present.total)
+            following = prepare() if ahead else None
+            mx.async_eval(present.parameter_sum, present.changed)
+            if following:
+                mx.async_eval(following.total)
+            numbers = present.compute()
+            present = following
+            yield numbers
+            present = present or prepare()
+    finally:
+        if present:
+            present.undo()
 
 
 def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array, dict]]:
@@ -367,7 +433,7 @@ def fit_memory(
     def try_step(number: int) -> None:
         step = make_step(model, loss, make_optimizer(model, 0.0, {}))
         try:
-            step([examples.batch(longest[-number:])])
+            step([examples.batch(longest[-number:])]).compute()
         finally:
             model.update(before)
 
@@ -555,14 +621,24 @@ def training_loop(
         if last:
             break
 
-        # one step; what is not finite must never reach a save, so it ends the run
-        start = time.perf_counter()
-        total, num_targets, parameter_sum = step(next(batches))
-        progress.add_step(total, num_targets, time.perf_counter() - start)
-        check_finite(total, "the loss", plan)
-        check_finite(parameter_sum, "a gradient or a parameter", plan)
-        bar.update()
+        # steps until something is due; what is not finite must never reach a save, so it ends all
+        few = islice(batches, next_due(iteration, plan) - iteration)
+        with closing(run_steps(step, few, ahead=group.size == 1)) as results:
+            start = time.perf_counter()
+            for total, num_targets, parameter_sum in results:
+                progress.add_step(total, num_targets, time.perf_counter() - start)
+                check_finite(total, "the loss", plan)
+                check_finite(parameter_sum, "a gradient or a parameter", plan)
+                bar.update()
+                group.check_stop()
+                start = time.perf_counter()
     bar.close()
+
+
+def next_due(iteration: int, plan: Plan) -> int:
+    """The next iteration after which there is something to report, validate or save."""
+    every = plan.steps_per_report, plan.steps_per_eval, plan.save_every
+    return min(plan.iters, *((iteration // number + 1) * number for number in every))
 
 
 def check_finite(number: float, what: str, plan: Plan) -> None:

@@ -99,7 +99,9 @@ def attention_by_hand(
     q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: float
 ) -> mx.array:
     """Attention with products, and the exp that is fast on a Linux CPU; the mask is of booleans."""
-    return (probabilities(in_groups(scale * q, k), k, mask) @ v).reshape(*q.shape[:-1], -1)
+    # Written as MLX's gradient of it has it, so that on a GPU one kernel serves both.
+    scaled = mx.multiply(scale, q)
+    return (probabilities(in_groups(scaled, k), k, mask) @ v).reshape(*q.shape[:-1], -1)
 
 
 def probabilities(q: mx.array, k: mx.array, mask: mx.array | None) -> mx.array:
@@ -118,11 +120,11 @@ def block_gradients(
     q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, cotangent: mx.array, scale: float
 ) -> list[mx.array]:
     """The gradients to queries, keys and values, each of the type of what it is of."""
-    grouped, of_output = in_groups(scale * q, k), in_groups(cotangent, k)
+    grouped, of_output = in_groups(mx.multiply(scale, q), k), in_groups(cotangent, k)
     p = probabilities(grouped, k, mask)
     of_scores = fast_exp.softmax_gradient(p, of_output @ v.swapaxes(-1, -2))
     return [
-        (scale * (of_scores @ k)).reshape(q.shape).astype(q.dtype),
+        mx.multiply(scale, of_scores @ k).reshape(q.shape).astype(q.dtype),
         (of_scores.swapaxes(-1, -2) @ grouped).astype(k.dtype),
         (p.swapaxes(-1, -2) @ of_output).astype(v.dtype),
     ]
@@ -145,13 +147,13 @@ def mask_of(mask: str | mx.array, start: int, end: int) -> mx.array:
     """The mask (..., block, keys) of a block of queries; if causal, for the keys up to its end."""
     if isinstance(mask, mx.array):
         return mask[..., start:end, :]
-    return mx.pad(triangle(end - start), [(0, 0), (start, 0)], constant_values=True)
+    return causal_mask(BLOCK, start + BLOCK)[: end - start, :end]
 
 
 @cache
-def triangle(size: int) -> mx.array:
-    """Which keys of a block its queries see: made once, and not for each layer anew."""
-    return mx.array(np.tri(size, dtype=bool))
+def causal_mask(queries: int, keys: int) -> mx.array:
+    """Which keys the last queries of a text see: made once, and not for each layer anew."""
+    return mx.array(np.tri(queries, keys, keys - queries, dtype=bool))
 
 
 @contextmanager

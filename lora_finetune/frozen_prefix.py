@@ -178,28 +178,45 @@ class Kept:
         for number, rows in enumerate(groups):
             self.group_of[rows] = number
         self.is_computed = np.zeros(len(groups), bool)
+        self.to_store: list[tuple[int, mx.array]] = []  # bytes by number of a group
         self.starts = np.append(0, np.cumsum(num_inputs(examples, groups)))
 
     def __call__(self, rows: np.ndarray, tokens: np.ndarray) -> mx.array:
-        """The states (rows, width − 1, size) of a batch, zero in padding; `rows` are its texts."""
-        for number in np.unique(self.group_of[rows]):
-            if not self.is_computed[number]:
-                self.compute(number)
+        """The states (rows, width − 1, size) of a batch, zero in padding; `rows` are its texts.
+
+        Those of a group that is asked for as a whole, as all are in the first epoch, are not
+        computed yet: they are part of the step, and stored when it has been done.
+        """
+        numbers = np.unique(self.group_of[rows])
+        missing = numbers[~self.is_computed[numbers]]
+        if len(missing) == 1 and np.array_equal(rows, self.groups[missing[0]]):
+            self.store(all_but=1)
+            return self.compute(missing[0]).view(self.dtype)
+        for number in missing:
+            self.compute(number)
+        self.store()
         states = np.zeros((len(rows), tokens.shape[1] - 1, self.array.shape[1]), np.uint8)
         for row, text in zip(states, rows, strict=True):
             kept = self.array[self.starts[text] : self.starts[text + 1]]
             row[: len(kept)] = kept
         return mx.array(states).view(self.dtype)
 
-    def compute(self, number: int) -> None:
-        rows = self.groups[number]
-        *_, states = self.examples.batch(rows)
-        # Of an array that the device failed to compute, NumPy itself would drop the error.
-        computed = np.asarray(memoryview(states.view(mx.uint8)))
-        for row, text in zip(computed, rows, strict=True):
-            start, end = self.starts[text : text + 2]
-            self.array[start:end] = row[: end - start]
+    def compute(self, number: int) -> mx.array:
+        """The bytes of the states of a group, which are to be stored; not computed yet."""
+        *_, states = self.examples.batch(self.groups[number])
+        self.to_store.append((number, states.view(mx.uint8)))
         self.is_computed[number] = True
+        return self.to_store[-1][1]
+
+    def store(self, all_but: int = 0) -> None:
+        """Put into the array what is computed for it, but not the last so many."""
+        while len(self.to_store) > all_but:
+            number, states = self.to_store.pop(0)
+            # Of an array that the device failed to compute, NumPy itself would drop the error.
+            computed = np.asarray(memoryview(states))
+            for row, text in zip(computed, self.groups[number], strict=True):
+                start, end = self.starts[text : text + 2]
+                self.array[start:end] = row[: end - start]
 
 
 def num_inputs(examples: dataset.Examples, groups: list[np.ndarray]) -> np.ndarray:

@@ -87,7 +87,7 @@ def train(model: nn.Module, steps: int = 2) -> list[float]:
     loss = losses.make_loss(model)
     model.train()
     step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 1e-3, {}))
-    totals = [step([(TOKENS, IS_TARGET)])[0] for _ in range(steps)]
+    totals = [step([(TOKENS, IS_TARGET)]).compute()[0] for _ in range(steps)]
     return [*totals, loss(model, TOKENS, IS_TARGET)[0].item()]
 
 

@@ -83,7 +83,7 @@ def train(
     batches = dataset.training_batches(examples["train"], BATCH_SIZE, 0, 0, parts)
     for _ in range(EPOCHS):
         for batch in itertools.islice(batches, math.ceil(len(examples["train"]) / BATCH_SIZE)):
-            yield step(batch)[0]
+            yield step(batch).compute()[0]
         yield train_lora.evaluate(model, loss, examples["valid"], BATCH_SIZE, -1, parts=parts)
         model.train()
 

@@ -105,7 +105,7 @@ def test_three_steps_of_training_are_adam_without_bias_correction(reference):
             m[name] = 0.9 * m[name] + 0.1 * g
             v[name] = 0.999 * v[name] + 0.001 * g**2
             expected[name] -= 1e-3 * m[name] / (np.sqrt(v[name]) + 1e-8)
-        step([batch(arrays)])
+        step([batch(arrays)]).compute()
         for name, array in parameters(model).items():
             np.testing.assert_allclose(array, expected[name], atol=1e-5, rtol=0)
 

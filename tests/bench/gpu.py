@@ -244,7 +244,7 @@ def step_peak(model: nn.Module, rows: int, width: int) -> float:
     for _ in range(2):
         mx.clear_cache()
         mx.reset_peak_memory()
-        step([examples.batch(np.arange(rows))])
+        step([examples.batch(np.arange(rows))]).compute()
     return mx.get_peak_memory() / 1e9
 
 
