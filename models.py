@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_finetune import (
-    fast_exp,  # noqa: F401  # before mlx_lm, see there
+    activations,  # noqa: F401  # before mlx_lm, see there
     memory,
 )
 from lora_finetune.command_line import UserError, hint

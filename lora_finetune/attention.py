@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 
-from lora_finetune import fast_exp
+from lora_finetune import activations
 
 import mlx.core as mx
 import numpy as np
@@ -46,7 +46,7 @@ def attention(
     length, scale = queries.shape[2], float(scale)
     is_array = isinstance(mask, mx.array)
     is_added = is_array and mask.dtype != mx.bool_
-    is_faster_by_hand = ON_CUDA or fast_exp.is_for(queries)
+    is_faster_by_hand = ON_CUDA or activations.is_for(queries)
     by_hand = is_faster_by_hand and mask is not None and sinks is None
     shape = mask.shape[-2:] if is_array else (length, keys.shape[2])
     is_short = length <= BLOCK and not by_hand
@@ -113,7 +113,7 @@ def probabilities(q: mx.array, k: mx.array, mask: mx.array | None) -> mx.array:
     if mask.ndim > 2:
         rows, heads = (1, 1, *mask.shape)[-4:-2]
         mask = mask.reshape(rows, *((1, 1) if heads == 1 else by_head.shape[1:3]), *mask.shape[-2:])
-    return fast_exp.masked_softmax(by_head, mask).reshape(scores.shape)
+    return activations.masked_softmax(by_head, mask).reshape(scores.shape)
 
 
 def block_gradients(
@@ -122,7 +122,7 @@ def block_gradients(
     """The gradients to queries, keys and values, each of the type of what it is of."""
     grouped, of_output = in_groups(mx.multiply(scale, q), k), in_groups(cotangent, k)
     p = probabilities(grouped, k, mask)
-    of_scores = fast_exp.softmax_gradient(p, of_output @ v.swapaxes(-1, -2))
+    of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2))
     return [
         mx.multiply(scale, of_scores @ k).reshape(q.shape).astype(q.dtype),
         (of_scores.swapaxes(-1, -2) @ grouped).astype(k.dtype),

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import models
-from lora_finetune.fast_exp import exp, log_sum_exp
+from lora_finetune.activations import exp, log_sum_exp
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -15,13 +15,13 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import tiny  # noqa: E402
-from lora_finetune import fast_exp, linux_cpu  # noqa: E402
+from lora_finetune import activations, linux_cpu  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 
 # As a run does before it loads a model, so that runs in this process are those of others.
-fast_exp.put_in_place(slow_exp=mx.default_device() == mx.cpu and linux_cpu.can_compile())
+activations.put_in_place(slow_exp=mx.default_device() == mx.cpu and linux_cpu.can_compile())
 
 ROOT = Path(__file__).resolve().parent.parent
 

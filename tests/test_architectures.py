@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import models
-import train_lora
-from lora_finetune import adapters, losses
+from lora_finetune import adapters, losses, training_step
 from lora_finetune.command_line import UserError
 
 import mlx.core as mx
@@ -86,7 +85,7 @@ def train(model: nn.Module, steps: int = 2) -> list[float]:
     """
     loss = losses.make_loss(model)
     model.train()
-    step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 1e-3, {}))
+    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 1e-3, {}))
     totals = [step([(TOKENS, IS_TARGET)]).compute()[0] for _ in range(steps)]
     return [*totals, loss(model, TOKENS, IS_TARGET)[0].item()]
 
@@ -187,7 +186,7 @@ def test_what_mlx_cannot_train_is_reported(name: str):
     model = build(name)
     adapt(model)
     mx.enable_compile()
-    gradients_of = train_lora.make_gradients(model, losses.loss)
+    gradients_of = training_step.make_gradients(model, losses.loss)
     with pytest.raises(UserError, match="cannot be trained"):
         gradients_of(TOKENS, IS_TARGET)
 
@@ -211,7 +210,7 @@ def test_the_step_compiles(name: str):
 
     model.__class__ = Counting
     mx.enable_compile()
-    gradients_of = train_lora.make_gradients(model, losses.loss)
+    gradients_of = training_step.make_gradients(model, losses.loss)
     for _ in range(3):  # kimi_k3 is traced twice: its first run adds arrays to its state
         gradients_of(TOKENS, IS_TARGET)
     assert (len(calls) < 3) == (name not in NOT_COMPILED)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import models
-import train_lora
-from lora_finetune import attention, fast_exp, losses
+from lora_finetune import activations, attention, losses, training_step
 from lora_finetune.losses import Loss
 from test_architectures import ADAPTED, IS_TARGET, TOKENS, adapt, build
 
@@ -17,7 +16,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import activations, switch_layers
+from mlx_lm.models import activations as mlx_activations
+from mlx_lm.models import switch_layers
 
 # --- exp ----------------------------------------------------------------------------------------
 
@@ -25,22 +25,22 @@ from mlx_lm.models import activations, switch_layers
 @pytest.fixture
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast exp, for this test alone."""
-    places = [(fast_exp, "in_place"), (nn, "silu"), (nn, "gelu_approx")]
-    places += [(activations, "swiglu"), (switch_layers, "swiglu")]
+    places = [(activations, "in_place"), (nn, "silu"), (nn, "gelu_approx")]
+    places += [(mlx_activations, "swiglu"), (switch_layers, "swiglu")]
     for place, name in places:
         monkeypatch.setattr(place, name, getattr(place, name))
-    fast_exp.put_in_place(slow_exp=True)
+    activations.put_in_place(slow_exp=True)
 
 
 def test_exp_is_right_to_two_parts_in_ten_million(in_place: None) -> None:
     x = np.linspace(-87, 88, 2_000_001, dtype=np.float32)
     exact = np.exp(x.astype(np.float64))
-    assert np.abs(np.array(fast_exp.exp(mx.array(x)), np.float64) / exact - 1).max() < 2e-7
+    assert np.abs(np.array(activations.exp(mx.array(x)), np.float64) / exact - 1).max() < 2e-7
 
 
 def test_exp_of_what_float32_cannot_hold_is_next_to_nothing_or_huge(in_place: None) -> None:
     x = mx.array([-math.inf, -1e30, -100, 0, 100, 1e30, math.inf, math.nan])
-    found = fast_exp.exp(x).tolist()
+    found = activations.exp(x).tolist()
     assert all(0 <= value < 2e-38 for value in found[:3])
     assert found[3] == 1
     assert all(value > 1e38 for value in found[4:7])
@@ -51,7 +51,7 @@ def test_the_log_sum_exp_is_that_of_mlx(in_place: None) -> None:
     x = mx.random.normal((50, 3000)) * 10
     x[0, 0] = 1e4
     expected = mx.logsumexp(x, axis=-1)
-    np.testing.assert_allclose(fast_exp.log_sum_exp(x), expected, rtol=2e-7, atol=2e-6)
+    np.testing.assert_allclose(activations.log_sum_exp(x), expected, rtol=2e-7, atol=2e-6)
 
 
 @pytest.mark.parametrize(("device", "slow_exp"), [(mx.cpu, True), (mx.cpu, False), (mx.gpu, False)])
@@ -59,7 +59,7 @@ def test_the_gated_unit_and_its_gradients_are_those_of_mlx(
     in_place: None, monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType, slow_exp: bool
 ) -> None:
     """As it is computed on a GPU, too."""
-    monkeypatch.setattr(fast_exp, "in_place", slow_exp)
+    monkeypatch.setattr(activations, "in_place", slow_exp)
     monkeypatch.setattr(mx, "default_device", lambda: device)
     gate, x, weight = (mx.random.normal((40, 30)) * 4 for _ in range(3))
 
@@ -67,19 +67,19 @@ def test_the_gated_unit_and_its_gradients_are_those_of_mlx(
         return (gate * mx.sigmoid(gate) * x * weight).sum()
 
     def fast(gate: mx.array, x: mx.array) -> mx.array:
-        return (fast_exp.swiglu(gate, x) * weight).sum()
+        return (activations.swiglu(gate, x) * weight).sum()
 
     np.testing.assert_allclose(
-        fast_exp.swiglu(gate, x), gate * mx.sigmoid(gate) * x, rtol=2e-6, atol=1e-6
+        activations.swiglu(gate, x), gate * mx.sigmoid(gate) * x, rtol=2e-6, atol=1e-6
     )
     for a, b in zip(*(mx.grad(f, argnums=(0, 1))(gate, x) for f in (plain, fast)), strict=True):
         np.testing.assert_allclose(b, a, rtol=2e-6, atol=2e-5)
 
 
 ACTIVATIONS = {
-    "silu": (fast_exp.silu, lambda x: x / (1 + np.exp(-x))),
+    "silu": (activations.silu, lambda x: x / (1 + np.exp(-x))),
     "gelu_approx": (
-        fast_exp.gelu_approx,
+        activations.gelu_approx,
         lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     ),
 }
@@ -90,7 +90,7 @@ ACTIVATIONS = {
 def test_an_activation_and_its_gradient_are_those_of_the_formula(
     in_place: None, monkeypatch: pytest.MonkeyPatch, name: str, slow_exp: bool
 ) -> None:
-    monkeypatch.setattr(fast_exp, "in_place", slow_exp)
+    monkeypatch.setattr(activations, "in_place", slow_exp)
     function, formula = ACTIVATIONS[name]
     x = np.concatenate([np.linspace(-200, 200, 4001), np.linspace(-6, 6, 4001)])
     gradient = (formula(x + 1e-5) - formula(x - 1e-5)) / 2e-5
@@ -107,7 +107,7 @@ def test_an_activation_keeps_its_input_only() -> None:
 
         def in_a_row(x: mx.array, number: int = number) -> mx.array:
             for _ in range(number):
-                x = fast_exp.gelu_approx(x * 1.1)
+                x = activations.gelu_approx(x * 1.1)
             return x.sum()
 
         mx.eval(x)
@@ -152,7 +152,7 @@ def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
     mask: Callable[[], object],
     has_sinks: bool,
 ) -> None:
-    monkeypatch.setattr(fast_exp, "in_place", slow_exp)
+    monkeypatch.setattr(activations, "in_place", slow_exp)
     monkeypatch.setattr(attention, "BLOCK", block)  # 64: a text shorter than a block
     monkeypatch.setattr(attention, "ON_CUDA", on_cuda)
     mx.random.seed(0)
@@ -322,7 +322,7 @@ def test_by_pieces_fifty_steps_end_where_the_plain_ones_do(small_pieces: None, n
         loss = make_loss(model)
         adapt(model)
         model.train()
-        step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 3e-4, {}))
+        step = training_step.make_step(model, loss, training_step.make_optimizer(model, 3e-4, {}))
         batch = [(np.array(TOKENS), np.array(IS_TARGET))]
         with nullcontext() if loss is losses.loss else attention.by_blocks():
             ends.append([step(batch).compute()[0] for _ in range(50)])

@@ -15,7 +15,7 @@ import models
 import tiny
 import train_lora
 from conftest import Run, listing
-from lora_finetune import adapters, checkpoint, dataset, frozen_prefix, losses
+from lora_finetune import adapters, checkpoint, dataset, frozen_prefix, losses, training_step
 from test_survival import wait_for
 
 import mlx.core as mx
@@ -79,7 +79,7 @@ def train(
 ) -> Iterator[float]:
     """The loss of each step of a few epochs, and of a validation after each epoch."""
     model.train()
-    step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 1e-3, {}))
+    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 1e-3, {}))
     batches = dataset.training_batches(examples["train"], BATCH_SIZE, 0, 0, parts)
     for _ in range(EPOCHS):
         for batch in itertools.islice(batches, math.ceil(len(examples["train"]) / BATCH_SIZE)):

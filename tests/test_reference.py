@@ -6,8 +6,7 @@ reference/make_reference.py says where the values come from; no PyTorch is neede
 from pathlib import Path
 
 import models
-import train_lora
-from lora_finetune import losses
+from lora_finetune import losses, training_step
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -97,7 +96,9 @@ def test_the_masked_loss_is_the_mean_over_the_answers_by_hand(reference):
 def test_three_steps_of_training_are_adam_without_bias_correction(reference):
     """m and v are the moving averages of g and g²; a step is rate · m / (√v + ε)."""
     model, arrays = reference
-    step = train_lora.make_step(model, losses.loss, train_lora.make_optimizer(model, 1e-3, {}))
+    step = training_step.make_step(
+        model, losses.loss, training_step.make_optimizer(model, 1e-3, {})
+    )
     expected = parameters(model)
     m, v = ({name: np.zeros_like(array) for name, array in expected.items()} for _ in "mv")
     for _ in range(3):

@@ -35,8 +35,15 @@ ENVIRONMENT = dict(os.environ)  # as it is before this program sets anything of 
 
 import models  # noqa: E402, F401
 import tiny  # noqa: E402
-import train_lora  # noqa: E402
-from lora_finetune import adapters, attention, dataset, fast_exp, frozen_prefix, losses  # noqa: E402
+from lora_finetune import (  # noqa: E402
+    activations,
+    adapters,
+    attention,
+    dataset,
+    frozen_prefix,
+    losses,
+    training_step,
+)
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -240,7 +247,7 @@ def step_peak(model: nn.Module, rows: int, width: int) -> float:
     if prefix := frozen_prefix.find(model):
         loss, examples = prefix.loss(loss), prefix.examples(examples)
     model.train()
-    step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 2e-5, {}))
+    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 2e-5, {}))
     for _ in range(2):
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -250,7 +257,7 @@ def step_peak(model: nn.Module, rows: int, width: int) -> float:
 
 def measure_memory(small: dict) -> None:
     """Peaks of steps on texts of 512 tokens, 16 layers adapted."""
-    fast_exp.put_in_place(slow_exp=False)
+    activations.put_in_place(slow_exp=False)
     width = 17 if small else 513
     for name, config in SHAPES.items():
         for bits in (4, 8, 16):

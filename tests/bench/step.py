@@ -55,21 +55,20 @@ def plain_steps(folder: Path) -> Steps:
 def our_steps(folder: Path) -> Steps:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import models
-    import train_lora
-    from lora_finetune import adapters, attention, fast_exp, losses
+    from lora_finetune import activations, adapters, attention, losses, training_step
 
-    fast_exp.put_in_place(slow_exp=False)
+    activations.put_in_place(slow_exp=False)
     model, _ = models.load_as_stored(folder)
     adapters.adapt(model, {}, None, len(model.layers))
     loss = losses.make_loss(model)
     model.train()
-    step = train_lora.make_step(model, loss, train_lora.make_optimizer(model, 2e-5, {}))
+    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 2e-5, {}))
 
     def steps(tokens: np.ndarray, number: int) -> None:
         is_target = np.arange(tokens.shape[1])[None].repeat(len(tokens), 0) > 0
         with attention.by_blocks():
             batches = iter([[(tokens, is_target)]] * number)
-            for _ in train_lora.run_steps(step, batches, ahead=True):
+            for _ in training_step.run_steps(step, batches, ahead=True):
                 pass
 
     return steps

@@ -1,4 +1,4 @@
-"""Activations that keep little, and exp on a Linux CPU, which takes 40 multiplications in MLX.
+"""Activations and softmax that keep little, and an exp for Linux CPUs, where MLX's is slow.
 
 Import this before mlx_lm: it compiles some functions of its models when it is imported.
 """
@@ -182,9 +182,10 @@ def put_in_place(slow_exp: bool) -> None:
         slow_exp: whether MLX's exp is the slow one of a Linux CPU. Where MLX does not compile, it
             is none the less faster than this one.
     """
-    from mlx_lm.models import activations, switch_layers
+    import mlx_lm.models.activations
+    import mlx_lm.models.switch_layers
 
     global in_place
     in_place = slow_exp
-    activations.swiglu = switch_layers.swiglu = swiglu
+    mlx_lm.models.activations.swiglu = mlx_lm.models.switch_layers.swiglu = swiglu
     nn.silu, nn.gelu_approx = silu, gelu_approx

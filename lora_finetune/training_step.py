@@ -1,0 +1,235 @@
+"""One step of training, steps one after the other, and how much of a batch fits into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import models
+from lora_finetune import dataset, memory
+from lora_finetune.command_line import UserError, first_line, hint_if_slow, warn
+from lora_finetune.distributed import ALONE, Group
+from lora_finetune.losses import Loss
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, saved: dict[str, np.ndarray]
+) -> optim.Adam:
+    """Adam for the model's trainable parameters, with the moments and the step that were saved.
+
+    It is MLX's own as it comes, without bias correction, as in mlx-examples and mlx_lm.lora: the
+    default learning rate and recipes for MLX are made for it.
+
+    Args:
+        saved: as MLX names them; parameters without moments start fresh.
+    """
+    optimizer = optim.Adam(learning_rate)
+    optimizer.init(model.trainable_parameters())
+    state = dict(tree_flatten(optimizer.state))
+    known = saved.keys() & state.keys() - {"learning_rate"}
+    state |= {name: mx.array(saved[name]) for name in known}
+    optimizer.state = tree_unflatten(list(state.items()))
+    return optimizer
+
+
+class LazyStep(NamedTuple):
+    """What a step makes, as arrays that MLX need not have computed yet.
+
+    Attributes:
+        total: the sum of the loss.
+        num_targets: of the batch.
+        parameter_sum: of all updated parameters, finite only if each gradient and parameter is.
+        changed: the updated parameters and the optimizer's state.
+        undo: gives the model and the optimizer back what they held before.
+    """
+
+    total: mx.array
+    num_targets: int
+    parameter_sum: mx.array
+    changed: list[mx.array]
+    undo: Callable[[], None]
+
+    def compute(self) -> tuple[float, int, float]:
+        """The sum of the loss, the number of targets, and the sum of all updated parameters.
+
+        Raises:
+            RuntimeError, MemoryError: MLX's, where the device fails.
+        """
+        mx.eval(self.total, self.parameter_sum, self.changed)
+        return self.total.item(), self.num_targets, self.parameter_sum.item()
+
+
+def make_step(
+    model: nn.Module, loss: Loss, optimizer: optim.Optimizer, group: Group = ALONE
+) -> Callable[[list[dataset.Batch]], LazyStep]:
+    """A step that updates the model's trainable parameters on one batch, given in parts.
+
+    The gradients of the sum of the loss are added over the parts, and over the processes, and
+    divided by the batch's targets: memory is needed for one part only, and the sum is the same to
+    rounding.
+
+    Returns:
+        The step, which takes this process's share of a batch. Model and optimizer hold then what it
+        will make. What `LazyStep.compute` raises, the step can raise too, after undoing itself. The
+        copies for this take the memory of parameters and moments once more.
+    """
+    gradients_of, update = make_gradients(model, loss), make_update(optimizer)
+
+    def step(batch: list[dataset.Batch]) -> LazyStep:
+        before, moments = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
+
+        def undo() -> None:
+            model.update(before)
+            optimizer.state.update(moments)
+
+        num_targets = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
+        try:
+            if batch:
+                sums = gradients_of(*batch[0])
+            else:  # a share without texts
+                sums = tree_map(mx.zeros_like, (mx.array(0.0), before))
+            for part in batch[1:]:
+                mx.eval(sums)
+                sums = tree_map(mx.add, sums, gradients_of(*part))
+            total, gradients, num_targets = group.sum(*sums, num_targets)
+            parameters, parameter_sum = update(before, gradients, mx.array(max(num_targets, 1)))
+        except memory.FAILURES:
+            undo()
+            raise
+        model.update(parameters)
+        changed = [array for _, array in tree_flatten([parameters, optimizer.state])]
+        return LazyStep(total, num_targets, parameter_sum, changed, undo)
+
+    return step
+
+
+def run_steps(
+    step: Callable[[list[dataset.Batch]], LazyStep],
+    batches: Iterator[list[dataset.Batch]],
+    ahead: bool,
+) -> Iterator[tuple[float, int, float]]:
+    """What `LazyStep.compute` returns of a step on each batch.
+
+    What is not asked for before this ends is undone, and what the device fails in.
+
+    Args:
+        ahead: whether MLX is given the next step before the present one has ended, so that a GPU
+            does not wait for Python. Python prepares it while the GPU has the most to do, between
+            the loss and the gradients.
+    """
+
+    def prepare() -> LazyStep | None:
+        return next(map(step, batches), None)
+
+    present = prepare()
+    try:
+        while present:
+            mx.async_eval(present.total)
+            following = prepare() if ahead else None
+            mx.async_eval(present.parameter_sum, present.changed)
+            if following:
+                mx.async_eval(following.total)
+            numbers = present.compute()
+            present = following
+            yield numbers
+            present = present or prepare()
+    finally:
+        if present:
+            present.undo()
+
+
+def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array, dict]]:
+    """The sum of the loss over (part of) a batch, and its gradients, compiled.
+
+    What it returns raises UserError where MLX has no gradient of something in the model.
+    """
+    function, state = nn.value_and_grad(model, lambda *batch: loss(model, *batch)[0]), [model.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def compiled(*batch: mx.array) -> tuple:
+        try:
+            return function(*batch)
+        except ValueError:  # raised from here, it would leave MLX's placeholders in the state
+            return ()
+
+    def gradients_of(*batch: np.ndarray) -> tuple[mx.array, dict]:
+        try:
+            # Data-dependent control flow (dbrx reads its router's choice) cannot be compiled.
+            return compiled(*map(mx.array, batch)) or function(*map(mx.array, batch))
+        except ValueError as error:  # of an operation that MLX has no gradient of
+            raise UserError(f"this architecture cannot be trained: {first_line(error)}") from error
+
+    return gradients_of
+
+
+def make_update(optimizer: optim.Optimizer) -> Callable[..., tuple[dict, mx.array]]:
+    """The updated parameters, and their sum, for the gradients of a sum and what divides it."""
+
+    @partial(mx.compile, inputs=[optimizer.state], outputs=[optimizer.state])
+    def update(parameters: dict, gradients: dict, divisor: mx.array) -> tuple[dict, mx.array]:
+        gradients = tree_map(lambda gradient: gradient / divisor, gradients)
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        flat = [parameter.flatten() for _, parameter in tree_flatten(parameters)]
+        return parameters, mx.concatenate(flat).sum()  # a sum each would take CUDA longer
+
+    return update
+
+
+# What a first run on a GPU is waiting for, when nothing is trained yet.
+WAIT = (
+    "trying a step for its memory; on a GPU the first run compiles its kernels, for a minute or two"
+)
+
+
+def fit_memory(
+    model: nn.Module, loss: Loss, examples: dataset.Examples, batch_size: int, parts: int
+) -> int:
+    """In how many parts, at least `parts`, the largest batch fits into memory, by steps undone.
+
+    Where a single text does not fit, the layers keep only their inputs for the backward pass, and
+    compute the rest again.
+
+    Raises:
+        UserError: even so it takes more memory than there is.
+    """
+    longest = np.argsort(examples.lengths, kind="stable")[-batch_size:]
+    before, rows, tokens = model.trainable_parameters(), len(longest), examples.lengths.max()
+    limit = memory.available()
+
+    def try_step(number: int) -> None:
+        step = make_step(model, loss, make_optimizer(model, 0.0, {}))
+        try:
+            step([examples.batch(longest[-number:])]).compute()
+        finally:
+            model.update(before)
+
+    most = -(-rows // parts)
+    with hint_if_slow(WAIT):
+        fitting = memory.number_that_fits(try_step, most, limit)
+    if not fitting:
+        warn(
+            f"a text of {tokens} tokens takes too much memory, so layers are computed "
+            "twice, which is slower"
+        )
+        models.checkpoint_layers(model)
+        fitting = memory.number_that_fits(try_step, most, limit)
+    if not fitting:
+        raise UserError(
+            f"a text of {tokens} tokens takes more memory than the {limit / 1e9:.3g} "
+            "GB there are; lower --max-seq-length or --lora-layers, or take a smaller or a "
+            "quantized model"
+        )
+    if fitting < most:
+        parts = -(-rows // fitting)
+        warn(
+            f"{rows} texts of up to {tokens} tokens do not fit into {limit / 1e9:.3g} "
+            f"GB of memory, so each batch is computed in {parts} parts, with the same result"
+        )
+    return parts
