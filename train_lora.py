@@ -166,6 +166,7 @@ from lora_finetune import (
     outcome,
     prompts,
     run_files,
+    training_step,
 )
 from lora_finetune.distributed import ALONE, Group
 from lora_finetune.losses import Loss
@@ -363,6 +364,7 @@ def training_loop(
     one left undone.
 
     Raises:
+        UserError: a loss, a gradient or a parameter is not finite.
         Interrupted: a signal asked for a stop.
     """
     progress = plan.progress
@@ -403,7 +405,8 @@ def training_loop(
 
         # steps until something is due; what is not finite must never reach a save, so it ends all
         few = islice(batches, next_due(iteration, plan) - iteration)
-        with closing(run_steps(step, few, ahead=group.size == 1)) as results:
+        ahead = training_step.AHEAD and group.size == progress.parts == 1
+        with closing(run_steps(step, few, ahead)) as results:
             start = time.perf_counter()
             for total, num_targets, parameter_sum in results:
                 progress.add_step(total, num_targets, time.perf_counter() - start)

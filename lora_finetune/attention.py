@@ -99,7 +99,8 @@ def attention_by_hand(
     q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: float
 ) -> mx.array:
     """Attention with products, and the exp that is fast on a Linux CPU; the mask is of booleans."""
-    # Written as MLX's gradient of it has it, so that on a GPU one kernel serves both.
+    # Not scale * q, which has the factors in the other order than MLX's gradient of it, so that on
+    # a GPU there would be two kernels to compile.
     scaled = mx.multiply(scale, q)
     return (probabilities(in_groups(scaled, k), k, mask) @ v).reshape(*q.shape[:-1], -1)
 
@@ -147,7 +148,10 @@ def mask_of(mask: str | mx.array, start: int, end: int) -> mx.array:
     """The mask (..., block, keys) of a block of queries; if causal, for the keys up to its end."""
     if isinstance(mask, mx.array):
         return mask[..., start:end, :]
-    return causal_mask(BLOCK, start + BLOCK)[: end - start, :end]
+    blocks = -(-end // BLOCK)
+    keys = BLOCK << (blocks - 1).bit_length()  # few sizes, of which each takes its memory
+    first = keys - BLOCK - start  # what the last block sees, from here on the block at start does
+    return causal_mask(BLOCK, keys)[: end - start, first : first + end]
 
 
 @cache

@@ -167,6 +167,8 @@ class Kept:
         groups: arrays of their indices, no two with a text in common.
         array: bytes of the states of all inputs, text after text: uint8 (inputs, bytes of one).
         dtype: what the bytes are.
+        to_store: numbers of groups, and their states in bytes, that are not in the array yet.
+        is_kept: whether the states of each group are in the array or among those.
     """
 
     def __init__(
@@ -177,18 +179,18 @@ class Kept:
         self.group_of = np.zeros(len(examples), np.int64)
         for number, rows in enumerate(groups):
             self.group_of[rows] = number
-        self.is_computed = np.zeros(len(groups), bool)
-        self.to_store: list[tuple[int, mx.array]] = []  # bytes by number of a group
+        self.is_kept = np.zeros(len(groups), bool)
+        self.to_store: list[tuple[int, mx.array]] = []
         self.starts = np.append(0, np.cumsum(num_inputs(examples, groups)))
 
     def __call__(self, rows: np.ndarray, tokens: np.ndarray) -> mx.array:
         """The states (rows, width − 1, size) of a batch, zero in padding; `rows` are its texts.
 
-        Those of a group that is asked for as a whole, as all are in the first epoch, are not
-        computed yet: they are part of the step, and stored when it has been done.
+        Those of a group that is asked for as a whole, as all are in the first epoch, are left to
+        the step to compute, and stored at a later request.
         """
         numbers = np.unique(self.group_of[rows])
-        missing = numbers[~self.is_computed[numbers]]
+        missing = numbers[~self.is_kept[numbers]]
         if len(missing) == 1 and np.array_equal(rows, self.groups[missing[0]]):
             self.store(all_but=1)
             return self.compute(missing[0]).view(self.dtype)
@@ -202,14 +204,14 @@ class Kept:
         return mx.array(states).view(self.dtype)
 
     def compute(self, number: int) -> mx.array:
-        """The bytes of the states of a group, which are to be stored; not computed yet."""
+        """The bytes of the states of a group, to be stored; MLX has yet to compute them."""
         *_, states = self.examples.batch(self.groups[number])
         self.to_store.append((number, states.view(mx.uint8)))
-        self.is_computed[number] = True
+        self.is_kept[number] = True
         return self.to_store[-1][1]
 
     def store(self, all_but: int = 0) -> None:
-        """Put into the array what is computed for it, but not the last so many."""
+        """Put the states of groups into the array, but not of the last so many."""
         while len(self.to_store) > all_but:
             number, states = self.to_store.pop(0)
             # Of an array that the device failed to compute, NumPy itself would drop the error.

@@ -39,6 +39,10 @@ def make_optimizer(
     return optimizer
 
 
+# Whether steps are begun ahead. A CPU is no faster for it, and would be slower to stop.
+AHEAD = mx.default_device() == mx.gpu
+
+
 class LazyStep(NamedTuple):
     """What a step makes, as arrays that MLX need not have computed yet.
 
@@ -77,8 +81,8 @@ def make_step(
 
     Returns:
         The step, which takes this process's share of a batch. Model and optimizer hold then what it
-        will make. What `LazyStep.compute` raises, the step can raise too, after undoing itself. The
-        copies for this take the memory of parameters and moments once more.
+        will make. What `LazyStep.compute` raises, the step can raise too, after undoing itself. For
+        that, what parameters and moments were before stays in memory.
     """
     gradients_of, update = make_gradients(model, loss), make_update(optimizer)
 
@@ -117,12 +121,13 @@ def run_steps(
 ) -> Iterator[tuple[float, int, float]]:
     """What `LazyStep.compute` returns of a step on each batch.
 
-    What is not asked for before this ends is undone, and what the device fails in.
+    A step in which the device fails, or whose numbers are not asked for, is undone.
 
     Args:
         ahead: whether MLX is given the next step before the present one has ended, so that a GPU
             does not wait for Python. Python prepares it while the GPU has the most to do, between
-            the loss and the gradients.
+            the loss and the gradients. Where a step waits for something in its middle, such as
+            other processes or a part of its batch, there is nothing to gain.
     """
 
     def prepare() -> LazyStep | None:

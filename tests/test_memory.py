@@ -17,7 +17,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import TEXTS, Ended, Run, make_texts, one_error
-from lora_finetune import memory, model_folder
+from lora_finetune import memory, model_folder, training_step
 from lora_finetune.command_line import UserError
 
 import mlx.core as mx
@@ -351,10 +351,12 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return ["--model", folder, "--data", "data", "--adapter-file", "a.npz"]
 
 
+@pytest.mark.parametrize("ahead", [True, False])
 def test_a_device_that_fails_within_a_step_costs_that_step_alone(
-    call: Run, failing: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Run, failing: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
     """The iteration before it is saved, and the run resumed ends as if nothing had happened."""
+    monkeypatch.setattr(training_step, "AHEAD", ahead)
     tiny.write_jsonl(tmp_path / "data", "train", [*make_texts(29, 0), "Z"])
     error = one_error(call(*failing, *SETTINGS), REASON, "--lora-layers", "is saved")
     iteration = int(error.partition("; iteration ")[2].split()[0])

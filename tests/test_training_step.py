@@ -1,10 +1,13 @@
 """Steps that are begun ahead are the same steps; one that fails, or nobody asks for, is undone."""
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import models
 import tiny
+from conftest import Run as CommandLine
 from lora_finetune import losses, training_step
 
 import mlx.core as mx
@@ -107,6 +110,34 @@ def test_where_a_step_cannot_even_be_begun_whole_steps_are_left(one_by_one, ahea
         given.extend(training_step.run_steps(run.step, iter([*batches(3), longer]), ahead))
     assert given == numbers[: 2 if ahead else 3]
     assert_equal(run.state(), states[len(given)])
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_whole_run_ends_in_the_same_files_with_steps_begun_ahead(
+    call: CommandLine, model: Path, data: Path, tmp_path: Path, layers: int,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """With hidden states that are kept, and without."""
+    settings = ["--model", model, "--data", data, "--lora-layers", layers, "--epochs", 3]
+    settings += ["--learning-rate", "1e-2", "--steps-per-report", 5, "--steps-per-eval", 7]
+    for ahead in (True, False):
+        monkeypatch.setattr(training_step, "AHEAD", ahead)
+        file = tmp_path / str(ahead) / "a.npz"
+        file.parent.mkdir()
+        ended = call("--train", *settings, "--save-every", 3, "--adapter-file", file)
+        assert ended.returncode == 0
+    for name in ("a.npz", "a.best.npz"):
+        assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes()
+    log, expected = (losses_in(tmp_path / str(ahead) / "a.log.jsonl") for ahead in (True, False))
+    assert log == expected
+
+
+def losses_in(log: Path) -> list[tuple]:
+    """Of each report the iteration and the losses, without the times."""
+    entries = map(json.loads, log.read_text().splitlines())
+    return [
+        tuple(map(entry.get, ("iter", "train_loss", "val_loss", "tokens"))) for entry in entries
+    ]
 
 
 def test_undone_steps_can_be_done_again(one_by_one):
