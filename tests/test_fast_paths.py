@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import models
-from lora_finetune import activations, attention, losses, training_step
+from lora_finetune import activations, attention, gated_delta, losses, training_step
 from lora_finetune.losses import Loss
 from test_architectures import ADAPTED, IS_TARGET, TOKENS, adapt, build
 
@@ -324,7 +324,10 @@ def test_by_pieces_fifty_steps_end_where_the_plain_ones_do(small_pieces: None, n
         model.train()
         step = training_step.make_step(model, loss, training_step.make_optimizer(model, 3e-4, {}))
         batch = [(np.array(TOKENS), np.array(IS_TARGET))]
-        with nullcontext() if loss is losses.loss else attention.by_blocks():
+        with ExitStack() as stack:
+            if loss is not losses.loss:
+                stack.enter_context(attention.by_blocks())
+                stack.enter_context(gated_delta.by_chunks())
             ends.append([step(batch).compute()[0] for _ in range(50)])
     assert ends[1] == pytest.approx(ends[0], 1e-4)
     assert ends[0][-1] < 0.9 * ends[0][0]
