@@ -159,13 +159,13 @@ from lora_finetune import (
     distributed,
     export,
     frozen_prefix,
-    gated_delta,
     linux_cpu,
     losses,
     memory,
     model_folder,
     outcome,
     prompts,
+    recurrences,
     run_files,
     training_step,
 )
@@ -639,7 +639,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
     warn_beyond_context(examples, asked, model_folder.context_length(folder))
     if group.size > 1:
         group.compare(to_compare(args, plan, model, examples, fingerprints))
-    with attention.by_blocks(), gated_delta.by_chunks():
+    with attention.by_blocks(), recurrences.by_chunks():
         if args.train:
             plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
             train(model, loss, examples, plan, group)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 
 import models
-from lora_finetune import activations, attention, gated_delta, losses, training_step
+from lora_finetune import activations, attention, losses, recurrences, training_step
 from lora_finetune.losses import Loss
 from test_architectures import ADAPTED, IS_TARGET, TOKENS, adapt, build
 
@@ -327,7 +327,7 @@ def test_by_pieces_fifty_steps_end_where_the_plain_ones_do(small_pieces: None, n
         with ExitStack() as stack:
             if loss is not losses.loss:
                 stack.enter_context(attention.by_blocks())
-                stack.enter_context(gated_delta.by_chunks())
+                stack.enter_context(recurrences.by_chunks())
             ends.append([step(batch).compute()[0] for _ in range(50)])
     assert ends[1] == pytest.approx(ends[0], 1e-4)
     assert ends[0][-1] < 0.9 * ends[0][0]
