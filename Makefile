@@ -25,6 +25,7 @@ bench: .venv/installed
 	$(BIN)/python tests/bench/cpu.py
 	$(BIN)/python tests/bench/cpu.py --epochs 3
 	$(BIN)/python tests/bench/cpu.py --vocabulary
+	$(BIN)/python tests/bench/cpu.py --hybrid
 	$(BIN)/python tests/bench/prepare.py
 	$(BIN)/python tests/bench/tokenizing.py
 

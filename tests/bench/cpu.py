@@ -1,12 +1,14 @@
 """Whole runs on a CPU beside mlx_lm.lora and PyTorch + PEFT, in turn, in float32.
 
-    python tests/bench/cpu.py [--epochs 1] [--rounds 2] [--vocabulary] [--peft PYTHON]
+    python tests/bench/cpu.py [--epochs 1] [--rounds 2] [--vocabulary | --hybrid] [--peft PYTHON]
 
 All adapt the query and value projections of the last 16 layers of the demo model with rank 8, on
 160 questions of the shipped set in batches of 4, and validate on 20 before and after. With
 --vocabulary: a random model of Gemma 3 270M's shape (262,144 tokens), 20 batches of 2 texts of 136
-tokens. --peft: the Python of an environment with torch, transformers and peft. mlx_lm.lora has the
-same BLAS. Seconds are of the whole process, and memory is the most that it held.
+tokens. With --hybrid: a random model of four of Qwen3-Next's layers, three of them with the gated
+delta rule, narrower and without experts, 8 texts of 512 tokens one by one. --peft: the Python of an
+environment with torch, transformers and peft. mlx_lm.lora has the same BLAS. Seconds are of the
+whole process, and memory is the most that it held.
 """
 
 from __future__ import annotations
@@ -44,6 +46,32 @@ GEMMA_270M = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 32_768,
 }
+QWEN3_NEXT = {
+    "model_type": "qwen3_next",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "full_attention_interval": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "mlp_only_layers": [0, 1, 2, 3],
+    "num_experts": 0,
+    "num_experts_per_tok": 0,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 0,
+    "shared_expert_intermediate_size": 0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e7,
+    "partial_rotary_factor": 0.25,
+    "vocab_size": 320,
+    "max_position_embeddings": 32_768,
+}
 MLX_LM_LORA = "from lora_finetune import linux_cpu; from mlx_lm.lora import main; main()"
 
 
@@ -52,18 +80,22 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--vocabulary", action="store_true")
+    parser.add_argument("--hybrid", action="store_true")
     parser.add_argument("--peft", metavar="PYTHON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         # In a process of its own: Linux counts what a parent holds as its child's at the start.
-        make = make_vocabulary if args.vocabulary else make_questions
+        make, batch_size, layers = make_questions, 4, 16
+        if args.vocabulary:
+            make, batch_size, layers = make_vocabulary, 2, 18
+        elif args.hybrid:
+            make, batch_size, layers = make_hybrid, 1, 4
         process = multiprocessing.get_context("spawn").Process(target=make, args=(work,))
         process.start()
         process.join()
         if process.exitcode:
             raise SystemExit("the model and the texts could not be made")
-        batch_size, layers = (2, 18) if args.vocabulary else (4, 16)
         compare(contenders(work, batch_size, layers, args.epochs, args.peft), args.rounds)
 
 
@@ -98,6 +130,16 @@ def make_vocabulary(work: Path) -> None:
     tiny.write_jsonl(work / "data", "valid", texts[40:])
 
 
+def make_hybrid(work: Path) -> None:
+    """The random hybrid, and random texts."""
+    import tiny
+
+    tiny.write_model(work / "model", tiny.build_model(QWEN3_NEXT), QWEN3_NEXT)
+    texts = list(random_texts(10, 511))
+    tiny.write_jsonl(work / "data", "train", texts[:8])
+    tiny.write_jsonl(work / "data", "valid", texts[8:])
+
+
 def questions() -> Iterator[str]:
     for file in sorted((ROOT / "data" / "korean_textbooks_qa").glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -118,7 +160,7 @@ def contenders(
     iters = epochs * number // batch_size
     (work / "config.yaml").write_text(
         "lora_parameters: {rank: 8, scale: 20.0, dropout: 0.0, "
-        "keys: [self_attn.q_proj, self_attn.v_proj]}\n"
+        "keys: [self_attn.q_proj, self_attn.v_proj, linear_attn.in_proj_qkvz]}\n"
     )
     shared = ["--train", "--model", str(work / "model"), "--data", str(work / "data")]
     shared += ["--batch-size", str(batch_size), "--iters", str(iters), "--learning-rate", "2e-5"]
