@@ -13,14 +13,7 @@ from lora_finetune.activations import exp
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import (
-    bailing_hybrid,
-    bailing_moe_linear,
-    gated_delta,
-    jamba,
-    recurrent_gemma,
-    ssm,
-)
+from mlx_lm.models import gated_delta, ssm
 
 Result = tuple[mx.array, mx.array]  # what a recurrence puts out, and its state after it
 
@@ -240,7 +233,7 @@ def rnn_scan_in_pieces(x: mx.array, a: mx.array, h0: mx.array | None) -> Result:
 
 
 def jamba_ssm_in_pieces(
-    self: jamba.JambaMambaMixer, x: mx.array, a: mx.array, state: mx.array | None = None
+    self: nn.Module, x: mx.array, a: mx.array, state: mx.array | None = None
 ) -> Result:
     """As the method ssm_step of Jamba's mixer: the state space model of Mamba, in float32.
 
@@ -265,23 +258,25 @@ def jamba_ssm_in_pieces(
 
 # --- In the place of mlx-lm's -------------------------------------------------------------------
 
-REPLACED = [
-    (gated_delta, "gated_delta_ops", gated_delta_by_chunks),
-    (bailing_moe_linear, "recurrent_gla", bailing_hybrid.recurrent_gla),  # the same, by chunks
-    (ssm, "ssm_attn", ssm_in_pieces),
-    (recurrent_gemma, "rnn_scan", rnn_scan_in_pieces),
-    (jamba.JambaMambaMixer, "ssm_step", jamba_ssm_in_pieces),
-]
-
 
 @contextmanager
 def by_chunks() -> Iterator[None]:
     """While it lasts, models go through their recurrences by chunks."""
-    originals = [getattr(owner, name) for owner, name, _ in REPLACED]
-    for owner, name, function in REPLACED:
+    # Not above: activations have to be in place before a model's module is imported.
+    from mlx_lm.models import bailing_hybrid, bailing_moe_linear, jamba, recurrent_gemma
+
+    replacements = [
+        (gated_delta, "gated_delta_ops", gated_delta_by_chunks),
+        (bailing_moe_linear, "recurrent_gla", bailing_hybrid.recurrent_gla),  # the same, by chunks
+        (ssm, "ssm_attn", ssm_in_pieces),
+        (recurrent_gemma, "rnn_scan", rnn_scan_in_pieces),
+        (jamba.JambaMambaMixer, "ssm_step", jamba_ssm_in_pieces),
+    ]
+    originals = [getattr(owner, name) for owner, name, _ in replacements]
+    for owner, name, function in replacements:
         setattr(owner, name, function)
     try:
         yield
     finally:
-        for (owner, name, _), original in zip(REPLACED, originals, strict=True):
+        for (owner, name, _), original in zip(replacements, originals, strict=True):
             setattr(owner, name, original)

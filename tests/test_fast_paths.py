@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 
 import models
+from conftest import ROOT
 from lora_finetune import activations, attention, losses, recurrences, training_step
 from lora_finetune.losses import Loss
 from test_architectures import ADAPTED, IS_TARGET, TOKENS, adapt, build
@@ -116,6 +119,20 @@ def test_an_activation_keeps_its_input_only() -> None:
         mx.eval(mx.compile(mx.grad(in_a_row))(x))
         peaks.append((mx.get_peak_memory() - before) / x.nbytes)
     assert peaks[1] - peaks[0] < 40  # MLX's own keeps eighty
+
+
+def test_no_architecture_is_imported_before_these_are_in_place() -> None:
+    """It would go on with MLX's own: each of mlx-lm's modules takes what is there at its import."""
+    code = (
+        "import sys, train_lora; from lora_finetune import activations as ours, recurrences; "
+        "ours.put_in_place(slow_exp=False)\n"
+        "with recurrences.by_chunks(): modules = dict(sys.modules)\n"
+        "others = [n for n, m in modules.items() if n.startswith('mlx_lm.models.')"
+        " and getattr(m, 'swiglu', ours.swiglu) is not ours.swiglu]\n"
+        "sys.exit(str(others) if others else 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 # --- Attention by blocks ------------------------------------------------------------------------

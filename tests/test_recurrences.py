@@ -179,4 +179,8 @@ def test_a_model_of_this_kind_is_the_same_and_the_loop_is_back_afterwards(name: 
         found = model(tokens)
         mx.eval(found)
     np.testing.assert_allclose(found, expected, atol=1e-4 * mx.abs(expected).max().item())
-    assert not any(getattr(owner, of) is ours for owner, of, ours in recurrences.REPLACED)
+    assert recurrences.gated_delta.gated_delta_ops is gated_delta_by_tokens
+    assert recurrences.ssm.ssm_attn is recurrences.whole_ssm
+    assert jamba.JambaMambaMixer.ssm_step is not recurrences.jamba_ssm_in_pieces
+    assert recurrent_gemma.rnn_scan is not recurrences.rnn_scan_in_pieces
+    assert bailing_moe_linear.recurrent_gla is not bailing_hybrid.recurrent_gla
