@@ -1,7 +1,7 @@
 """The recurrences of hybrids such as Qwen3.5 and Falcon-H1, for one chunk of a text after another.
 
-mlx-lm trains most of them through a loop over tokens, which keeps several states of a layer for
-each, and for each makes gradients as large as those of the whole text, out of which it slices them.
+All but Mamba 2 are loops over tokens in mlx-lm. To train, these keep several states of a layer for
+each token, and where a token is sliced out of a text, its gradient is as large as the whole text's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlx_lm.models import gated_delta, ssm
 Result = tuple[mx.array, mx.array]  # what a recurrence puts out, and its state after it
 
 CHUNK = 64  # tokens, a power of two
-LEAST_G = 1e-20  # a state of which less is left is gone in float32; below, g is taken for this
+LEAST_G = 1e-20  # a smaller g is taken for this, and has no gradient: in float32 all is forgotten
 
 gated_delta_by_tokens, whole_ssm = gated_delta.gated_delta_ops, ssm.ssm_attn
 
@@ -35,13 +35,16 @@ def gated_delta_by_chunks(
     state: mx.array | None = None,
     mask: mx.array | None = None,
 ) -> Result:
-    """As mlx_lm.models.gated_delta.gated_delta_ops, in float32.
+    """As mlx_lm.models.gated_delta.gated_delta_ops, to float32 rounding.
+
+    But to 1e-3 where β is near 2 and keys repeat (OLMo hybrids let it), or where a Mac takes its
+    float32 products in TF32; that is still less than bfloat16 rounds q, k and v.
 
     For each head, S_t = g_t S_{t−1} + u_t k_tᵀ, with u_t = β_t (v_t − g_t S_{t−1} k_t), and
     y_t = S_t q_t. Let G_t be the product of a chunk's g up to t, and S the state before it. Then
     the u of the chunk solve (I + A) U = β V − β G K Sᵀ, where A_ti = β_t k_t·k_i G_t / G_i for
-    i < t: once for all states, U = V' − W Sᵀ (the WY form; Yang et al., "Gated Delta Networks",
-    2024).
+    i < t. With (I + A)⁻¹ β V and (I + A)⁻¹ β G K at hand, which need no state, what is left to do
+    in turn is a few products a chunk (the WY form; Yang et al., "Gated Delta Networks", 2024).
 
     Args:
         q, k: (rows, length, heads, key size); values can have more heads, a multiple.
@@ -156,7 +159,10 @@ def in_pieces(
     sequences: list[mx.array],
     same: list[mx.array] = (),
 ) -> Result:
-    """A recurrence for one piece of a text after another; the gradients need one at a time.
+    """A recurrence for one piece of a text after another, each checkpointed.
+
+    Only the states between pieces are kept; for its gradients a piece is computed again, and no two
+    are at the same time, as with mx.checkpoint they would be.
 
     Args:
         function: takes a state or None, a piece of each sequence, and what is the same for all.
@@ -189,7 +195,10 @@ def in_pieces(
 
 
 def pieces(x: mx.array, size: int, axis: int) -> tuple[mx.array, ...]:
-    """An array in pieces along an axis; with MLX's gradient each would be as large as the array."""
+    """An array in pieces along an axis, whose gradients are joined.
+
+    MLX's gradient of a slice is as large as the array, with zeros around it.
+    """
 
     @mx.custom_function
     def split(x: mx.array) -> tuple[mx.array, ...]:
@@ -202,7 +211,7 @@ def pieces(x: mx.array, size: int, axis: int) -> tuple[mx.array, ...]:
     return split(x)
 
 
-# --- Of each number for itself ------------------------------------------------------------------
+# --- Elementwise scans --------------------------------------------------------------------------
 
 
 def linear_scan(a: mx.array, b: mx.array, state: mx.array | None) -> mx.array:
@@ -252,6 +261,7 @@ def jamba_ssm_in_pieces(
     delta = nn.softplus(self.dt_proj(self.dt_layernorm(delta)))
     sequences = [x, delta, self.b_layernorm(b), self.c_layernorm(c)]
     *sequences, a = (array.astype(mx.float32) for array in (*sequences, a))
+    # Of fewer tokens, since each has as many numbers as a state.
     y, state = in_pieces(of_piece, CHUNK // 4, state, sequences, [a])
     return y.astype(x.dtype) + self.D * x, state
 
@@ -267,7 +277,8 @@ def by_chunks() -> Iterator[None]:
 
     replacements = [
         (gated_delta, "gated_delta_ops", gated_delta_by_chunks),
-        (bailing_moe_linear, "recurrent_gla", bailing_hybrid.recurrent_gla),  # the same, by chunks
+        # The same for another architecture, by chunks, with its state in float32.
+        (bailing_moe_linear, "recurrent_gla", bailing_hybrid.recurrent_gla),
         (ssm, "ssm_attn", ssm_in_pieces),
         (recurrent_gemma, "rnn_scan", rnn_scan_in_pieces),
         (jamba.JambaMambaMixer, "ssm_step", jamba_ssm_in_pieces),
