@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -347,11 +348,11 @@ def test_a_folder_of_mlx_lm_is_taken_with_its_scale(
         config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": scale}}
         Path(folder, "adapter_config.json").write_text(json.dumps(config))
     test = [*args[:4], "--test"]
-    lines = {
-        call(*test, "--adapter-file", file).stdout.splitlines()[-1]
+    perplexities = [
+        float(re.search(r"Test ppl (.*)\.\n", call(*test, "--adapter-file", file).stdout)[1])
         for file in ("a.npz", "twenty", "two", "two/adapters.safetensors")
-    }
-    assert len(lines) == 1 and "Test loss" in lines.pop()
+    ]
+    assert perplexities == pytest.approx(perplexities[:1] * 4, 1e-5)
 
 
 @pytest.mark.parametrize(
