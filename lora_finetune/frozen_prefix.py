@@ -206,9 +206,10 @@ class Kept:
     def compute(self, number: int) -> mx.array:
         """The bytes of the states of a group, to be stored; MLX has yet to compute them."""
         *_, states = self.examples.batch(self.groups[number])
-        self.to_store.append((number, states.view(mx.uint8)))
+        states = states.view(mx.uint8)
+        self.to_store.append((number, states))
         self.is_kept[number] = True
-        return self.to_store[-1][1]
+        return states
 
     def store(self, all_but: int = 0) -> None:
         """Put the states of groups into the array, but not of the last so many."""

@@ -218,7 +218,7 @@ def linear_scan(a: mx.array, b: mx.array, state: mx.array | None) -> mx.array:
     """h_t = a_t h_{t−1} + b_t for all t of axis 1, from h_{−1}, by doubling what is summed up.
 
     Args:
-        a, b: (rows, length, …); a of the same shape or one that is broadcast.
+        a, b: (rows, length, …), of one shape.
         state: h_{−1} (rows, …), 0 if None.
     """
     reach = 1

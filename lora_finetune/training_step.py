@@ -205,15 +205,15 @@ def fit_memory(
         UserError: even so it takes more memory than there is.
     """
     longest = np.argsort(examples.lengths, kind="stable")[-batch_size:]
-    before, rows, tokens = model.trainable_parameters(), len(longest), examples.lengths.max()
-    limit = memory.available()
+    rows, tokens, limit = len(longest), examples.lengths.max(), memory.available()
 
     def try_step(number: int) -> None:
         step = make_step(model, loss, make_optimizer(model, 0.0, {}))
+        tried = step([examples.batch(longest[-number:])])
         try:
-            step([examples.batch(longest[-number:])]).compute()
+            tried.compute()
         finally:
-            model.update(before)
+            tried.undo()
 
     most = -(-rows // parts)
     with hint_if_slow(WAIT):

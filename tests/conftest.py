@@ -108,6 +108,8 @@ def call(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
     return call
 
 
+PERPLEXITY = re.compile(r"ppl ([\d.]+)\.\n")  # on the test set, in what a program wrote
+
 # How the last lines of training begin, on stderr.
 OUTCOME = ("Validation loss ", "Ask it: ", "Go on: ", "Export it: ")
 

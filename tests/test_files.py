@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 import background
 import models
 import tiny
-from conftest import ROOT, Run, one_error
+from conftest import PERPLEXITY, ROOT, Run, one_error
 from lora_finetune import adapters, run_files
 from lora_finetune.checkpoint import Progress
 from test_survival import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
@@ -349,7 +348,7 @@ def test_a_folder_of_mlx_lm_is_taken_with_its_scale(
         Path(folder, "adapter_config.json").write_text(json.dumps(config))
     test = [*args[:4], "--test"]
     perplexities = [
-        float(re.search(r"Test ppl (.*)\.\n", call(*test, "--adapter-file", file).stdout)[1])
+        float(PERPLEXITY.search(call(*test, "--adapter-file", file).stdout)[1])
         for file in ("a.npz", "twenty", "two", "two/adapters.safetensors")
     ]
     assert perplexities == pytest.approx(perplexities[:1] * 4, 1e-5)

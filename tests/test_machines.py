@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 
 import tiny
-from conftest import ROOT, Run, one_error
+from conftest import PERPLEXITY, ROOT, Run, one_error
 from lora_finetune import files
 from lora_finetune.check_platform import unsupported_reason
 
@@ -42,10 +41,9 @@ def test_testing_and_generating_need_no_file_to_be_written(
         f"warning: the log {tmp_path / 'a.log.jsonl'} cannot be written: File too large\n"
     )
     usual = run(*args)
-    perplexity = re.compile(r"ppl ([\d.]+)\.\n")
-    found = [float(perplexity.search(e.stdout)[1]) for e in (ended, usual)]
+    found = [float(PERPLEXITY.search(e.stdout)[1]) for e in (ended, usual)]
     assert found[0] == pytest.approx(found[1], 1e-5)  # computed another way, where nothing compiles
-    printed = [perplexity.sub("", e.stdout).split("=====")[0] for e in (ended, usual)]
+    printed = [PERPLEXITY.sub("", e.stdout).split("=====")[0] for e in (ended, usual)]
     assert printed[0] == printed[1]
 
 
