@@ -209,9 +209,13 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     Of x no copy in float32 is kept for the gradients.
     """
 
+    def scaled_product(x: mx.array, y: mx.array) -> mx.array:
+        # Multiplied by the scale on its own, it would be a kernel to compile on a GPU.
+        return mx.addmm(mx.zeros(y.shape[1]), x, y, alpha=scale)
+
     @mx.custom_function
     def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        z = scale * (x.astype(a.dtype) @ a)  # scaled here, where it has r columns only
+        z = scaled_product(x.astype(a.dtype), a)  # scaled here, where it has r columns only
         return (z @ b).astype(x.dtype), z
 
     @forward.vjp
@@ -219,7 +223,7 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
         (x, a, b), (dy, _), (_, z) = primals, cotangents, outputs
         (x,) = mx.depends([x], [dy])  # else, compiled, the copy of above would be kept
         x, dy, z = (array.flatten(0, -2) for array in (x, dy.astype(a.dtype), z))
-        dz = scale * (dy @ b.T)
+        dz = scaled_product(dy, b.T)
         return (
             (dz @ a.T).reshape(primals[0].shape).astype(x.dtype),
             x.astype(a.dtype).T @ dz,

@@ -172,7 +172,13 @@ from lora_finetune import (
 from lora_finetune.distributed import ALONE, Group
 from lora_finetune.losses import Loss
 from lora_finetune.plan import Plan, check, to_compare
-from lora_finetune.training_step import fit_memory, make_optimizer, make_step, run_steps
+from lora_finetune.training_step import (
+    fit_memory,
+    make_optimizer,
+    make_step,
+    named_state,
+    run_steps,
+)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -479,7 +485,7 @@ def save(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, finished: boo
     """Save the adapter and the state; `finished` says if all that was due at it is done."""
     progress = plan.progress
     progress.finished = finished
-    plan.files.save(model, optimizer.state, progress, plan.settings)
+    plan.files.save(model, named_state(model, optimizer), progress, plan.settings)
     best = checkpoint.best_file(plan.files.adapter)
     line = f"Iter {progress.iteration}: Saved adapter weights to {plan.files.adapter}."
     is_last = progress.iteration == plan.iters or progress.ended_for

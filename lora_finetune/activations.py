@@ -81,33 +81,24 @@ def log_sum_exp(x: mx.array) -> mx.array:
     return most[..., 0] + mx.log(exp(x - most).sum(axis=-1))
 
 
-@mx.custom_function
-def masked_softmax(x: mx.array, mask: mx.array) -> mx.array:
-    """e^x over its sum on the last axis, both over what the mask of booleans lets through."""
-    x = mx.where(mask, x, mx.finfo(x.dtype).min)
+def softmax(x: mx.array) -> mx.array:
+    """e^x over its sum on the last axis."""
     if not is_for(x):
         return mx.softmax(x, axis=-1, precise=True)
     powers = exp(x - mx.max(x, axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-@masked_softmax.vjp
-def masked_softmax_vjp(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
-) -> tuple[mx.array, mx.array]:
-    return softmax_gradient(output, cotangent), mx.zeros_like(primals[1])
-
-
 @mx.compile
-def softmax_gradient(p: mx.array, cotangent: mx.array) -> mx.array:
-    """The gradient to what p is the softmax of: p · (cotangent − Σ p · cotangent).
+def softmax_gradient(p: mx.array, cotangent: mx.array, scale: float) -> mx.array:
+    """The gradient to x where p is the softmax of scale · x: p · (cotangent − Σ p · cotangent).
 
     Of a row with nearly all in one place next to nothing is left, so the sum is of float32, and of
     a p rounded to less it is divided by Σ p, which is 1 no more.
     """
     p32 = p.astype(mx.float32)
     mean = (p32 * cotangent).sum(axis=-1, keepdims=True) / p32.sum(axis=-1, keepdims=True)
-    return (p * (cotangent - mean)).astype(p.dtype)
+    return (p * (cotangent - mean) * scale).astype(p.dtype)
 
 
 def sigmoid(x: mx.array) -> mx.array:

@@ -55,11 +55,16 @@ def attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks, **options
         )
 
-    def block_of(start: int, q: mx.array, k: mx.array, v: mx.array) -> tuple:
+    added = mx.result_type(queries, keys)  # of what a mask adds to the scores
+
+    def block_of(start: int, q: mx.array, k: mx.array, v: mx.array, dtype: mx.Dtype) -> tuple:
         """The queries of a block, the keys and values that they see, and the mask."""
         end = min(start + BLOCK, length)
         seen = length if mask is None or is_array else end
-        block_mask = None if mask is None else mask_of(mask, start, end)
+        block_mask = None if mask is None else mask_of(mask, start, end, dtype)
+        if block_mask is not None and length > BLOCK:
+            # Else, compiled, what is made of the masks of all blocks would be kept for all layers.
+            (block_mask,) = mx.depends([block_mask], [q])
         return q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], block_mask
 
     def attend(q: mx.array, k: mx.array, v: mx.array, block_mask: mx.array | None) -> mx.array:
@@ -67,14 +72,15 @@ def attention(
             return attention_by_hand(q, k, v, block_mask, scale)
         return whole_attention(q, k, v, scale=scale, mask=block_mask, sinks=sinks)
 
+    forward_block = partial(block_of, dtype=added if by_hand else mx.bool_)
     if length <= BLOCK and ON_CUDA:  # the scores of one block are few; computed again, 4 % slower
-        return attend(*block_of(0, queries, keys, values))
+        return attend(*forward_block(0, queries, keys, values))
 
     @mx.custom_function
     def in_turn(*inputs: mx.array) -> mx.array:
-        blocks = [attend(*block_of(0, *inputs))]
+        blocks = [attend(*forward_block(0, *inputs))]
         for start in range(BLOCK, length, BLOCK):
-            blocks.append(attend(*block_of(start, *mx.depends(inputs, blocks[-1:]))))
+            blocks.append(attend(*forward_block(start, *mx.depends(inputs, blocks[-1:]))))
         return mx.concatenate(blocks, axis=2)
 
     @in_turn.vjp
@@ -82,10 +88,12 @@ def attention(
         of_queries, totals, ready = [], [], mx.depends(inputs, [cotangent])
         for start in reversed(range(0, length, BLOCK)):  # the last block is the one to see all keys
             of_block = cotangent[:, :, start : start + BLOCK]
-            *block, block_mask = block_of(start, *ready)
             if sinks is None:
-                found = block_gradients(*block, block_mask, of_block, scale)
+                *block, bias = block_of(start, *ready, dtype=added)
+                p = probabilities(*block[:2], bias, scale)
+                found = gradients_by_hand(p, *block, of_block, scale)
             else:
+                *block, block_mask = forward_block(start, *ready)
                 found = mx.vjp(partial(attend, block_mask=block_mask), block, [of_block])[1]
             of_queries.insert(0, found[0])
             totals = list(map(add_to_first_keys, totals, found[1:])) if totals else found[1:]
@@ -96,37 +104,41 @@ def attention(
 
 
 def attention_by_hand(
-    q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: float
+    q: mx.array, k: mx.array, v: mx.array, bias: mx.array, scale: float
 ) -> mx.array:
-    """Attention with products, and the exp that is fast on a Linux CPU; the mask is of booleans."""
-    # Not scale * q, which has the factors in the other order than MLX's gradient of it, so that on
-    # a GPU there would be two kernels to compile.
-    scaled = mx.multiply(scale, q)
-    return (probabilities(in_groups(scaled, k), k, mask) @ v).reshape(*q.shape[:-1], -1)
+    """Attention with products, and the exp that is fast on a Linux CPU; the softmax is kept."""
+
+    @mx.custom_function
+    def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        p = probabilities(q, k, bias, scale)
+        return (p @ v).reshape(*q.shape[:-1], -1), p
+
+    @forward.vjp
+    def gradients(inputs: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
+        return gradients_by_hand(outputs[1], *inputs, cotangents[0], scale)
+
+    return forward(q, k, v)[0]
 
 
-def probabilities(q: mx.array, k: mx.array, mask: mx.array | None) -> mx.array:
-    """The softmax of the scores under a mask of booleans; queries are scaled and in groups."""
-    scores = q @ k.swapaxes(-1, -2)
-    if mask is None:
-        return mx.softmax(scores, axis=-1, precise=True)
-    by_head = scores.reshape(*scores.shape[:2], -1, *mask.shape[-2:])
-    if mask.ndim > 2:
-        rows, heads = (1, 1, *mask.shape)[-4:-2]
-        mask = mask.reshape(rows, *((1, 1) if heads == 1 else by_head.shape[1:3]), *mask.shape[-2:])
-    return activations.masked_softmax(by_head, mask).reshape(scores.shape)
+def probabilities(q: mx.array, k: mx.array, bias: mx.array | None, scale: float) -> mx.array:
+    """The softmax of the scores, of queries in groups.
+
+    The scale and the bias, which is what a mask adds, are part of the product: on their own each
+    would be a pass over the scores, and on a GPU a kernel to compile.
+    """
+    bias = mx.zeros(k.shape[2], q.dtype) if bias is None else for_groups(bias, q, k)
+    return activations.softmax(mx.addmm(bias, in_groups(q, k), k.swapaxes(-1, -2), alpha=scale))
 
 
-def block_gradients(
-    q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, cotangent: mx.array, scale: float
+def gradients_by_hand(
+    p: mx.array, q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, scale: float
 ) -> list[mx.array]:
     """The gradients to queries, keys and values, each of the type of what it is of."""
-    grouped, of_output = in_groups(mx.multiply(scale, q), k), in_groups(cotangent, k)
-    p = probabilities(grouped, k, mask)
-    of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2))
+    of_output = in_groups(cotangent, k)
+    of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2), scale)
     return [
-        mx.multiply(scale, of_scores @ k).reshape(q.shape).astype(q.dtype),
-        (of_scores.swapaxes(-1, -2) @ grouped).astype(k.dtype),
+        (of_scores @ k).reshape(q.shape).astype(q.dtype),
+        (of_scores.swapaxes(-1, -2) @ in_groups(q, k)).astype(k.dtype),
         (p.swapaxes(-1, -2) @ of_output).astype(v.dtype),
     ]
 
@@ -144,20 +156,37 @@ def in_groups(x: mx.array, keys: mx.array) -> mx.array:
     return x.reshape(*keys.shape[:2], -1, x.shape[-1])
 
 
-def mask_of(mask: str | mx.array, start: int, end: int) -> mx.array:
-    """The mask (..., block, keys) of a block of queries; if causal, for the keys up to its end."""
+def for_groups(bias: mx.array, q: mx.array, k: mx.array) -> mx.array:
+    """A bias (..., queries, keys) for queries in groups, contiguous, as MLX's product wants it."""
+    rows, heads, *of_head = (1, 1, *bias.shape)[-4:]
+    if heads == 1:
+        group = q.shape[1] // k.shape[1]
+        bias = mx.broadcast_to(bias.reshape(rows, 1, 1, *of_head), (rows, 1, group, *of_head))
+    heads = min(heads, k.shape[1])
+    return mx.contiguous(bias.reshape(rows, heads, -1, of_head[1]))
+
+
+def mask_of(mask: str | mx.array, start: int, end: int, dtype: mx.Dtype) -> mx.array:
+    """The mask (..., block, keys) of a block of queries; if causal, for the keys up to its end.
+
+    Args:
+        dtype: of booleans, or of what is added to the scores.
+    """
     if isinstance(mask, mx.array):
-        return mask[..., start:end, :]
+        mask = mask[..., start:end, :]
+        least = mx.array(mx.finfo(dtype).min, dtype) if dtype != mx.bool_ else None
+        return mask if least is None else mx.where(mask, mx.array(0, dtype), least)
     blocks = -(-end // BLOCK)
     keys = BLOCK << (blocks - 1).bit_length()  # few sizes, of which each takes its memory
     first = keys - BLOCK - start  # what the last block sees, from here on the block at start does
-    return causal_mask(BLOCK, keys)[: end - start, first : first + end]
+    return causal_mask(BLOCK, keys, dtype)[: end - start, first : first + end]
 
 
 @cache
-def causal_mask(queries: int, keys: int) -> mx.array:
+def causal_mask(queries: int, keys: int, dtype: mx.Dtype) -> mx.array:
     """Which keys the last queries of a text see: made once, and not for each layer anew."""
-    return mx.array(np.tri(queries, keys, keys - queries, dtype=bool))
+    seen = np.tri(queries, keys, keys - queries, dtype=bool)
+    return mx.array(seen if dtype == mx.bool_ else np.where(seen, 0, mx.finfo(dtype).min), dtype)
 
 
 @contextmanager

@@ -18,6 +18,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+ALL = "all"  # what the optimizer calls its one array
+ALIGNED = 64  # float32 numbers; on CUDA the products that MLX calls take factors to begin so
+
 
 def make_optimizer(
     model: nn.Module, learning_rate: float, saved: dict[str, np.ndarray]
@@ -25,18 +28,50 @@ def make_optimizer(
     """Adam for the model's trainable parameters, with the moments and the step that were saved.
 
     It is MLX's own as it comes, without bias correction, as in mlx-examples and mlx_lm.lora: the
-    default learning rate and recipes for MLX are made for it.
+    default learning rate and recipes for MLX are made for it. For it all parameters are one array:
+    on a GPU one operation on all of them costs no more than on one.
 
     Args:
-        saved: as MLX names them; parameters without moments start fresh.
+        saved: as `named_state` has them; parameters without moments start fresh.
     """
-    optimizer = optim.Adam(learning_rate)
-    optimizer.init(model.trainable_parameters())
-    state = dict(tree_flatten(optimizer.state))
-    known = saved.keys() & state.keys() - {"learning_rate"}
-    state |= {name: mx.array(saved[name]) for name in known}
-    optimizer.state = tree_unflatten(list(state.items()))
+    optimizer, parameters = optim.Adam(learning_rate), model.trainable_parameters()
+    optimizer.init({ALL: joined(parameters)})
+    optimizer.state["step"] = mx.array(saved.get("step", optimizer.state["step"]))
+    for moment in ("m", "v"):
+        of_each = {
+            name: mx.array(saved.get(f"{name}.{moment}", np.zeros(array.shape, np.float32)))
+            for name, array in tree_flatten(parameters)
+        }
+        optimizer.state[ALL][moment] = joined(of_each)
     return optimizer
+
+
+def named_state(model: nn.Module, optimizer: optim.Adam) -> dict[str, mx.array]:
+    """The step, the learning rate and each parameter's moments, as MLX names them."""
+    state, parameters = dict(optimizer.state), model.trainable_parameters()
+    for moment, flat in state.pop(ALL).items():
+        of_each = tree_flatten(parted(flat, parameters))
+        state |= {f"{name}.{moment}": array for name, array in of_each}
+    return state
+
+
+@mx.compile
+def joined(arrays: dict) -> mx.array:
+    """All arrays of a tree as one, of one dimension; each has zeros to a multiple of ALIGNED."""
+    flat = [array.flatten() for _, array in tree_flatten(arrays)]
+    gaps = [-array.size % ALIGNED for array in flat]
+    padded = [mx.pad(a, (0, gap)) if gap else a for a, gap in zip(flat, gaps, strict=True)]
+    return mx.concatenate(padded)
+
+
+@mx.compile
+def parted(flat: mx.array, like: dict) -> dict:
+    """The arrays that were `joined`, as a tree of such shapes."""
+    parts, start = [], 0
+    for name, array in tree_flatten(like):
+        parts.append((name, flat[start : start + array.size].reshape(array.shape)))
+        start += -(-array.size // ALIGNED) * ALIGNED
+    return tree_unflatten(parts)
 
 
 # Whether steps are begun ahead. A CPU is no faster for it, and would be slower to stop.
@@ -177,12 +212,11 @@ def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array
 def make_update(optimizer: optim.Optimizer) -> Callable[..., tuple[dict, mx.array]]:
     """The updated parameters, and their sum, for the gradients of a sum and what divides it."""
 
-    @partial(mx.compile, inputs=[optimizer.state], outputs=[optimizer.state])
     def update(parameters: dict, gradients: dict, divisor: mx.array) -> tuple[dict, mx.array]:
-        gradients = tree_map(lambda gradient: gradient / divisor, gradients)
-        parameters = optimizer.apply_gradients(gradients, parameters)
-        flat = [parameter.flatten() for _, parameter in tree_flatten(parameters)]
-        return parameters, mx.concatenate(flat).sum()  # a sum each would take CUDA longer
+        # Not compiled: on a GPU that would take seconds, and operations on one array are few.
+        gradient, parameter = joined(gradients) / divisor, joined(parameters)
+        flat = optimizer.apply_gradients({ALL: gradient}, {ALL: parameter})[ALL]
+        return parted(flat, parameters), flat.sum()
 
     return update
 
