@@ -149,8 +149,10 @@ def loss_by_pieces(
 
     @with_gradient.vjp
     def with_gradient_vjp(arrays, cotangents, outputs):
-        others = [mx.zeros_like(array) for array in arrays[1:]]
-        return outputs[1] * cotangents[0].astype(outputs[1].dtype), *others
+        gradient, others = outputs[1], [mx.zeros_like(array) for array in arrays[1:]]
+        # Spread out first: multiplied by a scalar, it would be a kernel to compile on a GPU.
+        factor = mx.broadcast_to(cotangents[0].astype(gradient.dtype), gradient.shape)
+        return gradient * mx.contiguous(factor), *others
 
     if model.training:
         total, _ = with_gradient(hidden, targets, mask.astype(mx.float32))
