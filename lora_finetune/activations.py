@@ -90,15 +90,26 @@ def softmax(x: mx.array) -> mx.array:
 
 
 @mx.compile
-def softmax_gradient(p: mx.array, cotangent: mx.array, scale: float) -> mx.array:
-    """The gradient to x where p is the softmax of scale · x: p · (cotangent − Σ p · cotangent).
+def weighted_sum(weights: mx.array, x: mx.array, center: mx.array) -> mx.array:
+    """Σ weights · (x − center) over the last axis, which stays with size 1, in float32."""
+    terms = weights.astype(mx.float32) * (x.astype(mx.float32) - center)
+    return terms.sum(axis=-1, keepdims=True)
 
-    Of a row with nearly all in one place next to nothing is left, so the sum is of float32, and of
-    a p rounded to less it is divided by Σ p, which is 1 no more.
+
+@mx.compile
+def softmax_gradient(p: mx.array, of_p: mx.array, center: mx.array, scale: float) -> mx.array:
+    """The gradient to x where p is the softmax of scale · x: scale · p · (dp − Σ p · dp).
+
+    Of a row with nearly all in one place next to nothing is left, so Σ p · dp has to be right for
+    this p, rounded as it is and with a sum that is not quite 1: center + Σ p · (dp − center) is.
+    Both are subtracted in turn, since what is left can be less than the rounding of their sum.
+
+    Args:
+        center: about Σ p · dp, float32.
     """
-    p32 = p.astype(mx.float32)
-    mean = (p32 * cotangent).sum(axis=-1, keepdims=True) / p32.sum(axis=-1, keepdims=True)
-    return (p * (cotangent - mean) * scale).astype(p.dtype)
+    rest = weighted_sum(p, of_p, center)
+    p, of_p = mx.depends([p, of_p], [rest])  # else, compiled, float32 copies of both would be made
+    return (p * (of_p.astype(mx.float32) - center - rest) * scale).astype(p.dtype)
 
 
 def sigmoid(x: mx.array) -> mx.array:

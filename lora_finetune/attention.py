@@ -84,17 +84,19 @@ def attention(
         return mx.concatenate(blocks, axis=2)
 
     @in_turn.vjp
-    def gradients(inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
+    def gradients(
+        inputs: tuple[mx.array, ...], cotangent: mx.array, output: mx.array
+    ) -> list[mx.array]:
         of_queries, totals, ready = [], [], mx.depends(inputs, [cotangent])
         for start in reversed(range(0, length, BLOCK)):  # the last block is the one to see all keys
-            of_block = cotangent[:, :, start : start + BLOCK]
+            of_block, of_output = (a[:, :, start : start + BLOCK] for a in (output, cotangent))
             if sinks is None:
                 *block, bias = block_of(start, *ready, dtype=added)
                 p = probabilities(*block[:2], bias, scale)
-                found = gradients_by_hand(p, *block, of_block, scale)
+                found = gradients_by_hand(p, *block, of_block, of_output, scale)
             else:
                 *block, block_mask = forward_block(start, *ready)
-                found = mx.vjp(partial(attend, block_mask=block_mask), block, [of_block])[1]
+                found = mx.vjp(partial(attend, block_mask=block_mask), block, [of_output])[1]
             of_queries.insert(0, found[0])
             totals = list(map(add_to_first_keys, totals, found[1:])) if totals else found[1:]
             ready = mx.depends(inputs, [found[0], *totals])
@@ -115,7 +117,7 @@ def attention_by_hand(
 
     @forward.vjp
     def gradients(inputs: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
-        return gradients_by_hand(outputs[1], *inputs, cotangents[0], scale)
+        return gradients_by_hand(outputs[1], *inputs, outputs[0], cotangents[0], scale)
 
     return forward(q, k, v)[0]
 
@@ -131,11 +133,15 @@ def probabilities(q: mx.array, k: mx.array, bias: mx.array | None, scale: float)
 
 
 def gradients_by_hand(
-    p: mx.array, q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, scale: float
-) -> list[mx.array]:
+    p: mx.array, q: mx.array, k: mx.array, v: mx.array, output: mx.array, cotangent: mx.array,
+    scale: float,
+) -> list[mx.array]:  # fmt: skip
     """The gradients to queries, keys and values, each of the type of what it is of."""
     of_output = in_groups(cotangent, k)
-    of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2), scale)
+    # Σ p · dp over keys is this over the output's numbers, which are fewer, and rounded.
+    center = activations.weighted_sum(in_groups(output, k), of_output, mx.zeros((1, 1, 1, 1)))
+    of_p = of_output @ v.swapaxes(-1, -2)
+    of_scores = activations.softmax_gradient(p, of_p, center, scale)
     return [
         (of_scores @ k).reshape(q.shape).astype(q.dtype),
         (of_scores.swapaxes(-1, -2) @ in_groups(q, k)).astype(k.dtype),
