@@ -88,15 +88,17 @@ def attention(
         inputs: tuple[mx.array, ...], cotangent: mx.array, output: mx.array
     ) -> list[mx.array]:
         of_queries, totals, ready = [], [], mx.depends(inputs, [cotangent])
+        center = center_of(output, cotangent)
         for start in reversed(range(0, length, BLOCK)):  # the last block is the one to see all keys
-            of_block, of_output = (a[:, :, start : start + BLOCK] for a in (output, cotangent))
+            of_block = cotangent[:, :, start : start + BLOCK]
             if sinks is None:
                 *block, bias = block_of(start, *ready, dtype=added)
                 p = probabilities(*block[:2], bias, scale)
-                found = gradients_by_hand(p, *block, of_block, of_output, scale)
+                center_of_block = center[:, :, start : start + BLOCK]
+                found = gradients_by_hand(p, *block, of_block, center_of_block, scale)
             else:
                 *block, block_mask = forward_block(start, *ready)
-                found = mx.vjp(partial(attend, block_mask=block_mask), block, [of_output])[1]
+                found = mx.vjp(partial(attend, block_mask=block_mask), block, [of_block])[1]
             of_queries.insert(0, found[0])
             totals = list(map(add_to_first_keys, totals, found[1:])) if totals else found[1:]
             ready = mx.depends(inputs, [found[0], *totals])
@@ -117,7 +119,8 @@ def attention_by_hand(
 
     @forward.vjp
     def gradients(inputs: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
-        return gradients_by_hand(outputs[1], *inputs, outputs[0], cotangents[0], scale)
+        center = center_of(outputs[0], cotangents[0])
+        return gradients_by_hand(outputs[1], *inputs, cotangents[0], center, scale)
 
     return forward(q, k, v)[0]
 
@@ -133,20 +136,25 @@ def probabilities(q: mx.array, k: mx.array, bias: mx.array | None, scale: float)
 
 
 def gradients_by_hand(
-    p: mx.array, q: mx.array, k: mx.array, v: mx.array, output: mx.array, cotangent: mx.array,
+    p: mx.array, q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, center: mx.array,
     scale: float,
 ) -> list[mx.array]:  # fmt: skip
     """The gradients to queries, keys and values, each of the type of what it is of."""
-    of_output = in_groups(cotangent, k)
-    # Σ p · dp over keys is this over the output's numbers, which are fewer, and rounded.
-    center = activations.weighted_sum(in_groups(output, k), of_output, mx.zeros((1, 1, 1, 1)))
-    of_p = of_output @ v.swapaxes(-1, -2)
-    of_scores = activations.softmax_gradient(p, of_p, center, scale)
+    of_output, center = in_groups(cotangent, k), in_groups(center, k)
+    of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2), center, scale)
     return [
         (of_scores @ k).reshape(q.shape).astype(q.dtype),
         (of_scores.swapaxes(-1, -2) @ in_groups(q, k)).astype(k.dtype),
         (p.swapaxes(-1, -2) @ of_output).astype(v.dtype),
     ]
+
+
+def center_of(output: mx.array, cotangent: mx.array) -> mx.array:
+    """Σ p · dp over the keys, up to rounding: the same over the numbers of the output, being fewer.
+
+    Float32 (rows, heads, length, 1).
+    """
+    return activations.weighted_sum(output, cotangent, mx.zeros((1, 1, 1, 1)))
 
 
 def add_to_first_keys(total: mx.array, part: mx.array) -> mx.array:
