@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_finetune import (
-    activations,  # noqa: F401  # before mlx_lm, see there
+    activations,  # before mlx_lm, see there
     memory,
 )
 from lora_finetune.command_line import UserError, hint
@@ -209,13 +209,11 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     Of x no copy in float32 is kept for the gradients.
     """
 
-    def scaled_product(x: mx.array, y: mx.array) -> mx.array:
-        # Multiplied by the scale on its own, it would be a kernel to compile on a GPU.
-        return mx.addmm(mx.zeros(y.shape[1]), x, y, alpha=scale)
-
     @mx.custom_function
     def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        z = scaled_product(x.astype(a.dtype), a)  # scaled here, where it has r columns only
+        z = activations.scaled_product(
+            x.astype(a.dtype), a, scale
+        )  # scaled here, where it has r columns only
         return (z @ b).astype(x.dtype), z
 
     @forward.vjp
@@ -223,7 +221,7 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
         (x, a, b), (dy, _), (_, z) = primals, cotangents, outputs
         (x,) = mx.depends([x], [dy])  # else, compiled, the copy of above would be kept
         x, dy, z = (array.flatten(0, -2) for array in (x, dy.astype(a.dtype), z))
-        dz = scaled_product(dy, b.T)
+        dz = activations.scaled_product(dy, b.T, scale)
         return (
             (dz @ a.T).reshape(primals[0].shape).astype(x.dtype),
             x.astype(a.dtype).T @ dz,

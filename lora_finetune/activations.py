@@ -97,8 +97,8 @@ def weighted_sum(weights: mx.array, x: mx.array, center: mx.array) -> mx.array:
 
 
 @mx.compile
-def softmax_gradient(p: mx.array, of_p: mx.array, center: mx.array, scale: float) -> mx.array:
-    """The gradient to x where p is the softmax of scale · x: scale · p · (dp − Σ p · dp).
+def softmax_gradient(p: mx.array, of_p: mx.array, center: mx.array) -> mx.array:
+    """The gradient to what p is the softmax of: p · (dp − Σ p · dp).
 
     Of a row with nearly all in one place next to nothing is left, so Σ p · dp has to be right for
     this p, rounded as it is and with a sum that is not quite 1: center + Σ p · (dp − center) is.
@@ -109,7 +109,12 @@ def softmax_gradient(p: mx.array, of_p: mx.array, center: mx.array, scale: float
     """
     rest = weighted_sum(p, of_p, center)
     p, of_p = mx.depends([p, of_p], [rest])  # else, compiled, float32 copies of both would be made
-    return (p * (of_p.astype(mx.float32) - center - rest) * scale).astype(p.dtype)
+    return (p * (of_p.astype(mx.float32) - center - rest)).astype(p.dtype)
+
+
+def scaled_product(a: mx.array, b: mx.array, scale: float) -> mx.array:
+    """scale · (a b) in one operation; the scale on its own would be a kernel that CUDA compiles."""
+    return mx.addmm(mx.zeros(b.shape[-1], b.dtype), a, b, alpha=scale)
 
 
 def sigmoid(x: mx.array) -> mx.array:

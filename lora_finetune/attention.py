@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 
 from lora_finetune import activations
+from lora_finetune.activations import scaled_product
 
 import mlx.core as mx
 import numpy as np
@@ -141,10 +142,10 @@ def gradients_by_hand(
 ) -> list[mx.array]:  # fmt: skip
     """The gradients to queries, keys and values, each of the type of what it is of."""
     of_output, center = in_groups(cotangent, k), in_groups(center, k)
-    of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2), center, scale)
+    of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2), center)
     return [
-        (of_scores @ k).reshape(q.shape).astype(q.dtype),
-        (of_scores.swapaxes(-1, -2) @ in_groups(q, k)).astype(k.dtype),
+        scaled_product(of_scores, k, scale).reshape(q.shape).astype(q.dtype),
+        scaled_product(of_scores.swapaxes(-1, -2), in_groups(q, k), scale).astype(k.dtype),
         (p.swapaxes(-1, -2) @ of_output).astype(v.dtype),
     ]
 
