@@ -159,7 +159,6 @@ from lora_finetune import (
     distributed,
     export,
     frozen_prefix,
-    kernels,
     linux_cpu,
     losses,
     memory,
@@ -620,8 +619,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
         folder = model_folder.find_model(args.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(folder)
-    compiling = kernels.compiled_side_by_side if args.train and group.size == 1 else nullcontext
-    with memory.device_errors("take a smaller or a quantized model"), compiling(model):
+    with memory.device_errors("take a smaller or a quantized model"):
         limits, fingerprints = models.find_limits(model), models.fingerprints(model, folder)
         print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
         mx.random.seed(args.seed)
