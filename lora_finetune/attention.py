@@ -57,6 +57,7 @@ def attention(
         )
 
     added = mx.result_type(queries, keys)  # of what a mask adds to the scores
+    values = mx.contiguous(values)  # which are turned, so that each product would copy them
 
     def block_of(start: int, q: mx.array, k: mx.array, v: mx.array, dtype: mx.Dtype) -> tuple:
         """The queries of a block, the keys and values that they see, and the mask."""
@@ -141,7 +142,7 @@ def gradients_by_hand(
     scale: float,
 ) -> list[mx.array]:  # fmt: skip
     """The gradients to queries, keys and values, each of the type of what it is of."""
-    of_output, center = in_groups(cotangent, k), in_groups(center, k)
+    of_output, center = mx.contiguous(in_groups(cotangent, k)), in_groups(center, k)
     of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2), center)
     return [
         scaled_product(of_scores, k, scale).reshape(q.shape).astype(q.dtype),

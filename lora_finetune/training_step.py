@@ -58,7 +58,7 @@ def named_state(model: nn.Module, optimizer: optim.Adam) -> dict[str, mx.array]:
 @mx.compile
 def joined(arrays: dict) -> mx.array:
     """All arrays of a tree as one, of one dimension; each has zeros to a multiple of ALIGNED."""
-    flat = [array.flatten() for _, array in tree_flatten(arrays)]
+    flat = [array.flatten() for array in leaves(arrays)]
     gaps = [-array.size % ALIGNED for array in flat]
     padded = [mx.pad(a, (0, gap)) if gap else a for a, gap in zip(flat, gaps, strict=True)]
     return mx.concatenate(padded)
@@ -143,7 +143,7 @@ def make_step(
             undo()
             raise
         model.update(parameters)
-        changed = [array for _, array in tree_flatten([parameters, optimizer.state])]
+        changed = leaves([parameters, optimizer.state])
         return LazyStep(total, num_targets, parameter_sum, changed, undo)
 
     return step
@@ -211,14 +211,25 @@ def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array
 
 def make_update(optimizer: optim.Optimizer) -> Callable[..., tuple[dict, mx.array]]:
     """The updated parameters, and their sum, for the gradients of a sum and what divides it."""
+    made = [], None  # the parameters that the last update made, and the one array that they are of
 
     def update(parameters: dict, gradients: dict, divisor: mx.array) -> tuple[dict, mx.array]:
+        nonlocal made
+        arrays, flat = made
+        if list(map(id, leaves(parameters))) != list(map(id, arrays)):
+            flat = joined(parameters)
         # Not compiled: on a GPU that would take seconds, and operations on one array are few.
-        gradient, parameter = joined(gradients) / divisor, joined(parameters)
-        flat = optimizer.apply_gradients({ALL: gradient}, {ALL: parameter})[ALL]
-        return parted(flat, parameters), flat.sum()
+        gradient = joined(gradients) / divisor
+        flat = optimizer.apply_gradients({ALL: gradient}, {ALL: flat})[ALL]
+        updated = parted(flat, parameters)
+        made = leaves(updated), flat
+        return updated, flat.sum()
 
     return update
+
+
+def leaves(tree: dict) -> list[mx.array]:
+    return [array for _, array in tree_flatten(tree)]
 
 
 # What a first run on a GPU is waiting for, when nothing is trained yet.

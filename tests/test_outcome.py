@@ -238,7 +238,9 @@ def test_names_that_begin_with_a_dash_are_printed_so_that_they_work(
 def test_the_best_adapter_is_asked_where_the_last_is_worse(
     call: Run, args: list[object], tmp_path: Path
 ) -> None:
-    """A rate at which training soon does harm."""
-    ended = call(*args, "--learning-rate", 0.5, "--iters", 5, "--steps-per-eval", 1)
+    """A run that goes on at a rate at which training does harm."""
+    call(*args, "--iters", 4, "--steps-per-eval", 1)
+    resume = ["--resume-adapter-file", tmp_path / "a.npz", "--iters", 6, "--steps-per-eval", 1]
+    ended = call(*args, *resume, "--learning-rate", 5)
     lines = ended.outcome.splitlines()[1:]
     assert [str(tmp_path / "a.best.npz") in line for line in lines] == [True, False, True]
