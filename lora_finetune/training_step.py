@@ -234,7 +234,7 @@ def leaves(tree: dict) -> list[mx.array]:
 
 # What a first run on a GPU is waiting for, when nothing is trained yet.
 WAIT = (
-    "trying a step for its memory; on a GPU the first run compiles its kernels, for a minute or two"
+    "trying a step for its memory; on a GPU the first run compiles its kernels, for up to a minute"
 )
 
 
