@@ -190,8 +190,9 @@ def mask_of(mask: str | mx.array, start: int, end: int, dtype: mx.Dtype) -> mx.a
     """
     if isinstance(mask, mx.array):
         mask = mask[..., start:end, :]
-        least = mx.array(mx.finfo(dtype).min, dtype) if dtype != mx.bool_ else None
-        return mask if least is None else mx.where(mask, mx.array(0, dtype), least)
+        if dtype == mx.bool_:
+            return mask
+        return mx.where(mask, mx.array(0, dtype), mx.array(unseen(dtype), dtype))
     blocks = -(-end // BLOCK)
     keys = BLOCK << (blocks - 1).bit_length()  # few sizes, of which each takes its memory
     first = keys - BLOCK - start  # what the last block sees, from here on the block at start does
@@ -202,7 +203,12 @@ def mask_of(mask: str | mx.array, start: int, end: int, dtype: mx.Dtype) -> mx.a
 def causal_mask(queries: int, keys: int, dtype: mx.Dtype) -> mx.array:
     """Which keys the last queries of a text see: made once, and not for each layer anew."""
     seen = np.tri(queries, keys, keys - queries, dtype=bool)
-    return mx.array(seen if dtype == mx.bool_ else np.where(seen, 0, mx.finfo(dtype).min), dtype)
+    return mx.array(seen if dtype == mx.bool_ else np.where(seen, 0, unseen(dtype)), dtype)
+
+
+def unseen(dtype: mx.Dtype) -> float:
+    """What is added to scores that do not count; half of the least, so that it stays finite."""
+    return mx.finfo(dtype).min / 2
 
 
 @contextmanager
