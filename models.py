@@ -211,9 +211,8 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
 
     @mx.custom_function
     def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        z = activations.scaled_product(
-            x.astype(a.dtype), a, scale
-        )  # scaled here, where it has r columns only
+        # Scaled here, where it has r columns only.
+        z = activations.scaled_product(x.astype(a.dtype), a, scale)
         return (z @ b).astype(x.dtype), z
 
     @forward.vjp

@@ -114,7 +114,8 @@ def softmax_gradient(p: mx.array, of_p: mx.array, center: mx.array) -> mx.array:
 
 def scaled_product(a: mx.array, b: mx.array, scale: float) -> mx.array:
     """scale · (a b) in one operation; the scale on its own would be a kernel that CUDA compiles."""
-    return mx.addmm(mx.zeros(b.shape[-1], b.dtype), a, b, alpha=scale)
+    nothing = mx.zeros(b.shape[-1], b.dtype)  # which MLX wants to have something to add the rest to
+    return mx.addmm(nothing, a, b, alpha=scale)
 
 
 def sigmoid(x: mx.array) -> mx.array:

@@ -86,18 +86,14 @@ def attention(
         return mx.concatenate(blocks, axis=2)
 
     @in_turn.vjp
-    def gradients(
-        inputs: tuple[mx.array, ...], cotangent: mx.array, output: mx.array
-    ) -> list[mx.array]:
+    def gradients(inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
         of_queries, totals, ready = [], [], mx.depends(inputs, [cotangent])
-        center = center_of(output, cotangent)
         for start in reversed(range(0, length, BLOCK)):  # the last block is the one to see all keys
             of_block = cotangent[:, :, start : start + BLOCK]
             if sinks is None:
                 *block, bias = block_of(start, *ready, dtype=added)
                 p = probabilities(*block[:2], bias, scale)
-                center_of_block = center[:, :, start : start + BLOCK]
-                found = gradients_by_hand(p, *block, of_block, center_of_block, scale)
+                found = gradients_by_hand(p, *block, of_block, scale)
             else:
                 *block, block_mask = forward_block(start, *ready)
                 found = mx.vjp(partial(attend, block_mask=block_mask), block, [of_block])[1]
@@ -110,7 +106,7 @@ def attention(
 
 
 def attention_by_hand(
-    q: mx.array, k: mx.array, v: mx.array, bias: mx.array, scale: float
+    q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None, scale: float
 ) -> mx.array:
     """Attention with products, and the exp that is fast on a Linux CPU; the softmax is kept."""
 
@@ -121,8 +117,7 @@ def attention_by_hand(
 
     @forward.vjp
     def gradients(inputs: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
-        center = center_of(outputs[0], cotangents[0])
-        return gradients_by_hand(outputs[1], *inputs, cotangents[0], center, scale)
+        return gradients_by_hand(outputs[1], *inputs, cotangents[0], scale)
 
     return forward(q, k, v)[0]
 
@@ -138,25 +133,19 @@ def probabilities(q: mx.array, k: mx.array, bias: mx.array | None, scale: float)
 
 
 def gradients_by_hand(
-    p: mx.array, q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, center: mx.array,
-    scale: float,
-) -> list[mx.array]:  # fmt: skip
+    p: mx.array, q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, scale: float
+) -> list[mx.array]:
     """The gradients to queries, keys and values, each of the type of what it is of."""
-    of_output, center = mx.contiguous(in_groups(cotangent, k)), in_groups(center, k)
+    of_output = mx.contiguous(in_groups(cotangent, k))
+    # Σ p · dp over the keys is, up to rounding, the same over the numbers of an output: fewer. The
+    # output is computed again, since nothing else has to keep it.
+    center = activations.weighted_sum(p @ v, of_output, mx.zeros((1, 1, 1, 1)))
     of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2), center)
     return [
         scaled_product(of_scores, k, scale).reshape(q.shape).astype(q.dtype),
         scaled_product(of_scores.swapaxes(-1, -2), in_groups(q, k), scale).astype(k.dtype),
         (p.swapaxes(-1, -2) @ of_output).astype(v.dtype),
     ]
-
-
-def center_of(output: mx.array, cotangent: mx.array) -> mx.array:
-    """Σ p · dp over the keys, up to rounding: the same over the numbers of the output, being fewer.
-
-    Float32 (rows, heads, length, 1).
-    """
-    return activations.weighted_sum(output, cotangent, mx.zeros((1, 1, 1, 1)))
 
 
 def add_to_first_keys(total: mx.array, part: mx.array) -> mx.array:
@@ -192,7 +181,7 @@ def mask_of(mask: str | mx.array, start: int, end: int, dtype: mx.Dtype) -> mx.a
         mask = mask[..., start:end, :]
         if dtype == mx.bool_:
             return mask
-        return mx.where(mask, mx.array(0, dtype), mx.array(unseen(dtype), dtype))
+        return mx.where(mask, mx.array(0, dtype), mx.array(-mx.inf, dtype))
     blocks = -(-end // BLOCK)
     keys = BLOCK << (blocks - 1).bit_length()  # few sizes, of which each takes its memory
     first = keys - BLOCK - start  # what the last block sees, from here on the block at start does
@@ -203,12 +192,7 @@ def mask_of(mask: str | mx.array, start: int, end: int, dtype: mx.Dtype) -> mx.a
 def causal_mask(queries: int, keys: int, dtype: mx.Dtype) -> mx.array:
     """Which keys the last queries of a text see: made once, and not for each layer anew."""
     seen = np.tri(queries, keys, keys - queries, dtype=bool)
-    return mx.array(seen if dtype == mx.bool_ else np.where(seen, 0, unseen(dtype)), dtype)
-
-
-def unseen(dtype: mx.Dtype) -> float:
-    """What is added to scores that do not count; half of the least, so that it stays finite."""
-    return mx.finfo(dtype).min / 2
+    return mx.array(seen if dtype == mx.bool_ else np.where(seen, 0, -np.inf), dtype)
 
 
 @contextmanager

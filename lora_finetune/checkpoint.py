@@ -17,7 +17,6 @@ from lora_finetune.command_line import UserError, hint, warn
 from lora_finetune.files import atomic_write, file_checksum
 
 import numpy as np
-from mlx.utils import tree_flatten
 
 # --- Names --------------------------------------------------------------------------------------
 
@@ -208,7 +207,7 @@ def write_state(
     Args:
         saved: what the adapter file will hold, by names.
         adapter: the same as it is trained, for the scale of training.
-        optimizer: Adam's state as MLX has it.
+        optimizer: Adam's moments and step, by the names that MLX gives them.
         best, log: what of these is not in files yet.
     """
     content = adapters.adapter_content(saved, adapter_file.suffix)
@@ -223,7 +222,7 @@ def write_state(
         "log": log,
     }
     arrays = adapter | {f"best.{name}": array for name, array in best.items()}
-    arrays |= {f"optimizer.{name}": np.array(array) for name, array in tree_flatten(optimizer)}
+    arrays |= {f"optimizer.{name}": np.array(array) for name, array in optimizer.items()}
     arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
     with atomic_write(state_file(adapter_file)) as [stream]:
         np.savez(stream, **arrays)

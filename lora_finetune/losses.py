@@ -196,9 +196,8 @@ class Head(NamedTuple):
         if self.is_last:
             return logits
         with replaced(self.module, lambda _: logits[None]):
-            return self.model(ONE_TOKEN).flatten(
-                0, 1
-            )  # whatever the tokens are, this is made of the logits
+            # Whatever the tokens are, this is made of the logits.
+            return self.model(ONE_TOKEN).flatten(0, 1)
 
 
 ONE_TOKEN = mx.array([[0]])

@@ -211,7 +211,9 @@ def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array
 
 def make_update(optimizer: optim.Optimizer) -> Callable[..., tuple[dict, mx.array]]:
     """The updated parameters, and their sum, for the gradients of a sum and what divides it."""
-    made = [], None  # the parameters that the last update made, and the one array that they are of
+    # The parameters that the last update made, and the one array that they are parts of. Nothing
+    # else may change them in place, which would leave them the same objects.
+    made = [], None
 
     def update(parameters: dict, gradients: dict, divisor: mx.array) -> tuple[dict, mx.array]:
         nonlocal made

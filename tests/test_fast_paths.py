@@ -253,6 +253,30 @@ def test_gradients_of_attention_to_one_key_are_exact(
         assert np.linalg.norm(b - a) < most * np.linalg.norm(a)
 
 
+@pytest.mark.parametrize("on_cuda", [True, False])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_what_the_mask_hides_has_no_part_in_anything_however_high_its_score(
+    monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype, on_cuda: bool
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(attention, "ON_CUDA", on_cuda)
+    mask = mx.arange(20) < 10
+    q, k = mx.full((1, 1, 20, 16), 45, dtype), mx.full((1, 1, 20, 16), 45, dtype)
+    k = mx.where(mask[:, None], -k, k)  # scores of ±32,400, near the most that float16 can hold
+    v = mx.where(mask[:, None], 0, mx.ones((1, 1, 20, 16), dtype)).astype(dtype)
+    mask = mx.broadcast_to(mask, (20, 20))
+
+    def of_values(v: mx.array) -> tuple[mx.array, mx.array]:
+        found = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
+        return found.sum(), found
+
+    with attention.by_blocks():
+        (_, output), of_v = mx.value_and_grad(of_values)(v)
+    assert (output == 0).all()
+    assert (of_v[:, :, 10:] == 0).all()
+    np.testing.assert_allclose(of_v[:, :, :10].astype(mx.float32), 2, rtol=0.01)
+
+
 def test_no_array_of_length_squared_is_kept_for_the_gradients() -> None:
     """The peak of memory says so: of ten layers it is less than a third of what MLX takes."""
     q, k, v = (mx.random.normal((1, 4, 1024, 8)) for _ in range(3))

@@ -33,8 +33,9 @@ class Run:
 
     def state(self) -> Arrays:
         """What a save would take: the parameters and the moments."""
-        arrays = tree_flatten([self.model.trainable_parameters(), self.optimizer.state])
-        return {name: np.array(array) for name, array in arrays}
+        arrays = dict(tree_flatten(self.model.trainable_parameters()))
+        arrays |= training_step.named_state(self.model, self.optimizer)
+        return {name: np.array(array) for name, array in arrays.items()}
 
 
 def batches(number: int) -> Iterator[list]:
