@@ -112,10 +112,17 @@ def softmax_gradient(p: mx.array, of_p: mx.array, center: mx.array) -> mx.array:
     return (p * (of_p.astype(mx.float32) - center - rest)).astype(p.dtype)
 
 
-def scaled_product(a: mx.array, b: mx.array, scale: float) -> mx.array:
-    """scale · (a b) in one operation; the scale on its own would be a kernel that CUDA compiles."""
-    nothing = mx.zeros(b.shape[-1], b.dtype)  # which MLX wants to have something to add the rest to
-    return mx.addmm(nothing, a, b, alpha=scale)
+def scaled_product(
+    a: mx.array, b: mx.array, scale: float, added: mx.array | None = None
+) -> mx.array:
+    """scale · (a b) + added in one operation, with nothing added if None.
+
+    On their own, scale and sum would each be a pass over the product, and a kernel that CUDA has to
+    compile.
+    """
+    if added is None:
+        added = mx.zeros(b.shape[-1], b.dtype)  # mx.addmm cannot do without
+    return mx.addmm(added, a, b, alpha=scale)
 
 
 def sigmoid(x: mx.array) -> mx.array:

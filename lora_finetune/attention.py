@@ -123,13 +123,10 @@ def attention_by_hand(
 
 
 def probabilities(q: mx.array, k: mx.array, bias: mx.array | None, scale: float) -> mx.array:
-    """The softmax of the scores, of queries in groups.
-
-    The scale and the bias, which is what a mask adds, are part of the product: on their own each
-    would be a pass over the scores, and on a GPU a kernel to compile.
-    """
-    bias = mx.zeros(k.shape[2], q.dtype) if bias is None else for_groups(bias, q, k)
-    return activations.softmax(mx.addmm(bias, in_groups(q, k), k.swapaxes(-1, -2), alpha=scale))
+    """The softmax of the scores, of queries in groups; the bias is what a mask adds to them."""
+    added = None if bias is None else for_groups(bias, q, k)
+    scores = scaled_product(in_groups(q, k), k.swapaxes(-1, -2), scale, added)
+    return activations.softmax(scores)
 
 
 def gradients_by_hand(
@@ -138,7 +135,8 @@ def gradients_by_hand(
     """The gradients to queries, keys and values, each of the type of what it is of."""
     of_output = mx.contiguous(in_groups(cotangent, k))
     # Σ p · dp over the keys is, up to rounding, the same over the numbers of an output: fewer. The
-    # output is computed again, since nothing else has to keep it.
+    # output is computed again, since nothing else has to keep it. A scalar 0 for an array would be
+    # another kernel for CUDA to compile.
     center = activations.weighted_sum(p @ v, of_output, mx.zeros((1, 1, 1, 1)))
     of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2), center)
     return [

@@ -59,9 +59,7 @@ def named_state(model: nn.Module, optimizer: optim.Adam) -> dict[str, mx.array]:
 def joined(arrays: dict) -> mx.array:
     """All arrays of a tree as one, of one dimension; each has zeros to a multiple of ALIGNED."""
     flat = [array.flatten() for array in leaves(arrays)]
-    gaps = [-array.size % ALIGNED for array in flat]
-    padded = [mx.pad(a, (0, gap)) if gap else a for a, gap in zip(flat, gaps, strict=True)]
-    return mx.concatenate(padded)
+    return mx.concatenate([mx.pad(a, (0, gap_after(a))) if gap_after(a) else a for a in flat])
 
 
 @mx.compile
@@ -70,8 +68,13 @@ def parted(flat: mx.array, like: dict) -> dict:
     parts, start = [], 0
     for name, array in tree_flatten(like):
         parts.append((name, flat[start : start + array.size].reshape(array.shape)))
-        start += -(-array.size // ALIGNED) * ALIGNED
+        start += array.size + gap_after(array)
     return tree_unflatten(parts)
+
+
+def gap_after(array: mx.array) -> int:
+    """How many zeros stand between an array that was joined and the next."""
+    return -array.size % ALIGNED
 
 
 # Whether steps are begun ahead. A CPU is no faster for it, and would be slower to stop.
