@@ -610,7 +610,11 @@ def fingerprints(model: nn.Module, folder: Path) -> dict[str, str]:
 
     Of each weight the name, the shape and the first numbers count.
     """
-    sample = [(name, a.shape, a.flatten()[:16]) for name, a in tree_flatten(model.parameters())]
+    # Copied first: where CUDA's memory is read from, MLX moves the whole array.
+    sample = [
+        (name, a.shape, mx.contiguous(a.flatten()[:16]))
+        for name, a in tree_flatten(model.parameters())
+    ]
     mx.eval([numbers for _, _, numbers in sample])
     weights = [(name, shape, numbers.tolist()) for name, shape, numbers in sample]
     config = json.loads((folder / "config.json").read_bytes())

@@ -166,68 +166,55 @@ class Kept:
     Attributes:
         examples: the texts, in batches with states that are computed anew.
         groups: arrays of their indices, no two with a text in common.
-        array: bytes of the states of all inputs, text after text: uint8 (inputs, bytes of one).
-        dtype: what the bytes are.
-        to_store: numbers of groups, and their states in bytes, that are not in the array yet.
-        is_kept: whether the states of each group are in the array or among those.
+        place: of each text, its group and its row there: int64 (number of texts, 2).
+        states: those of each group, (rows, width, size), zero in padding; None until then.
+        dtype: of the states.
+        file: for each group, room for the bytes of its states in a file: uint8 (rows, width, bytes
+            of one). None where they stay in memory.
     """
 
     def __init__(
-        self, examples: dataset.Examples, groups: list[np.ndarray], array: np.ndarray,
-        dtype: mx.Dtype,
+        self, examples: dataset.Examples, groups: list[np.ndarray], dtype: mx.Dtype,
+        file: list[np.ndarray] | None,
     ):  # fmt: skip
-        self.examples, self.groups, self.array, self.dtype = examples, groups, array, dtype
-        self.group_of = np.zeros(len(examples), np.int64)
+        self.examples, self.groups, self.dtype, self.file = examples, groups, dtype, file
+        self.place = np.zeros((len(examples), 2), np.int64)
         for number, rows in enumerate(groups):
-            self.group_of[rows] = number
-        self.is_kept = np.zeros(len(groups), bool)
-        self.to_store: list[tuple[int, mx.array]] = []
-        self.starts = np.append(0, np.cumsum(num_inputs(examples, groups)))
+            self.place[rows] = np.stack([np.full(len(rows), number), np.arange(len(rows))], 1)
+        self.states: list[mx.array | np.ndarray | None] = [None] * len(groups)
 
     def __call__(self, rows: np.ndarray, tokens: np.ndarray) -> mx.array:
         """The states (rows, width − 1, size) of a batch, zero in padding; `rows` are its texts.
 
-        Those of a group that is asked for as a whole, as all are in the first epoch, are left to
-        the step to compute, and stored at a later request.
+        In memory those of one group are left to the step to compute: so a GPU need not wait.
         """
-        numbers = np.unique(self.group_of[rows])
-        missing = numbers[~self.is_kept[numbers]]
-        if len(missing) == 1 and np.array_equal(rows, self.groups[missing[0]]):
-            self.store(all_but=1)
-            return self.compute(missing[0]).view(self.dtype)
+        missing = [n for n in np.unique(self.place[rows, 0]) if self.states[n] is None]
         for number in missing:
-            self.compute(number)
-        self.store()
-        states = np.zeros((len(rows), tokens.shape[1] - 1, self.array.shape[1]), np.uint8)
-        for row, text in zip(states, rows, strict=True):
-            kept = self.array[self.starts[text] : self.starts[text + 1]]
-            row[: len(kept)] = kept
-        return mx.array(states).view(self.dtype)
+            self.states[number] = self.compute(number)
+            if len(missing) > 1:
+                mx.eval(self.states[number])  # each in turn, in the memory that one takes
+        return mx.stack([self.states_of(text, tokens.shape[1] - 1) for text in rows])
 
-    def compute(self, number: int) -> mx.array:
-        """The bytes of the states of a group, to be stored; MLX has yet to compute them."""
+    def compute(self, number: int) -> mx.array | np.ndarray:
+        """The states of a group, or their bytes in the file."""
         *_, states = self.examples.batch(self.groups[number])
-        states = states.view(mx.uint8)
-        self.to_store.append((number, states))
-        self.is_kept[number] = True
-        return states
+        if self.file is None:
+            return states
+        # Of an array that the device failed to compute, NumPy itself would drop the error.
+        self.file[number][:] = np.asarray(memoryview(states.view(mx.uint8)))
+        return self.file[number]
 
-    def store(self, all_but: int = 0) -> None:
-        """Put the states of groups into the array, but not of the last so many."""
-        while len(self.to_store) > all_but:
-            number, states = self.to_store.pop(0)
-            # Of an array that the device failed to compute, NumPy itself would drop the error.
-            computed = np.asarray(memoryview(states))
-            for row, text in zip(computed, self.groups[number], strict=True):
-                start, end = self.starts[text : text + 2]
-                self.array[start:end] = row[: end - start]
+    def states_of(self, text: int, width: int) -> mx.array:
+        """The states of one text, (width, size)."""
+        number, row = self.place[text]
+        states = mx.array(self.states[number][row, :width]).view(self.dtype)
+        return mx.pad(states, [(0, width - len(states)), (0, 0)])
 
 
-def num_inputs(examples: dataset.Examples, groups: list[np.ndarray]) -> np.ndarray:
-    """Inputs of each text, int64 (number of texts,); 0 for those that are in no group."""
-    numbers, rows = np.zeros(len(examples), np.int64), np.concatenate(groups)
-    numbers[rows] = np.maximum(examples.lengths[rows] - 1, 0)
-    return numbers
+# How much of the memory there is the states of training texts may take, and those of validation.
+MEMORY_SHARE = 1 / 16
+# How much of a disk they leave free.
+FREE_SHARE = 1 / 10
 
 
 def keep(
@@ -241,27 +228,21 @@ def keep(
         folder: for the file, if there has to be one.
     """
     one = prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # which is never computed
-    inputs = num_inputs(examples, groups).sum()
-    array = make_room((inputs, one.shape[-1] * one.dtype.size), folder)
-    return (
-        None
-        if array is None
-        else replace(examples, states=Kept(examples, groups, array, one.dtype))
-    )
-
-
-# How much of the memory there is the states of training texts may take, and those of validation.
-MEMORY_SHARE = 1 / 16
-# How much of a disk they leave free.
-FREE_SHARE = 1 / 10
-
-
-def make_room(shape: tuple[int, int], folder: Path) -> np.ndarray | None:
-    """An array of bytes in memory, or in a file without a name, which ends with the process."""
-    size = math.prod(map(int, shape))
+    widths = [dataset.padded_width(examples.lengths[g], examples.max_length) - 1 for g in groups]
+    size, file = one.shape[-1] * one.dtype.size, None
+    shapes = [(len(rows), width, size) for rows, width in zip(groups, widths, strict=True)]
     free = min(memory.available(), memory.machine_memory()) - mx.get_active_memory()
-    if size <= free * MEMORY_SHARE:
-        return np.empty(shape, np.uint8)
+    if sum(map(math.prod, shapes)) > free * MEMORY_SHARE:
+        file = make_file(shapes, folder)
+        if file is None:
+            return None
+    return replace(examples, states=Kept(examples, groups, one.dtype, file))
+
+
+def make_file(shapes: list[tuple[int, ...]], folder: Path) -> list[np.ndarray] | None:
+    """Arrays of bytes in a file without a name, which ends with the process; None without room."""
+    sizes = [*map(math.prod, shapes)]
+    size = sum(sizes)
     taken = f"the hidden states of layers that do not change take {size / 1e9:.3g} GB"
     try:
         disk = shutil.disk_usage(folder)
@@ -270,9 +251,10 @@ def make_room(shape: tuple[int, int], folder: Path) -> np.ndarray | None:
         with tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
                 os.posix_fallocate(file.fileno(), 0, size)
-            array = np.memmap(file, np.uint8, "w+", shape=shape)
+            array = np.memmap(file, np.uint8, "w+", shape=size)
     except OSError:
         warn(f"{taken}, for which {folder} has no room, so they are computed again in each epoch")
         return None
     warn(f"{taken} and are kept in a temporary file in {folder}, gone when this process ends")
-    return array
+    parts = np.split(array, np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
