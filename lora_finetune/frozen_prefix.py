@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import models
 from lora_finetune import dataset, memory
@@ -26,8 +25,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+# Whether the layers are called compiled: Python takes as long to call them as a GPU, which may have
+# to wait for it. Of a CPU's time that is nothing.
+COMPILED = mx.default_device() == mx.gpu
 
-class Prefix(NamedTuple):
+
+class Prefix:
     """The layers of a model below the first one that is trained.
 
     Attributes:
@@ -35,8 +38,9 @@ class Prefix(NamedTuple):
         num_layers: how many they are.
     """
 
-    model: nn.Module
-    num_layers: int
+    def __init__(self, model: nn.Module, num_layers: int):
+        self.model, self.num_layers = model, num_layers
+        self.compiled = mx.compile(self.hidden) if COMPILED else self.hidden
 
     def states(self, tokens: np.ndarray, lengths: np.ndarray) -> mx.array:
         """What these layers make of a batch: what the first trained layer is given.
@@ -48,7 +52,17 @@ class Prefix(NamedTuple):
         Returns:
             (rows, width − 1, size), zero in padding, of the model's own type; not computed yet.
         """
-        inputs, given = mx.array(tokens[:, :-1]), []
+        inputs = mx.array(tokens[:, :-1])
+        try:
+            hidden = self.compiled(inputs)
+        except ValueError:  # control flow that depends on data cannot be compiled
+            hidden = self.hidden(inputs)
+        is_text = mx.arange(inputs.shape[1]) < mx.array(lengths - 1)[:, None]
+        return mx.where(is_text[..., None], hidden, 0)
+
+    def hidden(self, inputs: mx.array) -> mx.array:
+        """The states (rows, length, size) of inputs (rows, length), in padding too."""
+        given = []
 
         def pass_on(hidden: mx.array, *_: object, **__: object) -> mx.array:
             given.append(hidden)
@@ -61,8 +75,7 @@ class Prefix(NamedTuple):
                 self.model(inputs)
         finally:
             self.model.train(was_training)
-        is_text = mx.arange(inputs.shape[1]) < mx.array(lengths - 1)[:, None]
-        return mx.where(is_text[..., None], given[0], 0)
+        return given[0]
 
     @contextmanager
     def replaced(self, states: mx.array) -> Iterator[None]:

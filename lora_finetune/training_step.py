@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import models
@@ -134,12 +133,12 @@ def make_step(
         num_targets = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
         try:
             if batch:
-                sums = gradients_of(*batch[0])
+                sums = gradients_of(before, *batch[0])
             else:  # a share without texts
                 sums = tree_map(mx.zeros_like, (mx.array(0.0), before))
             for part in batch[1:]:
                 mx.eval(sums)
-                sums = tree_map(mx.add, sums, gradients_of(*part))
+                sums = tree_map(mx.add, sums, gradients_of(before, *part))
             total, gradients, num_targets = group.sum(*sums, num_targets)
             parameters, parameter_sum = update(before, gradients, mx.array(max(num_targets, 1)))
         except memory.FAILURES:
@@ -189,25 +188,32 @@ def run_steps(
 
 
 def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array, dict]]:
-    """The sum of the loss over (part of) a batch, and its gradients, compiled.
+    """The sum of the loss over (part of) a batch, and its gradients to the parameters, compiled.
 
-    What it returns raises UserError where MLX has no gradient of something in the model.
+    The function takes the trainable parameters and the batch, and raises UserError where MLX has no
+    gradient of something in the model.
     """
-    function, state = nn.value_and_grad(model, lambda *batch: loss(model, *batch)[0]), [model.state]
 
-    @partial(mx.compile, inputs=state, outputs=state)
-    def compiled(*batch: mx.array) -> tuple:
-        try:
-            return function(*batch)
-        except ValueError:  # raised from here, it would leave MLX's placeholders in the state
-            return ()
+    def total(parameters: dict, *batch: mx.array) -> mx.array:
+        model.update(parameters)
+        return loss(model, *batch)[0]
 
-    def gradients_of(*batch: np.ndarray) -> tuple[mx.array, dict]:
+    plain = mx.value_and_grad(total)
+    function = mx.compile(plain)  # in which frozen weights are constants
+
+    def gradients_of(parameters: dict, *batch: np.ndarray) -> tuple[mx.array, dict]:
+        nonlocal function
+        arrays = [mx.array(array) for array in batch]
         try:
-            # Data-dependent control flow (dbrx reads its router's choice) cannot be compiled.
-            return compiled(*map(mx.array, batch)) or function(*map(mx.array, batch))
+            try:
+                return function(parameters, *arrays)
+            except ValueError:  # control flow that depends on data: dbrx reads its router's choice
+                function = plain
+                return function(parameters, *arrays)
         except ValueError as error:  # of an operation that MLX has no gradient of
             raise UserError(f"this architecture cannot be trained: {first_line(error)}") from error
+        finally:
+            model.update(parameters)  # in the place of MLX's placeholders
 
     return gradients_of
 
