@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 mlx_compile = mx.compile
 
@@ -90,26 +92,39 @@ def softmax(x: mx.array) -> mx.array:
 
 
 @mx.compile
-def weighted_sum(weights: mx.array, x: mx.array, center: mx.array) -> mx.array:
-    """Σ weights · (x − center) over the last axis, which stays with size 1, in float32."""
-    terms = weights.astype(mx.float32) * (x.astype(mx.float32) - center)
-    return terms.sum(axis=-1, keepdims=True)
+def weighted_rest(p: mx.array, of_p: mx.array, *parts: mx.array) -> mx.array:
+    """p · (dp − the sum of all parts), in float32 and then of the type of p."""
+    rest = of_p.astype(mx.float32)
+    for part in parts:  # in turn: their sum would be rounded, and what is left can be less
+        rest = rest - part
+    return (p * rest).astype(p.dtype)
 
 
-@mx.compile
-def softmax_gradient(p: mx.array, of_p: mx.array, center: mx.array) -> mx.array:
+def softmax_gradient(p: mx.array, of_p: mx.array) -> mx.array:
     """The gradient to what p is the softmax of: p · (dp − Σ p · dp).
 
     Of a row with nearly all in one place next to nothing is left, so Σ p · dp has to be right for
-    this p, rounded as it is and with a sum that is not quite 1: center + Σ p · (dp − center) is.
-    Both are subtracted in turn, since what is left can be less than the rounding of their sum.
-
-    Args:
-        center: about Σ p · dp, float32.
+    this p, rounded as it is and with a sum that is not quite 1. It is found in parts: each is the
+    same sum of what the parts before leave of dp, and so makes up for what they lost by rounding.
+    All is one kernel for CUDA to compile, and a product for the sums.
     """
-    rest = weighted_sum(p, of_p, center)
-    p, of_p = mx.depends([p, of_p], [rest])  # else, compiled, float32 copies of both would be made
-    return (p * (of_p.astype(mx.float32) - center - rest)).astype(p.dtype)
+    parts = [zero(i, p.dtype) for i in range(2 if p.dtype == mx.float32 else 3)]
+    for i in range(len(parts)):
+        parts[i] = weighted_rest(p, of_p, *parts) @ ones(p.shape[-1], p.dtype)
+        p, of_p = mx.depends([p, of_p], parts[i : i + 1])  # else dp in float32 would be kept
+    return weighted_rest(p, of_p, *parts)
+
+
+@cache
+def zero(number: int, dtype: mx.Dtype) -> mx.array:
+    """A zero (1, 1, 1, 1) for each number: of one array mx.compile would make another kernel."""
+    return mx.array(np.zeros((1, 1, 1, 1)), dtype)
+
+
+@cache
+def ones(length: int, dtype: mx.Dtype) -> mx.array:
+    """(length, 1), made once."""
+    return mx.array(np.ones((length, 1)), dtype)
 
 
 def scaled_product(

@@ -134,11 +134,7 @@ def gradients_by_hand(
 ) -> list[mx.array]:
     """The gradients to queries, keys and values, each of the type of what it is of."""
     of_output = mx.contiguous(in_groups(cotangent, k))
-    # Σ p · dp over the keys is, up to rounding, the same over the numbers of an output: fewer. The
-    # output is computed again, since nothing else has to keep it. A scalar 0 for an array would be
-    # another kernel for CUDA to compile.
-    center = activations.weighted_sum(p @ v, of_output, mx.zeros((1, 1, 1, 1)))
-    of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2), center)
+    of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2))
     return [
         scaled_product(of_scores, k, scale).reshape(q.shape).astype(q.dtype),
         scaled_product(of_scores.swapaxes(-1, -2), in_groups(q, k), scale).astype(k.dtype),
