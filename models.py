@@ -194,40 +194,54 @@ class LowRank(nn.Module):
         self.lora_a = mx.random.uniform(-bound, bound, (d_in, r))
         self.lora_b = mx.zeros((r, d_out))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return low_rank(x, self.lora_a, self.lora_b, self.scale)
-
     def pair(self) -> tuple[mx.array, mx.array]:
         """A (d_in, r) and B (r, d_out) for the scale of adapter files, 20."""
         b = self.lora_b if self.scale == SCALE else self.lora_b * (self.scale / SCALE)
         return self.lora_a, b
 
 
-def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
-    """scale · (x a) b, computed in float32 and of the type of x.
+def project(
+    x: mx.array, linears: list[nn.Module], pairs: list[tuple[mx.array, mx.array]], scale: float
+) -> list[mx.array]:
+    """linear(x) + scale · (x a) b for each of some frozen layers with its A and B.
 
-    Of x no copy in float32 is kept for the gradients.
+    The updates are computed in float32 and rounded to the type of the outputs, with no float32 copy
+    of x kept for the gradients. The gradient to x is summed up in products: on their own, additions
+    would be passes over arrays, and a kernel for CUDA to compile.
     """
+    number = len(linears)
 
     @mx.custom_function
-    def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        # Scaled here, where it has r columns only.
-        z = activations.scaled_product(x.astype(a.dtype), a, scale)
-        return (z @ b).astype(x.dtype), z
+    def forward(x: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+        a, b = arrays[:number], arrays[number:]
+        wide, outputs, kept = x.astype(a[0].dtype), [], []
+        for i in range(number):
+            y, z = linears[i](x), activations.scaled_product(wide, a[i], scale)
+            (update,) = mx.depends([(z @ b[i]).astype(y.dtype)], [y])  # again: no kernel to compile
+            outputs.append(y + update)
+            kept.append(z)  # scaled, since it has r columns only
+        return *outputs, *kept
 
     @forward.vjp
-    def gradients(primals, cotangents, outputs):
-        (x, a, b), (dy, _), (_, z) = primals, cotangents, outputs
-        (x,) = mx.depends([x], [dy])  # else, compiled, the copy of above would be kept
-        x, dy, z = (array.flatten(0, -2) for array in (x, dy.astype(a.dtype), z))
-        dz = activations.scaled_product(dy, b.T, scale)
-        return (
-            (dz @ a.T).reshape(primals[0].shape).astype(x.dtype),
-            x.astype(a.dtype).T @ dz,
-            z.T @ dy,
-        )
+    def gradients(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
+        x, *arrays = primals
+        a, b, z, dy = arrays[:number], arrays[number:], outputs[number:], cotangents[:number]
+        (x,) = mx.depends([x], [dy[0]])  # else, compiled, the copy of above would be kept
+        rows = [array.flatten(0, -2).astype(a[0].dtype) for array in (x, *dy)]
+        dz = [activations.scaled_product(rows[1 + i], b[i].T, scale) for i in range(number)]
+        of_b = [z[i].flatten(0, -2).T @ rows[1 + i] for i in range(number)]
+        joined, ends = mx.concatenate(dz, axis=1), np.cumsum([each.shape[1] for each in a])
+        of_a = (rows[0].T @ joined).split(ends[:-1].tolist(), axis=1)
+        of_x = (joined @ mx.concatenate(a, axis=1).T).reshape(x.shape).astype(x.dtype)
+        for linear, cotangent in zip(linears, dy, strict=True):
+            if type(linear) is nn.Linear:
+                of_x = mx.addmm(of_x, cotangent, linear.weight)
+            else:
+                of_x += mx.vjp(linear, [x], [cotangent])[1][0]
+        return [of_x.astype(x.dtype), *of_a, *of_b]
 
-    return forward(x, a, b)[0]
+    a, b = zip(*pairs, strict=True)
+    return list(forward(x, *a, *b)[:number])
 
 
 class Adapted:
@@ -243,17 +257,46 @@ class Adapted:
 
 
 class LoRALinear(Adapted, LowRank):
-    """A frozen linear layer, float or quantized, with a low-rank update."""
+    """A frozen linear layer, float or quantized, with a low-rank update.
+
+    Attributes:
+        together: it and the others that are called on the same input.
+    """
 
     @staticmethod
     def from_base(linear: nn.Module, r: int = RANK, scale: float = SCALE) -> LoRALinear:
         d_out, d_in = linear_shape(linear)
         adapted = LoRALinear(d_in, d_out, r, scale)
         adapted.linear = linear
+        adapted.together = Together([adapted])
         return adapted
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear(x) + super().__call__(x)
+        return self.together(self, x)
+
+
+class Together:
+    """Layers that are called on the same input one after the other: the first call computes all.
+
+    What the others put out waits for their calls, and before them MLX computes nothing of it. If
+    one turns out to be called on another input, each goes alone from then on.
+    """
+
+    def __init__(self, layers: list[LoRALinear]):
+        self.layers, self.input, self.waiting = layers, None, {}
+
+    def __call__(self, layer: LoRALinear, x: mx.array) -> mx.array:
+        if self.waiting and self.input is not x:
+            for each in self.layers:
+                each.together = Together([each])
+            return layer(x)
+        if id(layer) not in self.waiting:
+            pairs = [(each.lora_a, each.lora_b) for each in self.layers]
+            outputs = project(x, [each.linear for each in self.layers], pairs, layer.scale)
+            self.input, self.waiting = x, dict(zip(map(id, self.layers), outputs, strict=True))
+        y = self.waiting.pop(id(layer))
+        self.input = x if self.waiting else None
+        return y
 
 
 class LoRARouter(Adapted, LowRank):
@@ -306,11 +349,14 @@ class LoRAFused(Adapted, nn.Module):
             self[part] = LowRank(d_in, layout.num_rows(part), r, scale)
 
     def __call__(self, x: mx.array) -> mx.array | list[mx.array]:
-        y, update = self.linear(x), low_rank(x, *self.pair(), SCALE)
-        if not isinstance(y, list):  # one such layer splits its output itself
-            return y + update
-        ends = np.cumsum([part.shape[-1] for part in y]).tolist()
-        return [a + b for a, b in zip(y, update.split(ends[:-1], axis=-1), strict=True)]
+        ends = self.linear.get("indices")  # of one such layer, which splits its output itself
+        if ends is None:
+            return project(x, [self.linear], [self.pair()], SCALE)[0]
+
+        def whole(x: mx.array) -> mx.array:
+            return mx.concatenate(self.linear(x), axis=-1)
+
+        return project(x, [whole], [self.pair()], SCALE)[0].split(ends, axis=-1)
 
     def pair(self) -> tuple[mx.array, mx.array]:
         """One A and B for the whole projection: the A's side by side, the B's with zeros added."""
@@ -591,6 +637,14 @@ def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> N
             wrapped[path] = LoRALinear.from_base(modules[path], r, scale)
         else:
             wrapped[path] = LoRARouter.from_base(modules[path], r, scale)
+    beside: dict[tuple[str, int], list[LoRALinear]] = {}  # of one parent and input size
+    for path, layer in wrapped.items():
+        if isinstance(layer, LoRALinear):
+            beside.setdefault((path.rpartition(".")[0], len(layer.lora_a)), []).append(layer)
+    for layers in beside.values():
+        together = Together(layers)
+        for layer in layers:
+            layer.together = together
     for path, parts in fused.items():
         attention, _, name = path.rpartition(".")
         layout = fused_layout(model, modules[attention], name)

@@ -300,26 +300,60 @@ def test_no_array_of_length_squared_is_kept_for_the_gradients() -> None:
 # --- The low-rank update ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_the_low_rank_update_and_its_gradients_are_those_of_the_formula(dtype: mx.Dtype) -> None:
-    mx.random.seed(0)
-    x, a, b = (mx.random.normal(shape) for shape in ((2, 5, 12), (12, 3), (3, 7)))
-    x, weight = x.astype(dtype), mx.random.normal((2, 5, 7)).astype(dtype)
+def float_layer(d_out: int, dtype: mx.Dtype) -> nn.Module:
+    layer = nn.Linear(64, d_out)
+    layer.set_dtype(dtype)
+    return layer
 
-    def formula(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
-        return (20.0 * (x.astype(mx.float32) @ a @ b)).astype(dtype)
+
+def packed_layer(d_out: int, dtype: mx.Dtype) -> nn.Module:
+    return float_layer(d_out, dtype).to_quantized(32, 8)
+
+
+@pytest.mark.parametrize("make_layer", [float_layer, packed_layer])
+@pytest.mark.parametrize(("dtype", "most"), [(mx.float32, 1e-5), (mx.bfloat16, 1e-2)])
+def test_adapted_layers_together_do_as_the_formula_and_have_its_gradients(
+    make_layer: Callable, dtype: mx.Dtype, most: float
+) -> None:
+    mx.random.seed(0)
+    linears = [make_layer(d_out, dtype) for d_out in (32, 96)]
+    pairs = [(mx.random.normal((64, r)), mx.random.normal((r, d))) for r, d in ((3, 32), (5, 96))]
+    weights = [mx.random.normal((2, 5, d)).astype(dtype) for d in (32, 96)]
+    x = mx.random.normal((2, 5, 64)).astype(dtype)
+
+    def formula(x: mx.array, pairs: list) -> list[mx.array]:
+        wide = x.astype(mx.float32)
+        updates = [0.5 * (wide @ a @ b) for a, b in pairs]
+        return [y(x) + u.astype(dtype) for y, u in zip(linears, updates, strict=True)]
+
+    def together(x: mx.array, pairs: list) -> list[mx.array]:
+        return models.project(x, linears, pairs, 0.5)
 
     results = []
-    for update in (formula, lambda x, a, b: models.low_rank(x, a, b, 20.0)):
-        function = mx.value_and_grad(
-            lambda *arrays, update=update: (update(*arrays) * weight).sum(), argnums=(0, 1, 2)
-        )
-        results.append(tree_flatten(mx.compile(function)(x, a, b)))
-    for (_, expected), (_, found) in zip(*results, strict=True):
+    for function in (formula, together):
+
+        def total(x: mx.array, pairs: list, function: Callable = function) -> mx.array:
+            outputs = zip(function(x, pairs), weights, strict=True)
+            return sum((y * weight).astype(mx.float32).sum() for y, weight in outputs)
+
+        found = mx.compile(mx.value_and_grad(total, argnums=(0, 1)))(x, pairs)
+        results.append([array for _, array in tree_flatten(found)])
+    for expected, found in zip(*results, strict=True):
         assert found.dtype == expected.dtype
-        np.testing.assert_allclose(
-            found.astype(mx.float32), expected.astype(mx.float32), rtol=1e-5, atol=1e-5
-        )
+        expected, found = expected.astype(mx.float32), found.astype(mx.float32)
+        assert mx.linalg.norm(found - expected) <= most * mx.linalg.norm(expected)
+
+
+def test_layers_that_are_called_on_inputs_of_their_own_go_alone() -> None:
+    """And keep nothing of what they were called on."""
+    mx.random.seed(0)
+    first, second = (models.LoRALinear.from_base(float_layer(32, mx.float32)) for _ in range(2))
+    first.together = second.together = models.Together([first, second])
+    x, other = mx.random.normal((3, 64)), mx.random.normal((3, 64))
+    for layer, given in ((first, x), (second, x), (first, x), (second, other), (first, other)):
+        np.testing.assert_allclose(layer(given), layer.linear(given), rtol=1e-6)
+    assert first.together is not second.together
+    assert not first.together.waiting
 
 
 # --- The loss by pieces -------------------------------------------------------------------------
