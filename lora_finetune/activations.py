@@ -108,19 +108,15 @@ def softmax_gradient(p: mx.array, of_p: mx.array) -> mx.array:
     same sum of what the parts before leave of dp, and so makes up for what they lost by rounding.
     All is one kernel for CUDA to compile, and a product for the sums.
     """
-    parts = [zero(i) for i in range(2 if p.dtype == mx.float32 else 3)]
-    for i in range(len(parts)):
+    number = 2 if p.dtype == mx.float32 else 3
+    # Of different shapes: compiled, equal arrays would be one, and constants a part of the kernel.
+    parts = [mx.zeros((1,) * (i + 1)) for i in range(number)]
+    for i in range(number):
         part = weighted_rest(p, of_p, *parts) @ ones(p.shape[-1], p.dtype)
         part = part.astype(mx.float32)
         # Else, compiled, dp in float32 would be kept, and the last part would have its own kernel.
         p, of_p, parts[i] = mx.depends([p, of_p, part], [part])
     return weighted_rest(p, of_p, *parts)
-
-
-@cache
-def zero(number: int) -> mx.array:
-    """A zero (1, 1, 1, 1) for each number: of one array mx.compile would make another kernel."""
-    return mx.array(np.zeros((1, 1, 1, 1)), mx.float32)
 
 
 @cache
