@@ -166,11 +166,12 @@ def intercepted(
     """While it lasts, `reply` answers in place of a module's method, with the same arguments."""
     original = type(module)
     replaced = {method: lambda _, *args, **options: reply(*args, **options)}
-    module.__class__ = type(original.__name__, (original,), replaced)
+    module.__class__ = replacing = type(original.__name__, (original,), replaced)
     try:
         yield
     finally:
         module.__class__ = original
+        delattr(replacing, method)  # a class stays a while after its end, and what reply refers to
 
 
 # --- LoRA ---------------------------------------------------------------------------------------
@@ -205,9 +206,10 @@ def project(
 ) -> list[mx.array]:
     """linear(x) + scale · (x a) b for each of some frozen layers with its A and B.
 
-    The updates are computed in float32 and rounded to the type of the outputs, with no float32 copy
-    of x kept for the gradients. The gradient to x is summed up in products: on their own, additions
-    would be passes over arrays, and a kernel for CUDA to compile.
+    The updates are computed in float32, the type of A and B, and rounded to that of the outputs. Of
+    x no copy in float32 is kept for the gradients. The gradient to x is summed up in the products
+    with the weights, where they are float: additions of their own would be passes over the array,
+    and a kernel for CUDA to compile.
     """
     number = len(linears)
 
@@ -217,7 +219,8 @@ def project(
         wide, outputs, kept = x.astype(a[0].dtype), [], []
         for i in range(number):
             y, z = linears[i](x), activations.scaled_product(wide, a[i], scale)
-            (update,) = mx.depends([(z @ b[i]).astype(y.dtype)], [y])  # again: no kernel to compile
+            # Else, compiled, the cast and the sum would be a kernel for CUDA to compile.
+            (update,) = mx.depends([(z @ b[i]).astype(y.dtype)], [y])
             outputs.append(y + update)
             kept.append(z)  # scaled, since it has r columns only
         return *outputs, *kept
@@ -226,7 +229,7 @@ def project(
     def gradients(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
         x, *arrays = primals
         a, b, z, dy = arrays[:number], arrays[number:], outputs[number:], cotangents[:number]
-        (x,) = mx.depends([x], [dy[0]])  # else, compiled, the copy of above would be kept
+        (x,) = mx.depends([x], [dy[0]])  # else, compiled, its copy of above would be kept
         rows = [array.flatten(0, -2).astype(a[0].dtype) for array in (x, *dy)]
         dz = [activations.scaled_product(rows[1 + i], b[i].T, scale) for i in range(number)]
         of_b = [z[i].flatten(0, -2).T @ rows[1 + i] for i in range(number)]
@@ -268,7 +271,7 @@ class LoRALinear(Adapted, LowRank):
         d_out, d_in = linear_shape(linear)
         adapted = LoRALinear(d_in, d_out, r, scale)
         adapted.linear = linear
-        adapted.together = Together([adapted])
+        Together([adapted])
         return adapted
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -278,17 +281,19 @@ class LoRALinear(Adapted, LowRank):
 class Together:
     """Layers that are called on the same input one after the other: the first call computes all.
 
-    What the others put out waits for their calls, and before them MLX computes nothing of it. If
-    one turns out to be called on another input, each goes alone from then on.
+    The same is the same object, unchanged. What the others put out waits for their calls; if one
+    turns out to be called on another input, each goes alone from then on. All have one scale.
     """
 
     def __init__(self, layers: list[LoRALinear]):
         self.layers, self.input, self.waiting = layers, None, {}
+        for layer in layers:
+            layer.together = self
 
     def __call__(self, layer: LoRALinear, x: mx.array) -> mx.array:
         if self.waiting and self.input is not x:
             for each in self.layers:
-                each.together = Together([each])
+                Together([each])
             return layer(x)
         if id(layer) not in self.waiting:
             pairs = [(each.lora_a, each.lora_b) for each in self.layers]
@@ -642,9 +647,7 @@ def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> N
         if isinstance(layer, LoRALinear):
             beside.setdefault((path.rpartition(".")[0], len(layer.lora_a)), []).append(layer)
     for layers in beside.values():
-        together = Together(layers)
-        for layer in layers:
-            layer.together = together
+        Together(layers)
     for path, parts in fused.items():
         attention, _, name = path.rpartition(".")
         layout = fused_layout(model, modules[attention], name)
@@ -664,7 +667,7 @@ def fingerprints(model: nn.Module, folder: Path) -> dict[str, str]:
 
     Of each weight the name, the shape and the first numbers count.
     """
-    # Copied first: where CUDA's memory is read from, MLX moves the whole array.
+    # Of copies: to read numbers of an array on CUDA, MLX would move all of it to shared memory.
     sample = [
         (name, a.shape, mx.contiguous(a.flatten()[:16]))
         for name, a in tree_flatten(model.parameters())

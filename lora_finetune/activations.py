@@ -28,6 +28,27 @@ def compile_for_each_shape(
 
 mx.compile = compile_for_each_shape
 
+
+def compiled_if_possible(function: Callable) -> Callable:
+    """A function compiled, or as it is from where it turns out that MLX cannot compile it.
+
+    That is so of control flow that depends on data: dbrx reads its router's choice.
+    """
+    present = mx.compile(function)
+
+    def call(*arrays: object) -> object:
+        nonlocal present
+        try:
+            return present(*arrays)
+        except ValueError:
+            if present is function:
+                raise
+            present = function
+            return function(*arrays)
+
+    return call
+
+
 # Of x = k · log 2 + r, with |r| at most half of log 2, e^x is 2^k · e^r. Log 2 is in two parts, the
 # first of so few bits that its product with k is exact (Cody and Waite). The polynomial for e^r,
 # from the constant up, was fitted for the least relative error, 1.9e-9.
@@ -104,12 +125,16 @@ def softmax_gradient(p: mx.array, of_p: mx.array) -> mx.array:
     """The gradient to what p is the softmax of: p · (dp − Σ p · dp).
 
     Of a row with nearly all in one place next to nothing is left, so Σ p · dp has to be right for
-    this p, rounded as it is and with a sum that is not quite 1. It is found in parts: each is the
-    same sum of what the parts before leave of dp, and so makes up for what they lost by rounding.
-    All is one kernel for CUDA to compile, and a product for the sums.
+    this p, rounded as it is and with a sum that is not quite 1. A first sum is rounded to the type
+    of p; a second one, of what the first leaves of dp, makes up for that. The sums are products
+    with ones, and what is summed is computed as the gradient is: one kernel for CUDA to compile.
+
+    Args:
+        p: (..., rows, columns), of three dimensions or more.
     """
-    number = 2 if p.dtype == mx.float32 else 3
-    # Of different shapes: compiled, equal arrays would be one, and constants a part of the kernel.
+    # What is left in that one place has a rounding of its own only if dp is more precise than p.
+    number = 2 if mx.finfo(p.dtype).eps <= mx.finfo(of_p.dtype).eps else 4
+    # Zeros at first. Compiled, those of one shape would be one array, which is another kernel.
     parts = [mx.zeros((1,) * (i + 1)) for i in range(number)]
     for i in range(number):
         part = weighted_rest(p, of_p, *parts) @ ones(p.shape[-1], p.dtype)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import models
 from lora_finetune import dataset, memory
+from lora_finetune.activations import compiled_if_possible
 from lora_finetune.command_line import warn
 from lora_finetune.losses import Loss
 
@@ -25,8 +26,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-# Whether the layers are called compiled: Python takes as long to call them as a GPU, which may have
-# to wait for it. Of a CPU's time that is nothing.
+# Whether the layers are called compiled. Python takes milliseconds to call them, which a GPU might
+# have to wait for; what a CPU takes to compute them is a hundred times as long.
 COMPILED = mx.default_device() == mx.gpu
 
 
@@ -40,7 +41,7 @@ class Prefix:
 
     def __init__(self, model: nn.Module, num_layers: int):
         self.model, self.num_layers = model, num_layers
-        self.compiled = mx.compile(self.hidden) if COMPILED else self.hidden
+        self.call = compiled_if_possible(self.hidden) if COMPILED else self.hidden
 
     def states(self, tokens: np.ndarray, lengths: np.ndarray) -> mx.array:
         """What these layers make of a batch: what the first trained layer is given.
@@ -53,12 +54,8 @@ class Prefix:
             (rows, width − 1, size), zero in padding, of the model's own type; not computed yet.
         """
         inputs = mx.array(tokens[:, :-1])
-        try:
-            hidden = self.compiled(inputs)
-        except ValueError:  # control flow that depends on data cannot be compiled
-            hidden = self.hidden(inputs)
         is_text = mx.arange(inputs.shape[1]) < mx.array(lengths - 1)[:, None]
-        return mx.where(is_text[..., None], hidden, 0)
+        return mx.where(is_text[..., None], self.call(inputs), 0)
 
     def hidden(self, inputs: mx.array) -> mx.array:
         """The states (rows, length, size) of inputs (rows, length), in padding too."""
@@ -179,52 +176,58 @@ class Kept:
     Attributes:
         examples: the texts, in batches with states that are computed anew.
         groups: arrays of their indices, no two with a text in common.
-        place: of each text, its group and its row there: int64 (number of texts, 2).
+        place: of each text in them, its group and its row there.
         states: those of each group, (rows, width, size), zero in padding; None until then.
         dtype: of the states.
-        file: for each group, room for the bytes of its states in a file: uint8 (rows, width, bytes
+        room: for each group, where the bytes of its states go in a file: uint8 (rows, width, bytes
             of one). None where they stay in memory.
     """
 
     def __init__(
         self, examples: dataset.Examples, groups: list[np.ndarray], dtype: mx.Dtype,
-        file: list[np.ndarray] | None,
+        room: list[np.ndarray] | None,
     ):  # fmt: skip
-        self.examples, self.groups, self.dtype, self.file = examples, groups, dtype, file
-        self.place = np.zeros((len(examples), 2), np.int64)
-        for number, rows in enumerate(groups):
-            self.place[rows] = np.stack([np.full(len(rows), number), np.arange(len(rows))], 1)
+        self.examples, self.groups, self.dtype, self.room = examples, groups, dtype, room
+        self.place = {
+            text: (number, row)
+            for number, rows in enumerate(groups)
+            for row, text in enumerate(rows.tolist())
+        }
         self.states: list[mx.array | np.ndarray | None] = [None] * len(groups)
 
     def __call__(self, rows: np.ndarray, tokens: np.ndarray) -> mx.array:
         """The states (rows, width − 1, size) of a batch, zero in padding; `rows` are its texts.
 
-        In memory those of one group are left to the step to compute: so a GPU need not wait.
+        Where one group is missing, MLX may compute it with the step that the batch is for.
         """
-        missing = [n for n in np.unique(self.place[rows, 0]) if self.states[n] is None]
+        places = [self.place[text] for text in rows.tolist()]
+        missing = sorted({number for number, _ in places if self.states[number] is None})
         for number in missing:
             self.states[number] = self.compute(number)
             if len(missing) > 1:
                 mx.eval(self.states[number])  # each in turn, in the memory that one takes
-        return mx.stack([self.states_of(text, tokens.shape[1] - 1) for text in rows])
+        width = tokens.shape[1] - 1
+        return mx.stack([self.padded(*place, width) for place in places])
 
     def compute(self, number: int) -> mx.array | np.ndarray:
         """The states of a group, or their bytes in the file."""
         *_, states = self.examples.batch(self.groups[number])
-        if self.file is None:
+        if self.room is None:
             return states
         # Of an array that the device failed to compute, NumPy itself would drop the error.
-        self.file[number][:] = np.asarray(memoryview(states.view(mx.uint8)))
-        return self.file[number]
+        self.room[number][:] = np.asarray(memoryview(states.view(mx.uint8)))
+        return self.room[number]
 
-    def states_of(self, text: int, width: int) -> mx.array:
-        """The states of one text, (width, size)."""
-        number, row = self.place[text]
-        states = mx.array(self.states[number][row, :width]).view(self.dtype)
+    def padded(self, number: int, row: int, width: int) -> mx.array:
+        """The states of a row of a group, (width, size)."""
+        states = self.states[number][row, :width]
+        if self.room is not None:
+            states = mx.array(states).view(self.dtype)
         return mx.pad(states, [(0, width - len(states)), (0, 0)])
 
 
-# How much of the memory there is the states of training texts may take, and those of validation.
+# How much of the memory there is the states of training texts may take, and as much those of
+# validation.
 MEMORY_SHARE = 1 / 16
 # How much of a disk they leave free.
 FREE_SHARE = 1 / 10
@@ -242,14 +245,14 @@ def keep(
     """
     one = prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # which is never computed
     widths = [dataset.padded_width(examples.lengths[g], examples.max_length) - 1 for g in groups]
-    size, file = one.shape[-1] * one.dtype.size, None
+    size, room = one.shape[-1] * one.dtype.size, None
     shapes = [(len(rows), width, size) for rows, width in zip(groups, widths, strict=True)]
     free = min(memory.available(), memory.machine_memory()) - mx.get_active_memory()
     if sum(map(math.prod, shapes)) > free * MEMORY_SHARE:
-        file = make_file(shapes, folder)
-        if file is None:
+        room = make_file(shapes, folder)
+        if room is None:
             return None
-    return replace(examples, states=Kept(examples, groups, one.dtype, file))
+    return replace(examples, states=Kept(examples, groups, one.dtype, room))
 
 
 def make_file(shapes: list[tuple[int, ...]], folder: Path) -> list[np.ndarray] | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import models
 from lora_finetune import dataset, memory
+from lora_finetune.activations import compiled_if_possible
 from lora_finetune.command_line import UserError, first_line, hint_if_slow, warn
 from lora_finetune.distributed import ALONE, Group
 from lora_finetune.losses import Loss
@@ -122,11 +123,15 @@ def make_step(
         that, what parameters and moments were before stays in memory.
     """
     gradients_of, update = make_gradients(model, loss), make_update(optimizer)
+    current = model.trainable_parameters()  # collected once: each time a GPU would wait for it
 
     def step(batch: list[dataset.Batch]) -> LazyStep:
-        before, moments = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
+        nonlocal current
+        before, moments = current, tree_map(lambda a: a, optimizer.state)
 
         def undo() -> None:
+            nonlocal current
+            current = before
             model.update(before)
             optimizer.state.update(moments)
 
@@ -144,6 +149,7 @@ def make_step(
         except memory.FAILURES:
             undo()
             raise
+        current = parameters
         model.update(parameters)
         changed = leaves([parameters, optimizer.state])
         return LazyStep(total, num_targets, parameter_sum, changed, undo)
@@ -198,18 +204,11 @@ def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array
         model.update(parameters)
         return loss(model, *batch)[0]
 
-    plain = mx.value_and_grad(total)
-    function = mx.compile(plain)  # in which frozen weights are constants
+    function = compiled_if_possible(mx.value_and_grad(total))  # with frozen weights as constants
 
     def gradients_of(parameters: dict, *batch: np.ndarray) -> tuple[mx.array, dict]:
-        nonlocal function
-        arrays = [mx.array(array) for array in batch]
         try:
-            try:
-                return function(parameters, *arrays)
-            except ValueError:  # control flow that depends on data: dbrx reads its router's choice
-                function = plain
-                return function(parameters, *arrays)
+            return function(parameters, *map(mx.array, batch))
         except ValueError as error:  # of an operation that MLX has no gradient of
             raise UserError(f"this architecture cannot be trained: {first_line(error)}") from error
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import itertools
 import json
@@ -15,7 +16,15 @@ import models
 import tiny
 import train_lora
 from conftest import Run, listing
-from lora_finetune import adapters, checkpoint, dataset, frozen_prefix, losses, training_step
+from lora_finetune import (
+    adapters,
+    checkpoint,
+    dataset,
+    frozen_prefix,
+    losses,
+    memory,
+    training_step,
+)
 from test_survival import wait_for
 
 import mlx.core as mx
@@ -144,6 +153,50 @@ def test_each_text_is_computed_once_for_all_epochs_and_validations(
     with models.intercepted(layer, count):
         list(train(model, loss, kept))
     assert sum(rows) == len(examples["train"]) + len(examples["valid"])
+
+
+def test_compiled_the_layers_are_called_once_for_each_shape(
+    examples: dict[str, dataset.Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_prefix, "COMPILED", True)  # as on a GPU
+    model = build("llama")
+    prefix = frozen_prefix.find(model)
+    layer, shapes = model.layers[0], []
+    kind = type(layer)
+
+    def note_shape(hidden: mx.array, *args: object, **options: object) -> mx.array:
+        shapes.append(hidden.shape)
+        return kind.__call__(layer, hidden, *args, **options)
+
+    with models.intercepted(layer, note_shape):
+        for rows in np.array([[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]):
+            prefix.examples(examples["train"]).batch(rows)
+    assert len(shapes) == len(set(shapes)) > 0
+
+
+def test_what_is_kept_takes_the_memory_that_was_reckoned_with_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Just enough of it is memory, and a little less is the file."""
+    examples, rows = make_examples(300, 0), np.arange(300)
+    prefix = frozen_prefix.find(build("llama"))
+    groups = [rows[start : start + 3] for start in range(0, 300, 3)]
+    widths = [dataset.padded_width(examples.lengths[group]) - 1 for group in groups]
+    size = sum(3 * width * prefix.model.args.hidden_size * 4 for width in widths)
+    monkeypatch.setattr(memory, "available", lambda: size * 16 + mx.get_active_memory())
+    for factor, in_memory in ((1 + 1e-6, True), (1 - 1e-6, False)):
+        monkeypatch.setattr(frozen_prefix, "MEMORY_SHARE", factor / 16)
+        kept = frozen_prefix.keep(prefix, prefix.examples(examples), groups, tmp_path)
+        gc.collect()
+        gc.disable()  # what waits for it is not free
+        before = mx.get_active_memory()
+        for group in groups:
+            *_, states = kept.batch(group)
+            mx.eval(states)
+            del states
+        taken = mx.get_active_memory() - before
+        gc.enable()
+        assert abs(taken - size * in_memory) < 0.1 * size
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

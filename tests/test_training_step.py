@@ -147,3 +147,15 @@ def test_undone_steps_can_be_done_again(one_by_one):
         run.step(batch).undo()
     assert_equal(run.state(), states[0])
     assert [run.step(batch).compute() for batch in batches(5)] == numbers
+
+
+def test_after_gradients_are_taken_the_model_has_its_parameters_again() -> None:
+    """And none of what stands for them while MLX traces the step, which could not be computed."""
+    run = Run()
+    parameters = run.model.trainable_parameters()
+    ((tokens, is_target),) = next(batches(1))
+    training_step.make_gradients(run.model, losses.loss)(parameters, tokens, is_target)
+    for (name, found), (_, array) in zip(
+        tree_flatten(run.model.trainable_parameters()), tree_flatten(parameters), strict=True
+    ):
+        assert found is array, name
