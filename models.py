@@ -171,7 +171,7 @@ def intercepted(
         yield
     finally:
         module.__class__ = original
-        delattr(replacing, method)  # a class stays a while after its end, and what reply refers to
+        delattr(replacing, method)  # Python frees a class late, and with it what reply refers to
 
 
 # --- LoRA ---------------------------------------------------------------------------------------

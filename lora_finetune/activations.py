@@ -132,14 +132,17 @@ def softmax_gradient(p: mx.array, of_p: mx.array) -> mx.array:
     Args:
         p: (..., rows, columns), of three dimensions or more.
     """
-    # What is left in that one place has a rounding of its own only if dp is more precise than p.
+    # In the one place that has nearly all, dp and the first sum are close, so that their difference
+    # is exact in a type as precise as that of dp. So two sums are enough, else they are four.
     number = 2 if mx.finfo(p.dtype).eps <= mx.finfo(of_p.dtype).eps else 4
-    # Zeros at first. Compiled, those of one shape would be one array, which is another kernel.
+    # Zeros at first, each of another shape: mx.compile would take equal arrays for one, and make a
+    # kernel for that.
     parts = [mx.zeros((1,) * (i + 1)) for i in range(number)]
     for i in range(number):
         part = weighted_rest(p, of_p, *parts) @ ones(p.shape[-1], p.dtype)
         part = part.astype(mx.float32)
-        # Else, compiled, dp in float32 would be kept, and the last part would have its own kernel.
+        # Else, compiled, dp in float32 would be kept for all sums, and the kernel for the gradient
+        # would be another one, with the cast of the last part in it.
         p, of_p, parts[i] = mx.depends([p, of_p, part], [part])
     return weighted_rest(p, of_p, *parts)
 

@@ -123,7 +123,7 @@ def make_step(
         that, what parameters and moments were before stays in memory.
     """
     gradients_of, update = make_gradients(model, loss), make_update(optimizer)
-    current = model.trainable_parameters()  # collected once: each time a GPU would wait for it
+    current = model.trainable_parameters()  # collected once, since in each step it is felt on a GPU
 
     def step(batch: list[dataset.Batch]) -> LazyStep:
         nonlocal current
