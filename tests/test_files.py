@@ -24,7 +24,6 @@ from lora_finetune.checkpoint import Progress
 from test_survival import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models import llama
@@ -474,7 +473,7 @@ def test_every_step_is_traced_in_training_mode_and_every_evaluation_is_not(
 ) -> None:
     """Some layers of mlx-lm choose a kernel by it, and one of the two has no gradient."""
     modes: dict[bool, list[bool]] = {True: [], False: []}  # within a step, and without
-    attend, value_and_grad = llama.Attention.__call__, nn.value_and_grad
+    attend, value_and_grad = llama.Attention.__call__, mx.value_and_grad
     in_step = False
 
     def watched_attention(self: llama.Attention, *inputs: object) -> mx.array:
@@ -495,7 +494,7 @@ def test_every_step_is_traced_in_training_mode_and_every_evaluation_is_not(
         return watched
 
     monkeypatch.setattr(llama.Attention, "__call__", watched_attention)
-    monkeypatch.setattr(nn, "value_and_grad", watched_value_and_grad)
+    monkeypatch.setattr(mx, "value_and_grad", watched_value_and_grad)
     adapter = ["--resume-adapter-file", "a.npz"] if resumed else ["--adapter-file", "b.npz"]
     ended = call(*args, *adapter, "--iters", ITERS + 2, "--prompt", "a", "--max-tokens", 2)
     assert ended.returncode == 0
