@@ -122,16 +122,19 @@ def make_step(
         will make. What `LazyStep.compute` raises, the step can raise too, after undoing itself. For
         that, what parameters and moments were before stays in memory.
     """
-    gradients_of, update = make_gradients(model, loss), make_update(optimizer)
-    current = model.trainable_parameters()  # collected once, since in each step it is felt on a GPU
+    gradients_of = make_gradients(model, loss)
+    # Not collected from the model and joined anew in each step, which would be felt on a GPU.
+    parameters = model.trainable_parameters()
+    flat = joined(parameters)
 
     def step(batch: list[dataset.Batch]) -> LazyStep:
-        nonlocal current
-        before, moments = current, tree_map(lambda a: a, optimizer.state)
+        nonlocal parameters, flat
+        before, flat_before = parameters, flat
+        moments = tree_map(lambda a: a, optimizer.state)
 
         def undo() -> None:
-            nonlocal current
-            current = before
+            nonlocal parameters, flat
+            parameters, flat = before, flat_before
             model.update(before)
             optimizer.state.update(moments)
 
@@ -145,11 +148,11 @@ def make_step(
                 mx.eval(sums)
                 sums = tree_map(mx.add, sums, gradients_of(before, *part))
             total, gradients, num_targets = group.sum(*sums, num_targets)
-            parameters, parameter_sum = update(before, gradients, mx.array(max(num_targets, 1)))
+            flat = update(optimizer, flat, gradients, mx.array(max(num_targets, 1)))
+            parameters, parameter_sum = parted(flat, before), flat.sum()
         except memory.FAILURES:
             undo()
             raise
-        current = parameters
         model.update(parameters)
         changed = leaves([parameters, optimizer.state])
         return LazyStep(total, num_targets, parameter_sum, changed, undo)
@@ -217,25 +220,13 @@ def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array
     return gradients_of
 
 
-def make_update(optimizer: optim.Optimizer) -> Callable[..., tuple[dict, mx.array]]:
-    """The updated parameters, and their sum, for the gradients of a sum and what divides it."""
-    # The parameters that the last update made, and the one array that they are parts of. Nothing
-    # else may change them in place, which would leave them the same objects.
-    made = [], None
-
-    def update(parameters: dict, gradients: dict, divisor: mx.array) -> tuple[dict, mx.array]:
-        nonlocal made
-        arrays, flat = made
-        if list(map(id, leaves(parameters))) != list(map(id, arrays)):
-            flat = joined(parameters)
-        # Not compiled: on a GPU that would take seconds, and operations on one array are few.
-        gradient = joined(gradients) / divisor
-        flat = optimizer.apply_gradients({ALL: gradient}, {ALL: flat})[ALL]
-        updated = parted(flat, parameters)
-        made = leaves(updated), flat
-        return updated, flat.sum()
-
-    return update
+def update(
+    optimizer: optim.Optimizer, flat: mx.array, gradients: dict, divisor: mx.array
+) -> mx.array:
+    """All updated parameters as one array, for the gradients of a sum and what divides it."""
+    # Not compiled: on a GPU that would take seconds, and operations on one array are few.
+    gradient = joined(gradients) / divisor
+    return optimizer.apply_gradients({ALL: gradient}, {ALL: flat})[ALL]
 
 
 def leaves(tree: dict) -> list[mx.array]:
