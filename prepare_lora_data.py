@@ -30,6 +30,7 @@ from lora_finetune.command_line import (
     UserError,
     abbreviated,
     begin_process,
+    import_or_exit,
     in_project,
     is_unicode,
     nonempty,
@@ -102,6 +103,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take a second
     begin_process()
     args = parse_arguments()
+    import_or_exit("datasets")
 
 from lora_finetune.chat import Message, read_messages, read_tools
 from lora_finetune.dataset import join_question, question_of

@@ -23,6 +23,7 @@ from lora_finetune.command_line import (
     UserError,
     begin_process,
     first_line,
+    import_or_exit,
     in_project,
     is_unicode,
     nonempty,
@@ -145,6 +146,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # parsed before the imports, which take seconds: --help answers at once
     begin_process()
     args = parse_arguments()
+    import_or_exit("mlx.core")
     # Hide PyTorch, where it is installed, from transformers: seconds and 180 MB for nothing here.
     sys.modules.setdefault("torch", None)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import io
 import math
 import os
@@ -221,6 +222,21 @@ def begin_process() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if number_of_process() > 0:
         be_silent()
+
+
+def import_or_exit(package: str) -> None:
+    """Import a package first; where it is not there, or does not load, one line says so."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError):
+            reason = f"{package} is not installed for {sys.executable}; `make demo` installs all "
+            reason += "that is needed into .venv, and `source .venv/bin/activate` turns to that"
+        else:  # such as MLX for CUDA where there is no GPU
+            reason = f"{package} cannot be loaded ({first_line(error)}); see README.md for what to "
+            reason += "install on which machine"
+        print(f"error: {one_line(reason)}", file=sys.__stderr__)
+        sys.exit(2)
 
 
 # How a process is told its number, and how many there are, by mlx.launch and by the kinds of MPI.

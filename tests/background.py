@@ -11,11 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import models  # noqa: F401  before mlx, since it loads a fast BLAS
+
+import mlx.core as mx
+
 ROOT = Path(__file__).resolve().parent.parent
 
-# Processes are forked from one that has imported the program, which takes two seconds, once.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["background", "models", "train_lora"])
+# Processes are forked from one that has imported the program, which takes two seconds, once. Not
+# on a GPU, which a process does not share with one that it is forked from.
+CONTEXT = multiprocessing.get_context("spawn" if mx.default_device() == mx.gpu else "forkserver")
+CONTEXT.set_forkserver_preload(["background", "train_lora"])
 
 
 def start(folder: Path, *args: object, **options: object) -> multiprocessing.Process:
@@ -46,8 +51,6 @@ def run(
     os.chdir(folder)
     os.environ.update(env or {})
     if device_memory:
-        import mlx.core as mx  # not above: the program loads a fast BLAS before it
-
         mx.device_info = lambda: {"max_recommended_working_set_size": device_memory}
         mx.set_wired_limit = lambda limit: None
     for number, name in [(1, "out"), (2, "err")]:

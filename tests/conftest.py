@@ -113,10 +113,17 @@ PERPLEXITY = re.compile(r"ppl ([\d.]+)\.\n")  # on the test set, in what a progr
 # How the last lines of training begin, on stderr.
 OUTCOME = ("Validation loss ", "Ask it: ", "Go on: ", "Export it: ")
 
+# What a GPU has to say beside, on stderr.
+OF_GPU = re.compile(
+    r"^hint: (trying a step for its memory|the quantized weights are unpacked).*\n", re.M
+)
+
 
 def without_outcome(ended: Ended) -> Ended:
     """What a program wrote, decoded; the last lines of training, on stderr, are in `outcome`."""
     ended.stdout, stderr = ended.stdout.decode(), ended.stderr.decode()
+    if mx.default_device() == mx.gpu:
+        stderr = OF_GPU.sub("", stderr)
     lines = "".join(f"{start}.*\n" for start in OUTCOME)
     ended.stderr, ended.outcome, _ = re.split(rf"({lines})?\Z", stderr, maxsplit=1)
     return ended

@@ -92,7 +92,7 @@ def train(model: nn.Module, steps: int = 2) -> list[float]:
 
 def logits(model: nn.Module) -> np.ndarray:
     model.eval()
-    return np.array(model(TOKENS))
+    return np.array(model(TOKENS).astype(mx.float32))
 
 
 def test_every_architecture_of_mlx_lm_is_looked_at():

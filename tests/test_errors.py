@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -46,6 +47,28 @@ def fails(
 
 
 # --- The command line ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [(["train_lora.py", "--train"], "mlx.core"), (["prepare_lora_data.py"], "datasets")],
+)
+def test_a_python_without_what_is_needed_is_reported(
+    run: Run, command: list[str], package: str
+) -> None:
+    """As where `source .venv/bin/activate` was forgotten: here Python leaves its packages out."""
+    script, *flags = command
+    error = one_error(run(*flags, script=script, python=("-S",)), f"{package} is not installed")
+    assert "make demo" in error and sys.executable in error
+
+
+def test_a_package_that_does_not_load_is_reported_with_the_reason(run: Run, tmp_path: Path) -> None:
+    """As MLX for CUDA on a machine without a GPU."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('no device is detected')")
+    env = {"PYTHONPATH": str(tmp_path)}
+    one_error(run("--train", env=env), "mlx.core cannot be loaded (no device", "README.md")
+
 
 OUT_OF_RANGE = {
     "--batch-size": ["0", "-1", "1.5", "x", "", "99999999999"],

@@ -456,7 +456,7 @@ def test_mlx_lm_generates_the_same_from_what_is_exported(
 def ask(url: str, request: dict) -> dict:
     """The answer of a server, which may still be starting."""
     body = json.dumps(request).encode()
-    for _ in range(100):
+    for _ in range(300):
         try:
             headers = {"Content-Type": "application/json"}
             with urllib.request.urlopen(urllib.request.Request(url, body, headers)) as answer:

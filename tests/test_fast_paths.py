@@ -472,4 +472,4 @@ def test_no_array_of_all_tokens_and_all_logits_is_made(monkeypatch: pytest.Monke
         mx.eval(function(*batch))
         peaks.append(mx.get_peak_memory() - before)
     all_logits = rows * (width - 1) * num_logits * 4
-    assert peaks[1] < 0.7 * all_logits < 1.4 * all_logits < peaks[0]
+    assert peaks[1] < 0.9 * all_logits < 1.4 * all_logits < peaks[0]

@@ -138,8 +138,9 @@ def test_the_same_compiled_and_in_parts(
 
 
 def test_each_text_is_computed_once_for_all_epochs_and_validations(
-    examples: dict[str, dataset.Examples], tmp_path: Path
+    examples: dict[str, dataset.Examples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(frozen_prefix, "COMPILED", False)  # so that each call can be counted
     model = build("llama")
     prefix = frozen_prefix.find(model)
     loss, kept = prefix.loss(losses.make_loss(model)), with_kept_states(prefix, examples, tmp_path)
@@ -196,7 +197,7 @@ def test_what_is_kept_takes_the_memory_that_was_reckoned_with_and_no_more(
             del states
         taken = mx.get_active_memory() - before
         gc.enable()
-        assert abs(taken - size * in_memory) < 0.1 * size
+        assert abs(taken - size * in_memory) < 0.2 * size  # a GPU gives each array whole pages
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
