@@ -453,6 +453,9 @@ def test_by_pieces_fifty_steps_end_where_the_plain_ones_do(small_pieces: None, n
     assert ends[0][-1] < 0.9 * ends[0][0]
 
 
+@pytest.mark.skipif(
+    mx.default_device() == mx.gpu, reason="a GPU is given all of so little at a time"
+)
 def test_no_array_of_all_tokens_and_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak of memory says so: it is a fraction of what the logits of all tokens take."""
     monkeypatch.setattr(losses, "PIECE_ROWS", 16)
@@ -472,4 +475,4 @@ def test_no_array_of_all_tokens_and_all_logits_is_made(monkeypatch: pytest.Monke
         mx.eval(function(*batch))
         peaks.append(mx.get_peak_memory() - before)
     all_logits = rows * (width - 1) * num_logits * 4
-    assert peaks[1] < 0.9 * all_logits < 1.4 * all_logits < peaks[0]
+    assert peaks[1] < 0.7 * all_logits < 1.4 * all_logits < peaks[0]
