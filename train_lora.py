@@ -628,7 +628,6 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
         layers = args.lora_layers if args.train else None
         adapters.adapt(model, plan.adapter, plan.source, layers, args.lora_rank, plan.scale)
         export.check_forms(plan.exports, model, folder)
-        loss = losses.make_loss(model) if plan.data else None
         print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
     if args.train:
         learnt = prompts.learnt_format(plan.data["train"], tokenizer)
@@ -648,6 +647,8 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
     if group.size > 1:
         group.compare(to_compare(args, plan, model, examples, fingerprints))
     with attention.by_blocks(), recurrences.by_chunks():
+        with memory.device_errors("take a smaller or a quantized model"):
+            loss = losses.make_loss(model) if plan.data else None
         if args.train:
             plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
             train(model, loss, examples, plan, group)

@@ -29,6 +29,12 @@ def compile_for_each_shape(
 mx.compile = compile_for_each_shape
 
 
+# What a first run on a GPU is waiting for, when nothing is trained yet.
+COMPILING = (
+    "on a GPU the first run compiles its kernels, for up to a minute, or several with a hybrid"
+)
+
+
 def compiled_if_possible(function: Callable) -> Callable:
     """A function compiled, or as it is from where it turns out that MLX cannot compile it.
 

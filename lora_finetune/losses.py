@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import models
-from lora_finetune.activations import exp, log_sum_exp
+from lora_finetune.activations import COMPILING, exp, log_sum_exp
+from lora_finetune.command_line import hint_if_slow
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -116,9 +117,10 @@ def make_loss(model: nn.Module) -> Loss:
         return loss
     by_pieces = partial(loss_by_pieces, head)
     tokens, is_target = mx.arange(9)[None] % head.num_logits, mx.ones((1, 9), mx.bool_)
-    expected, found = (
-        function(model, tokens, is_target)[0].item() for function in (loss, by_pieces)
-    )
+    with hint_if_slow(f"trying the model on a few tokens; {COMPILING}"):
+        expected, found = (
+            function(model, tokens, is_target)[0].item() for function in (loss, by_pieces)
+        )
     return by_pieces if abs(found - expected) <= 1e-3 * abs(expected) else loss
 
 

@@ -13,12 +13,18 @@ from lora_finetune.activations import exp
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import gated_delta, ssm
 
 Result = tuple[mx.array, mx.array]  # what a recurrence puts out, and its state after it
 
 CHUNK = 64  # tokens, a power of two
 LEAST_G = 1e-20  # a smaller g is taken for this, and has no gradient: in float32 all is forgotten
+
+# Of the tokens of a chunk (rows), 1 for each before (columns), and −∞ for each after, else 0. Made
+# here, since MLX's own ways to make them are a kernel each that CUDA takes 3 s to compile.
+BEFORE = mx.array(np.tri(CHUNK, k=-1, dtype=np.float32))
+MINUS_INFINITY_AFTER = mx.array(np.where(np.tri(CHUNK), 0, -np.inf).astype(np.float32))
 
 gated_delta_by_tokens, whole_ssm = gated_delta.gated_delta_ops, ssm.ssm_attn
 
@@ -78,9 +84,8 @@ def gated_delta_by_chunks(
     q, k, v, beta = chunks(q), chunks(k), chunks(v), chunks(beta)[..., None]
     g = exp(mx.cumsum(log_g, axis=-1))[..., None]  # G
     # G_t / G_i, as a sum over what is between: of a quotient or a difference few digits are left.
-    between = mx.cumsum(mx.where(mx.tri(CHUNK, k=-1) > 0, log_g[..., None], 0), axis=-2)
-    ratio = exp(mx.where(mx.tri(CHUNK) > 0, between, -mx.inf))
-    inverse = unit_lower_inverse(mx.tril(beta * (k @ k.swapaxes(-1, -2)) * ratio, -1))
+    ratio = exp(mx.cumsum(log_g[..., None] * BEFORE, axis=-2) + MINUS_INFINITY_AFTER)
+    inverse = unit_lower_inverse(beta * (k @ k.swapaxes(-1, -2)) * ratio * BEFORE)
     of_values, of_state = inverse @ (beta * v), inverse @ (beta * g * k)
     scores, q, k = (q @ k.swapaxes(-1, -2)) * ratio, g * q, ratio[..., -1, :, None] * k
     outputs = []
@@ -95,6 +100,17 @@ def gated_delta_by_chunks(
     return y.astype(dtype), state
 
 
+def blocks_of(size: int) -> np.ndarray:
+    """1 where row and column of a chunk are in the same of its blocks of such a size, else 0."""
+    block = np.arange(CHUNK) // size
+    return (block[:, None] == block).astype(np.float32)
+
+
+IDENTITY = mx.array(blocks_of(1))
+SIZES = [1 << level for level in range(CHUNK.bit_length() - 1)]
+NEW_IN_LARGER = [mx.array(blocks_of(2 * size) - blocks_of(size)) for size in SIZES]
+
+
 @mx.custom_function
 def unit_lower_inverse(a: mx.array) -> mx.array:
     """(I + a)⁻¹ for strictly lower triangular a (…, CHUNK, CHUNK).
@@ -102,11 +118,9 @@ def unit_lower_inverse(a: mx.array) -> mx.array:
     From D, which has the inverses of the diagonal blocks of one size, those of twice that size are
     D − D M D, where M is what a has in the larger blocks and not in the smaller ones.
     """
-    index, inverse = mx.arange(CHUNK), mx.eye(CHUNK)
-    for level in range(CHUNK.bit_length() - 1):
-        small, large = index >> level, index >> (level + 1)
-        is_new = (large[:, None] == large) & (small[:, None] != small)
-        inverse = inverse - inverse @ mx.where(is_new, a, 0) @ inverse
+    inverse = IDENTITY
+    for is_new in NEW_IN_LARGER:
+        inverse = inverse - inverse @ (a * is_new) @ inverse
     return inverse
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import models
 from lora_finetune import dataset, memory
-from lora_finetune.activations import compiled_if_possible
+from lora_finetune.activations import COMPILING, compiled_if_possible
 from lora_finetune.command_line import UserError, first_line, hint_if_slow, warn
 from lora_finetune.distributed import ALONE, Group
 from lora_finetune.losses import Loss
@@ -233,12 +233,6 @@ def leaves(tree: dict) -> list[mx.array]:
     return [array for _, array in tree_flatten(tree)]
 
 
-# What a first run on a GPU is waiting for, when nothing is trained yet.
-WAIT = (
-    "trying a step for its memory; on a GPU the first run compiles its kernels, for up to a minute"
-)
-
-
 def fit_memory(
     model: nn.Module, loss: Loss, examples: dataset.Examples, batch_size: int, parts: int
 ) -> int:
@@ -262,7 +256,7 @@ def fit_memory(
             tried.undo()
 
     most = -(-rows // parts)
-    with hint_if_slow(WAIT):
+    with hint_if_slow(f"trying a step for its memory; {COMPILING}"):
         fitting = memory.number_that_fits(try_step, most, limit)
     if not fitting:
         warn(
