@@ -176,42 +176,31 @@ def sigmoid(x: mx.array) -> mx.array:
     return 1 / (1 + exp(-x)) if is_for(x) else mx.sigmoid(x)
 
 
-def keeping_input(plain: Callable[[mx.array], mx.array]) -> Callable:
-    """A decorator of the form of an activation that is fast where this exp is in place.
+def keeping_input(function: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """A decorator: the function keeps its input only, and is computed again for its gradient."""
+    keeping = mx.custom_function(function)
 
-    What it makes keeps its input only, and is computed again for its gradient.
+    @keeping.vjp
+    def gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        # The input seems to depend on the cotangent, else, compiled, what is computed again would
+        # be merged with what was computed before, and kept.
+        ready = mx.depends([x], [cotangent])
+        return mx.vjp(function, ready, [cotangent])[1][0]
 
-    Args:
-        plain: MLX's form, for where it is not.
-    """
-
-    def decorate(fast: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-        def function(x: mx.array) -> mx.array:
-            return fast(x) if is_for(x) else plain(x)
-
-        keeping = mx.custom_function(function)
-
-        @keeping.vjp
-        def gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-            # The input seems to depend on the cotangent, else, compiled, what is computed again
-            # would be merged with what was computed before, and kept.
-            ready = mx.depends([x], [cotangent])
-            return mx.vjp(function, ready, [cotangent])[1][0]
-
-        return keeping
-
-    return decorate
+    return keeping
 
 
-@keeping_input(nn.silu)
+@keeping_input
 def silu(x: mx.array) -> mx.array:
     return x * sigmoid(x)
 
 
-@keeping_input(nn.gelu_approx)
+@keeping_input
 def gelu_approx(x: mx.array) -> mx.array:
-    """GELU with tanh: (1 + tanh u) / 2 is the sigmoid of 2 u."""
-    return x * sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    """GELU with tanh, in float32: (1 + tanh u) / 2 is the sigmoid of 2 u."""
+    wide = x.astype(mx.float32)
+    u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    return (wide * sigmoid(2 * u)).astype(x.dtype)
 
 
 @mx.custom_function

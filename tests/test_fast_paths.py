@@ -103,6 +103,17 @@ def test_an_activation_and_its_gradient_are_those_of_the_formula(
     np.testing.assert_allclose(of_sum(array)[1], gradient, rtol=1e-6, atol=2e-6)
 
 
+def test_gelu_of_bfloat16_is_rounded_once() -> None:
+    """Where MLX's own rounds each of its steps."""
+    formula = ACTIVATIONS["gelu_approx"][1]
+    array = mx.array(np.linspace(-5, 5, 4001)).astype(mx.bfloat16)
+    x = np.array(array.astype(mx.float32), np.float64)
+    gradient = (formula(x + 1e-5) - formula(x - 1e-5)) / 2e-5
+    values, (found,) = mx.vjp(activations.gelu_approx, [array], [mx.ones_like(array)])
+    np.testing.assert_allclose(values[0].astype(mx.float32), formula(x), rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(found.astype(mx.float32), gradient, rtol=2**-8, atol=1e-6)
+
+
 def test_an_activation_keeps_its_input_only() -> None:
     """The peak of memory says so: twenty more in a row keep some twenty arrays more."""
     x, peaks = mx.random.normal((500, 1000)), []
