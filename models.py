@@ -37,15 +37,16 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 from transformers.utils import logging
 
-# On CUDA, MLX would round the factors of float32 products to TF32's 10 bits: gradients 1 % off.
-# And cuDNN's attention has gradients that differ from run to run: none could be resumed exactly.
-# Only there, since without TF32 the newest Macs do not use their matrix units for float32.
-# And what it hands over at a time, of which ten may wait, is made small: they hold gigabytes.
+# Only on CUDA, since without TF32 the newest Macs do not use their matrix units for float32.
 if mx.cuda.is_available():
+    # TF32 rounds the factors of float32 products to 10 bits, which puts gradients 1 % off.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    # The gradients of cuDNN's attention differ from run to run, so that none could be resumed
+    # exactly.
+    os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
+    # MLX hands operations over in groups, of which ten may wait: large ones hold gigabytes.
     os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")
-    os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
 
 logging.set_verbosity_error()  # its warnings are for programmers
 
@@ -81,7 +82,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             hint(f"the quantized weights are unpacked to {size:.1f} GB, with which CUDA is faster")
             model = dequantize_model(model)
         mx.eval(model.parameters())
-        find_limits(model)
+        find_limits(model)  # what is wrong with some settings shows only in a call
     except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
         check_memory(folder, error)
         check_settings(folder)
@@ -94,7 +95,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
         )
         tokenizer.encode("a")  # what is wrong with some settings shows only in use
-    except Exception as error:  # and so does transformers
+    except Exception as error:  # transformers may raise anything too
         check_memory(folder, error)
         check_settings(folder)
         why = "" if (folder / "tokenizer.json").exists() else "there is no tokenizer.json: "
@@ -115,7 +116,13 @@ def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 def unpacked_size(model: nn.Module) -> int:
     """Bytes that the quantized weights of a model have dequantized; 0 where there are none."""
     packed = [module for module in model.modules() if "scales" in module]
-    return sum(32 // m.bits * m.weight.size * m.scales.dtype.size for m in packed)
+    return sum(m.weight.size * 32 // m.bits * float_type(m).size for m in packed)
+
+
+def float_type(module: nn.Module) -> mx.Dtype:
+    """The type that the weight of a layer has where it is float, and dequantized else."""
+    dtype = module.scales.dtype if "scales" in module else module.weight.dtype
+    return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
 
 
 # --- Vocabulary and positions -------------------------------------------------------------------
@@ -134,13 +141,12 @@ class Limits(NamedTuple):
 
 
 def find_limits(model: nn.Module) -> Limits:
-    """The limits of a model, from what it looks up in its embeddings when it is called.
+    """The limits of a model, from the indices that its embeddings are asked for in one call.
 
-    It is called with an id that no table has, thrice. Where that id arrives, ids are looked up
-    as they are, and where consecutive numbers do, positions; other numbers the model has computed
-    (from several ids, or for those alone that the table has) and keeps in range itself. The
-    embeddings give their first row in place of what is asked for, and nothing but indices is
-    computed.
+    The call has three tokens, all of an id that no table has. A table that is asked for this id is
+    indexed by ids, and one that is asked for consecutive numbers by positions. Other indices the
+    model has computed itself, and keeps in range. The tables answer with their first row, and
+    nothing but indices is computed.
     """
     lookups = []
 
@@ -448,14 +454,12 @@ def can_merge(module: nn.Module) -> bool:
 def float_weight(module: nn.Module) -> tuple[mx.array, mx.Dtype]:
     """The weight (d_out, d_in) of a linear layer or router in float32, and its own float type."""
     weight = module.weight
-    if "scales" not in module:
-        return weight.astype(mx.float32), weight.dtype
-    dtype = module.scales.dtype if mx.issubdtype(module.scales.dtype, mx.floating) else mx.bfloat16
-    unpacked = mx.dequantize(
-        weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode,
-        module.get("global_scale"), dtype=mx.float32,
-    )  # fmt: skip
-    return unpacked, dtype
+    if "scales" in module:
+        weight = mx.dequantize(
+            weight, module.scales, module.get("biases"), module.group_size, module.bits,
+            module.mode, module.get("global_scale"), dtype=mx.float32,
+        )  # fmt: skip
+    return weight.astype(mx.float32), float_type(module)
 
 
 def lora_modules(model: nn.Module) -> dict[str, Adapted]:
@@ -572,7 +576,10 @@ def fused_layout(model: nn.Module, attention: nn.Module, name: str) -> Layout:
     rows = linear_shape(attention[name])[0]
     output = next((out for out in OUTPUTS if out in attention), None)
     if output is None:
-        raise UserError(f"{model_family(model)}: no output projection shows how {name} is laid out")
+        raise UserError(
+            f"where in {name} of this kind of model ({model_family(model)}) queries and values "
+            "are is not known, so it cannot be adapted; take another model"
+        )
     width = linear_shape(attention[output])[1]
     if name.startswith("in_proj"):
         v = width

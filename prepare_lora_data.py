@@ -75,8 +75,8 @@ def build_parser() -> Parser:
     add("--valid-fraction", fraction, 0.05, "share of validation")
     add("--test-fraction", fraction, 0.05, "share of the test")
     add("--seed", whole_number(0, below=math.inf), 0, "which questions go into which set")
-    add("--limit", whole_number(1, below=math.inf), None, "stop after so many examples "
-        "(default: all)")  # fmt: skip
+    add("--limit", whole_number(1, below=math.inf), None, "take so many examples, with "
+        "--keep-splits of each split (default: all)")  # fmt: skip
     switch("--keep-splits", "keep the splits of a saved DatasetDict; a validation or test set that "
            "it lacks is taken from train")  # fmt: skip
     switch("--dry-run", "print the counts and three examples, write nothing")
@@ -336,7 +336,7 @@ def make_turns(file: Path, number: int, row: Row, notes: Notes) -> Iterator[Exam
         yield example._replace(topic=composed(turns[0][0]))
 
 
-def make_chat(file: Path, number: int, row: Row, notes: Notes) -> Iterator[Example]:
+def make_chat(file: Path, number: int, row: Row, _: Notes) -> Iterator[Example]:
     """A chat as it is; one without a question or an answer has an empty side."""
     messages, tools = read_chat(file, number, row)
     asked = [m["content"] for m in messages if m["role"] == "user" and m["content"].strip()]

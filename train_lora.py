@@ -2,8 +2,8 @@
 
     python train_lora.py --train --test --prompt "질문"
 
-The file follows a run: the command line, evaluation, the training step, the training loop,
-generation, and `run`, which calls them in turn.
+The file follows a run: the command line, evaluation, the training loop (one step of it is in
+lora_finetune/training_step.py), generation, and `run`, which calls them in turn.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PROMPT_FORMATS = ("auto", "raw", "chat", "qa")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, phase by phase as specified; what goes beyond stands in its own group."""
+    """The flags, phase by phase; those of no single phase stand in a group of their own."""
     parser = Parser(
         prog="train_lora.py",
         usage="%(prog)s [--train] [--test] [--prompt TEXT] [--export FORM FOLDER] [other flags]",
@@ -205,22 +205,22 @@ def evaluate(
     batch_size: int,
     num_batches: int,
     group: Group = ALONE,
-    before_batch: Callable[[], None] = lambda: None,
     parts: int = 1,
 ) -> float:
     """Mean loss in nats per target token over the first batches (-1: over all examples).
 
-    Calls `before_batch` before each; what it raises ends the evaluation.
-
     Args:
         group: the processes that the batches are shared out among.
         parts: how many each of them computes its share of a batch in.
+
+    Raises:
+        Interrupted: a signal asked for a stop.
     """
     model.eval()
     total, num_targets = 0.0, 0
     batches = dataset.evaluation_batches(examples, batch_size, num_batches, parts * group.size)
     for rows in tqdm(group.deal(batches), "Evaluating", leave=False, disable=None):
-        before_batch()
+        group.check_stop()
         own = (0.0, 0)
         if rows is not None:
             own = (n.item() for n in loss(model, *map(mx.array, examples.batch(rows))))
@@ -243,7 +243,7 @@ def test(
     print("Testing", flush=True)
     stops = group.hear_stops() if group.size > 1 else nullcontext()  # one alone ends at once
     with memory.device_errors("lower --batch-size or --max-seq-length"), stops:
-        mean = evaluate(model, loss, examples, batch_size, num_batches, group, group.check_stop)
+        mean = evaluate(model, loss, examples, batch_size, num_batches, group)
     perplexity = math.exp(mean) if mean < 700 else math.inf
     line = f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}."
     report_line(line, test_loss=mean, test_ppl=perplexity)
@@ -315,11 +315,11 @@ def keep_states(
 ) -> dict[str, dataset.Examples]:
     """Keep the frozen states of all texts that come more than once, if there is room.
 
-    They are computed batch by batch of the first epoch, and of a validation. So the first epoch
-    takes no longer, and is the same to the last bit where nothing is kept; that of an epoch that
-    comes later is not, so a run without room for them goes on without when it is resumed. In later
-    epochs a process meets texts that were others' before, so the more of them there are, the more
-    epochs it takes to pay.
+    They are computed in the batches of the first epoch, and of one validation. So that epoch takes
+    no longer, and is the same to the last bit as without keeping. Later epochs have other batches,
+    so their last bits do depend on it: a run that had no room must not begin to keep when it is
+    resumed. Of several processes, each meets texts in later epochs that were another's before, so
+    the more there are, the more epochs it takes to pay.
     """
     training, validation, progress = examples["train"], examples["valid"], plan.progress
     keep = partial(frozen_prefix.keep, prefix, folder=plan.files.adapter.parent)
@@ -353,7 +353,8 @@ def start_or_resume(model: nn.Module, plan: Plan) -> optim.Adam:
     )
     if changed:
         plan.progress.reset_losses()
-    unchanged = plan.state is not None and plan.progress is plan.state.progress and not changed
+    goes_on = plan.state and plan.progress.iteration == plan.state.progress.iteration
+    unchanged = bool(goes_on) and not changed
     plan.files.begin(plan.source, plan.state, plan.progress, unchanged)
     saved_moments = plan.state.optimizer if plan.state else {}
     return make_optimizer(model, plan.learning_rate, saved_moments)
@@ -466,13 +467,10 @@ def validate(
 ) -> None:
     """Report the validation loss, and keep the adapter if it is the best so far.
 
-    The validation before the first step is reported as of the iteration that this makes.
+    The validation before the first step is reported with the number of that step.
     """
     progress, start = plan.progress, time.perf_counter()
-    mean = evaluate(
-        model, loss, examples, plan.batch_size, plan.val_batches, group, group.check_stop,
-        progress.parts,
-    )  # fmt: skip
+    mean = evaluate(model, loss, examples, plan.batch_size, plan.val_batches, group, progress.parts)
     model.train()
     took = time.perf_counter() - start
     check_finite(mean, "the validation loss", plan)
@@ -565,7 +563,9 @@ def stream(
                 sampler=lambda log_probabilities: sample(log_probabilities[..., :num_tokens]),
             )  # fmt: skip
     except (TypeError, IndexError) as error:  # mlx-lm's, by the kind of its detokenizer
-        raise UserError("the model generated a token that its tokenizer does not have") from error
+        raise UserError(
+            "the model generated a token that its tokenizer does not have; download both again"
+        ) from error
 
 
 # --- The run ------------------------------------------------------------------------------------

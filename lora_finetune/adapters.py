@@ -101,7 +101,7 @@ def find_adapter(path: Path) -> Path:
         if file.is_file():
             return file
     files = sorted(file.name for file in path.iterdir() if file.suffix in (".npz", ".safetensors"))
-    name_one = f"name one of its files: {', '.join(files)}" if files else "it holds no adapter file"
+    name_one = f"name one of its files: {', '.join(files)}" if files else "name an adapter file"
     raise UserError(f"{path} is a folder without adapters.safetensors; {name_one}")
 
 
@@ -324,7 +324,7 @@ def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
             raise UserError(f"{file}: {path} holds numbers that are not finite")
         adapter[path] = a, b
     if not adapter:
-        raise UserError(f"{file} holds no arrays")
+        raise UserError(f"{file} holds no arrays; name the file of an adapter")
     return adapter
 
 
@@ -374,10 +374,9 @@ def adapt(
     check_adapter(source, adapter, model)
     adapter = by_parts(model, adapter)
     ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
-    if rank and any(rank != found for found in ranks.values()):
-        raise UserError(
-            f"{source} has rank {min(ranks.values())}, not --lora-rank {rank}; leave that out"
-        )
+    others = sorted({found for found in ranks.values() if rank not in (None, found)})
+    if others:
+        raise UserError(f"{source} has rank {others[0]}, not --lora-rank {rank}; leave that out")
     if lora_layers is not None:
         layers = models.layer_paths(model)
         if lora_layers > len(layers):

@@ -81,7 +81,7 @@ def warn(message: str) -> None:
 
 
 def hint(message: str) -> None:
-    """Tell, beside the output, what may have been meant."""
+    """Tell, beside the output, what goes on, or what may have been meant."""
     print(f"hint: {one_line(message)}", file=sys.stderr, flush=True)
 
 
@@ -123,8 +123,8 @@ class Parser(argparse.ArgumentParser):
             options.setdefault("metavar", "TEXT" if type is nonempty else "N")
         self.group.add_argument(*names.split(), type=type, default=default, help=help, **options)
 
-    def switch(self, name: str, help: str, **options) -> None:
-        self.group.add_argument(name, action="store_true", help=help, **options)
+    def switch(self, name: str, help: str) -> None:
+        self.group.add_argument(name, action="store_true", help=help)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(message)}\n")
@@ -297,7 +297,7 @@ def describe(error: BaseException, subject: str) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, OSError):
-        return f"error: {one_line(str(error.filename or subject))}: {error.strerror}"
+        return f"error: {one_line(str(error.filename or subject))}: {error.strerror or error}"
     return f"error: {error if isinstance(error, UserError) else one_line(repr(error))}"
 
 

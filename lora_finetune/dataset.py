@@ -48,8 +48,8 @@ class File:
         path: where it is.
         entries: the line number and the object of each line; `load` takes them out, so that no
             text is in memory twice.
-        kind: "messages", "pairs" of prompt and completion, "questions" for texts most of which are
-            of the form ### 질문: … ### 답변: …, or "texts".
+        kind: "messages", "pairs" of prompt and completion, "questions" for texts most of which
+            begin with ### 질문:, or "texts".
         checksum: the SHA-256 of its bytes.
     """
 
@@ -95,7 +95,7 @@ def read(path: Path, mask_prompt: bool) -> File:
         looks = "" if entries else looks_like(path)
         raise UserError(f"{path}, line {number}: {error}{looks}") from None
     if not entries:
-        raise UserError(f"{path} holds no texts")
+        raise UserError(f"{path} holds no texts; write one in each line, or name another --data")
     kinds = {"messages": "messages", "prompt and completion": "pairs"}
     of_texts = "questions" if 2 * num_questions > len(entries) else "texts"
     return File(path, entries, kinds.get(first_kind, of_texts), digest.hexdigest())
@@ -116,9 +116,10 @@ def parse_line(line: bytes, mask_prompt: bool) -> Entry:
     if not kinds:
         names = abbreviated(entry) or "nothing"
         if holds_rows(entry):
+            each = "'.[][]'" if any(isinstance(v, list) for v in entry.values()) else "'.[]'"
             raise ValueError(
                 f"is one object that holds others by their keys ({names}); write each of them in a "
-                "line of its own (jq -c '.[]' does)"
+                f"line of its own (jq -c {each} does)"
             )
         raise ValueError(
             f'has no "text", no "messages", and no "prompt" with a "completion"; it has {names}'
@@ -296,7 +297,7 @@ def check_lengths(examples: Examples, path: Path, max_length: int) -> None:
         warn(
             f"{path}: {examples.num_truncated} of {len(examples)} texts were cut to "
             f"{max_length} tokens (--max-seq-length, or all that the model has positions for)"
-            + (f", {lost} of them before the answer" if lost else "")
+            + (f"; {lost} of all texts have nothing left to learn from" if lost else "")
         )
 
 
@@ -416,7 +417,8 @@ def tokenize(
             if add_eos:
                 longer = len(ids) > max_length
                 end_with_eos(ids, tokenizer, templated)
-                if longer and len(ids) <= max_length:  # a long run of ends: up to where?
+                # Ends of text were taken off, and behind them the text may go on.
+                if longer and len(ids) <= max_length:
                     ids[:] = encode(tokenizer, [text.whole], templated)[0]
                     end_with_eos(ids, tokenizer, templated)
             num_truncated += len(ids) > max_length
@@ -463,7 +465,7 @@ def padded_width(lengths: np.ndarray, max_inputs: float = math.inf) -> int:
 
 
 def padded_length(length: int) -> int:
-    """Round up to a multiple of 32, of 64 above 256, of 128 above 512; on a CPU to a quarter.
+    """Round up to a multiple of 32, above 256 of 64, above 512 of 128 …; on a CPU of a quarter.
 
     Bucketing limits recompilation: the step is traced once for each width, and on a GPU its kernels
     are chosen anew, which takes seconds. On a CPU only the tracing is repeated, and padding costs

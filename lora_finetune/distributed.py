@@ -51,7 +51,10 @@ LONGEST_WAIT, WAIT_AT_END, WAIT_FOR_GONE = 600.0, 30.0, 2.0
 
 
 class LostError(DeviceError):
-    """Another process has failed or gone, so that this one cannot go on."""
+    """Another process has failed or gone, so that this one cannot go on.
+
+    It is a DeviceError since the same follows: the last whole iteration is saved.
+    """
 
 
 class Group:
@@ -62,7 +65,7 @@ class Group:
         size: how many they are.
         hosts: the name of the machine of each.
         here: those on this machine.
-        stop: hears the signals that ask for a stop, in training.
+        stop: hears the signals that ask for a stop, in training and in a test.
         rescue: saves what there is to save where the others are gone, and says what came of it.
     """
 

@@ -129,7 +129,8 @@ def find(model: nn.Module) -> Prefix | None:
             return prefix
     warn(
         f"in models of this kind ({models.model_family(model)}) the layers below the first adapted "
-        "one have to be computed again in each epoch, though nothing in them changes"
+        "one have to be computed again in each epoch, though nothing in them changes; training is "
+        "right, only slower"
     )
     return None
 

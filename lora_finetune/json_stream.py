@@ -105,7 +105,10 @@ class JsonStream:
         self.take("}")
 
     def skip(self) -> str:
-        """Pass over the next value, and keep no part of it; returns the marks it opens with."""
+        """Pass over the next value, and keep no part of it; returns its first mark.
+
+        Of a list that has an object in it, that is "[{".
+        """
         opening = self.peek()
         if opening == "[":
             for item in self.items():

@@ -165,7 +165,7 @@ def loss_by_pieces(
 
 
 def rows_of_piece(rows: int, num_logits: int) -> int:
-    """Rows in a piece, a multiple of 16 that divides so many rows evenly."""
+    """Rows in a piece, a multiple of 16 that makes the pieces of so many rows about equal."""
     on_gpu = mx.default_device() == mx.gpu
     pieces = -(-rows * num_logits // PIECE_LOGITS) if on_gpu else -(-rows // PIECE_ROWS)
     return -(-rows // pieces // 16) * 16

@@ -198,7 +198,9 @@ def find_model(path_or_repo: str | Path) -> Path:
     try:
         validate_repo_id(path_or_repo)
     except hub_errors.HFValidationError:
-        raise UserError(f"there is no model folder {path_or_repo}") from None
+        raise UserError(
+            f"there is no model folder {path_or_repo}; name one, or a repository as OWNER/NAME"
+        ) from None
     try:
         return Path(snapshot_download(path_or_repo, allow_patterns=HUB_FILES))
     except hub_errors.GatedRepoError:

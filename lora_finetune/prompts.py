@@ -84,7 +84,7 @@ def choose_format(text: str, asked: str, learnt: str | None, tokenizer: Tokenize
     """The form to put a prompt in: the one asked for, where that is not "auto".
 
     Otherwise chat where the adapter learnt chats, but not for a prompt that begins with a special
-    token and so went through a template already; else raw, as the specification has it.
+    token and so went through a template already; else raw.
     """
     if asked != "auto":
         return asked
@@ -146,7 +146,7 @@ def encode_one(
         shown = example.whole[: example.answers[0][0]]
         return Prompt(shown, tokens_of_prompt(example, tokenizer)[0], max_tokens)
     if not tokenizer.has_chat_template:
-        raise UserError("this model has no chat template (--prompt-format chat)")
+        raise UserError("this model has no chat template; give --prompt-format raw or qa, not chat")
     text = text.rstrip("\n")  # a line end is the shell's or the pipe's
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": "user", "content": text}, {"role": "assistant", "content": ANSWER}]
@@ -194,7 +194,7 @@ def encode_raw(text: str, tokenizer: TokenizerWrapper) -> list[int]:
 def limit(prompt: Prompt, limits: Limits) -> Prompt:
     """A prompt with no more tokens to come than the model has positions for; see `encode`."""
     if not prompt.tokens:
-        raise UserError("the prompt holds no tokens")
+        raise UserError("the prompt holds no tokens; give a text that the tokenizer knows")
     dataset.check_tokens(prompt.tokens, limits.vocab_size, "the prompt")
     length, room = len(prompt.tokens), limits.max_positions - len(prompt.tokens)
     if room < 1:

@@ -290,7 +290,7 @@ def test_answers_lost_by_a_cut_are_counted(call: Run, model: Path, tmp_path: Pat
     assert ended.returncode == 0
     for line, split in zip(ended.stderr.splitlines(), ("train", "valid"), strict=True):
         assert f"{split}.jsonl: 1 of 3 texts were cut" in line
-        assert "1 of them before the answer" in line
+        assert "1 of all texts have nothing left to learn from" in line
 
 
 # --- What is refused ----------------------------------------------------------------------------

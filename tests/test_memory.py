@@ -21,11 +21,12 @@ from lora_finetune import memory, model_folder, training_step
 from lora_finetune.command_line import UserError
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
-from mlx_lm.utils import dequantize_model, load_model
+from mlx_lm.utils import dequantize_model
 
 GB = 10**9
 INSTALLED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -136,15 +137,21 @@ def test_weights_beyond_the_memory_are_an_error_before_they_are_loaded(
         mx.set_cache_limit(before // 8)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("mode", "bits", "dtype"),
+    [("affine", 3, mx.float16), ("affine", 4, mx.float32), ("affine", 8, mx.float32)]
+    + [("mxfp4", 4, mx.float32)],
+)
 def test_what_packed_weights_take_unpacked_is_known_before(
-    tmp_path: Path, model: Path, bits: int
+    mode: str, bits: int, dtype: mx.Dtype
 ) -> None:
-    packed, _ = load_model(tiny.make_model(tmp_path / "packed", bits=bits))
-    size = models.unpacked_size(packed)
-    whole = dequantize_model(packed).parameters()
+    model = tiny.build_model(tiny.LLAMA)
+    assert models.unpacked_size(model) == 0
+    model.set_dtype(dtype)
+    nn.quantize(model, 32, bits, mode=mode)
+    size = models.unpacked_size(model)
+    whole = dequantize_model(model).parameters()
     assert size == sum(a.nbytes for n, a in tree_flatten(whole) if a.ndim == 2)
-    assert models.unpacked_size(load_model(model)[0]) == 0
 
 
 @pytest.mark.parametrize(
