@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_finetune import (
-    activations,  # before mlx_lm, see there
+    activations,
+    compiling,  # noqa: F401, before mlx_lm, see there
     memory,
 )
 from lora_finetune.command_line import UserError, hint
@@ -59,8 +60,8 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
 
     No code that comes with a model is run: no remote code, no pickle. On the CPU the weights become
     float32, quantized ones too: MLX's CPU products of other types are 40 and more times slower.
-    On CUDA quantized ones are unpacked where that leaves half of the memory free, since training on
-    packed ones takes three times as long. Elsewhere they stay as they are.
+    On CUDA quantized ones are dequantized where that leaves half of the memory free, since training
+    takes three times as long with them. Elsewhere they stay as they are.
 
     Args:
         path_or_repo: a folder with `config.json`, `model*.safetensors` and a tokenizer, or a
@@ -77,9 +78,9 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
         if mx.default_device() == mx.cpu:
             model = dequantize_model(model)
             model.set_dtype(mx.float32)
-        elif mx.cuda.is_available() and 0 < unpacked_size(model) <= memory.available() // 2:
-            size = unpacked_size(model) / 1e9
-            hint(f"the quantized weights are unpacked to {size:.1f} GB, with which CUDA is faster")
+        elif mx.cuda.is_available() and 0 < dequantized_bytes(model) <= memory.available() // 2:
+            size = dequantized_bytes(model) / 1e9
+            hint(f"the weights are dequantized to {size:.1f} GB, with which CUDA is faster")
             model = dequantize_model(model)
         mx.eval(model.parameters())
         find_limits(model)  # what is wrong with some settings shows only in a call
@@ -113,10 +114,10 @@ def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         return load_model(Path(), lazy=True)
 
 
-def unpacked_size(model: nn.Module) -> int:
+def dequantized_bytes(model: nn.Module) -> int:
     """Bytes that the quantized weights of a model have dequantized; 0 where there are none."""
-    packed = [module for module in model.modules() if "scales" in module]
-    return sum(m.weight.size * 32 // m.bits * float_type(m).size for m in packed)
+    quantized = [module for module in model.modules() if "scales" in module]
+    return sum(m.weight.size * 32 // m.bits * float_type(m).size for m in quantized)
 
 
 def float_type(module: nn.Module) -> mx.Dtype:
@@ -408,7 +409,7 @@ class Layout(NamedTuple):
 
 
 def is_linear(module: object) -> bool:
-    """Whether a module is a linear layer, of MLX or of mlx-lm, float or packed."""
+    """Whether a module is a linear layer, of MLX or of mlx-lm, float or quantized."""
     return (
         isinstance(module, nn.Module)
         and "Linear" in type(module).__name__
@@ -418,7 +419,7 @@ def is_linear(module: object) -> bool:
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a linear layer, which packed weights do not show."""
+    """(d_out, d_in) of a linear layer, which quantized weights do not show."""
     if hasattr(linear, "in_features"):
         return linear.out_features, linear.in_features
     d_out, d_in = linear.weight.shape
@@ -430,8 +431,8 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 def with_update(module: nn.Module, a: mx.array, b: mx.array) -> nn.Module:
     """A copy of a linear layer or router with the update of A and B, for scale 20, in its weight.
 
-    The sum is made in float32 and rounded once, to the type of the weight. A packed layer is
-    unpacked for it and not packed again, which would cost more than many an update.
+    The sum is made in float32 and rounded once, to the type of the weight. A quantized layer
+    is dequantized for it and not quantized again, which would cost more than many an update.
     """
     weight, dtype = float_weight(module)
     if "scales" in module:
@@ -470,7 +471,7 @@ def lora_modules(model: nn.Module) -> dict[str, Adapted]:
 
 @contextlib.contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """While it lasts, LoRA is in the weights of the layers that are not packed.
+    """While it lasts, LoRA is in the weights of the layers that are not quantized.
 
     Such a model generates as fast as without an adapter.
     """
@@ -523,7 +524,7 @@ def find_targets(model: nn.Module, num_layers: int) -> dict[str, tuple[int, int]
     Raises:
         UserError: there is no attention in those layers.
     """
-    last = tuple(f"{path}." for path in layer_paths(model)[-num_layers:])
+    last = last_layers(model, num_layers)
     attention = {path: s for path, s in attention_projections(model) if path.startswith(last)}
     routers = {path: s for path, s in router_projections(model) if path.startswith(last)}
     if not attention:
@@ -620,6 +621,11 @@ def layer_paths(model: nn.Module) -> list[str]:
     """The paths of the model's layers, such as `model.layers.9`, from first to last."""
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(layer)] for layer in model.layers]
+
+
+def last_layers(model: nn.Module, number: int) -> tuple[str, ...]:
+    """What the paths in the last layers of a model begin with; in all, where there are fewer."""
+    return tuple(f"{path}." for path in layer_paths(model)[-number:])
 
 
 def natural_order(path: str) -> list[tuple[int, str]]:

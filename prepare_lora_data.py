@@ -16,7 +16,6 @@ import math
 import signal
 import sqlite3
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -38,7 +37,7 @@ from lora_finetune.command_line import (
     warn,
     whole_number,
 )
-from lora_finetune.files import atomic_write
+from lora_finetune.files import atomic_write, nfc
 
 QUESTION, ANSWER = "question", "answer"  # the usual columns
 SPLITS = ("train", "valid", "test")
@@ -273,7 +272,7 @@ def make_pairs(
 
 
 def make_example(text: str) -> Example:
-    question = question_of(unicodedata.normalize("NFC", text))
+    question = question_of(nfc(text))
     return Example(question, question, to_json({"text": text}) if text else "")
 
 
@@ -391,7 +390,7 @@ def text_in(value: object) -> object:
 
 def composed(text: str) -> str:
     """A text without white space around it, in Unicode's composed form."""
-    return unicodedata.normalize("NFC", text.strip())
+    return nfc(text.strip())
 
 
 # --- Splitting ----------------------------------------------------------------------------------

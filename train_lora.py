@@ -28,7 +28,7 @@ from lora_finetune.command_line import (
     is_unicode,
     nonempty,
     nonnegative_number,
-    number_of_process,
+    process_rank,
     run_and_report_errors,
     scale_number,
     warn,
@@ -169,12 +169,12 @@ from lora_finetune import (
     prompts,
     recurrences,
     run_files,
-    training_step,
 )
 from lora_finetune.distributed import ALONE, Group
 from lora_finetune.losses import Loss
 from lora_finetune.plan import Plan, check, to_compare
 from lora_finetune.training_step import (
+    AHEAD,
     fit_memory,
     make_optimizer,
     make_step,
@@ -415,7 +415,7 @@ def training_loop(
 
         # steps until something is due; what is not finite must never reach a save, so it ends all
         few = islice(batches, next_due(iteration, plan) - iteration)
-        ahead = training_step.AHEAD and group.size == progress.parts == 1
+        ahead = AHEAD and group.size == progress.parts == 1
         with closing(run_steps(step, few, ahead)) as results:
             start = time.perf_counter()
             for total, num_targets, parameter_sum in results:
@@ -602,7 +602,7 @@ def run(args: argparse.Namespace) -> None:
     if args.train or args.test:
         with distributed.join() as group:
             run_in(group, args)
-    elif number_of_process() == 0:
+    elif process_rank() == 0:
         run_in(ALONE, args)
 
 
@@ -615,7 +615,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
         linux_cpu.warn_of_slow_blas()
         linux_cpu.share_cores(len(group.here))
         linux_cpu.keep_freed_memory()
-    activations.put_in_place(slow_exp=on_cpu and linux_cpu.can_compile())
+    activations.install(slow_exp=on_cpu and linux_cpu.can_compile())
     memory.set_limits(memory.available())
     with group.first_here():
         folder = model_folder.find_model(args.model or str(demo_model.fetch()))

@@ -1,7 +1,4 @@
-"""Activations and softmax that keep little, and an exp for Linux CPUs, where MLX's is slow.
-
-Import this before mlx_lm: it compiles some functions of its models when it is imported.
-"""
+"""Activations and softmax that keep little, and an exp for Linux CPUs, where MLX's is slow."""
 
 from __future__ import annotations
 
@@ -12,48 +9,6 @@ from functools import cache
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-
-mlx_compile = mx.compile
-
-
-def compile_for_each_shape(
-    fun: Callable, inputs: object = None, outputs: object = None, shapeless: bool = False
-) -> Callable:
-    """mx.compile, but never for all shapes at once.
-
-    MLX can do that only of operations with a rule for it. What is put in place here has none.
-    """
-    return mlx_compile(fun, inputs, outputs)
-
-
-mx.compile = compile_for_each_shape
-
-
-# What a first run on a GPU is waiting for, when nothing is trained yet.
-COMPILING = (
-    "on a GPU the first run compiles its kernels, for up to a minute, or several with a hybrid"
-)
-
-
-def compiled_if_possible(function: Callable) -> Callable:
-    """A function compiled, or as it is from where it turns out that MLX cannot compile it.
-
-    That is so of control flow that depends on data: dbrx reads its router's choice.
-    """
-    present = mx.compile(function)
-
-    def call(*arrays: object) -> object:
-        nonlocal present
-        try:
-            return present(*arrays)
-        except ValueError:
-            if present is function:
-                raise
-            present = function
-            return function(*arrays)
-
-    return call
-
 
 # Of x = k · log 2 + r, with |r| at most half of log 2, e^x is 2^k · e^r. Log 2 is in two parts, the
 # first of so few bits that its product with k is exact (Cody and Waite). The polynomial for e^r,
@@ -66,24 +21,23 @@ POLYNOMIAL = (
 LEAST, MOST = -88.0, 88.0  # at the first k is −127, and of that exponent the float32 is 0
 ROUND, ROUND_BITS = 1.5 * 2**23, 0x4B400000  # added, it leaves the nearest integer as last bits
 
+use_fast_exp = False  # which `install` sets
 
-in_place = False  # whether `put_in_place` has put this exp in the place of MLX's
 
-
-def is_for(x: mx.array) -> bool:
-    """Whether it is this exp, and not MLX's, that an array is for."""
-    return in_place and x.dtype == mx.float32
+def uses_fast_exp(x: mx.array) -> bool:
+    """Whether the exp of an array is the one below, and not MLX's."""
+    return use_fast_exp and x.dtype == mx.float32
 
 
 @mx.custom_function
 @mx.compile
 def exp(x: mx.array) -> mx.array:
-    """e^x; in place, that of float32 is made of multiplications and additions, to 2e-7.
+    """e^x; once installed, that of float32 is made of multiplications and additions, to 2e-7.
 
     Below −87.7 it is 0, and above 88 it stays what it is there, 1.7e38. The polynomial is taken in
     pairs and not term after term, so that MLX fuses all but the exponent into one loop.
     """
-    if not is_for(x):
+    if not uses_fast_exp(x):
         return mx.exp(x)
     x = mx.clip(x, LEAST, MOST)
     rounded = x * 1.44269504 + ROUND
@@ -104,7 +58,7 @@ def exp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
 @mx.compile
 def log_sum_exp(x: mx.array) -> mx.array:
     """log Σ e^x over the last axis."""
-    if not in_place:
+    if not use_fast_exp:
         return mx.logsumexp(x, axis=-1)
     most = mx.max(x, axis=-1, keepdims=True)
     return most[..., 0] + mx.log(exp(x - most).sum(axis=-1))
@@ -112,7 +66,7 @@ def log_sum_exp(x: mx.array) -> mx.array:
 
 def softmax(x: mx.array) -> mx.array:
     """e^x over its sum on the last axis."""
-    if not is_for(x):
+    if not uses_fast_exp(x):
         return mx.softmax(x, axis=-1, precise=True)
     powers = exp(x - mx.max(x, axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
@@ -173,7 +127,7 @@ def scaled_product(
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    return 1 / (1 + exp(-x)) if is_for(x) else mx.sigmoid(x)
+    return 1 / (1 + exp(-x)) if uses_fast_exp(x) else mx.sigmoid(x)
 
 
 def keeping_input(function: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
@@ -226,7 +180,7 @@ def swiglu_vjp(
     return of_gate, silu * cotangent
 
 
-def put_in_place(slow_exp: bool) -> None:
+def install(slow_exp: bool) -> None:
     """Let models use these activations, before mlx-lm imports a model's own module.
 
     Args:
@@ -236,7 +190,7 @@ def put_in_place(slow_exp: bool) -> None:
     import mlx_lm.models.activations
     import mlx_lm.models.switch_layers
 
-    global in_place
-    in_place = slow_exp
+    global use_fast_exp
+    use_fast_exp = slow_exp
     mlx_lm.models.activations.swiglu = mlx_lm.models.switch_layers.swiglu = swiglu
     nn.silu, nn.gelu_approx = silu, gelu_approx

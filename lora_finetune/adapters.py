@@ -378,10 +378,9 @@ def adapt(
     if others:
         raise UserError(f"{source} has rank {others[0]}, not --lora-rank {rank}; leave that out")
     if lora_layers is not None:
-        layers = models.layer_paths(model)
-        if lora_layers > len(layers):
-            warn(f"the model has only {len(layers)} layers; all of them are adapted")
-        last = tuple(f"{layer}." for layer in layers[-lora_layers:])
+        if lora_layers > len(model.layers):
+            warn(f"the model has only {len(model.layers)} layers; all of them are adapted")
+        last = models.last_layers(model, lora_layers)
         outside = [path for path in ranks if not path.startswith(last)]
         if outside:
             raise UserError(

@@ -47,7 +47,7 @@ def attention(
     length, scale = queries.shape[2], float(scale)
     is_array = isinstance(mask, mx.array)
     is_added = is_array and mask.dtype != mx.bool_
-    is_faster_by_hand = ON_CUDA or activations.is_for(queries)
+    is_faster_by_hand = ON_CUDA or activations.uses_fast_exp(queries)
     by_hand = is_faster_by_hand and mask is not None and sinks is None
     shape = mask.shape[-2:] if is_array else (length, keys.shape[2])
     is_short = length <= BLOCK and not by_hand

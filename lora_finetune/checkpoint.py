@@ -48,16 +48,25 @@ def best_file(adapter_file: Path) -> Path:
     return variant(adapter_file, "best")
 
 
-def files_of_run(adapter_file: Path) -> list[Path]:
+class RunPaths(NamedTuple):
     """All that a run leaves: adapter, state, best adapter, log and the picture of its losses."""
+
+    adapter: Path
+    state: Path
+    best: Path
+    log: Path
+    picture: Path
+
+
+def files_of_run(adapter_file: Path) -> RunPaths:
     others = state_file, best_file, log_file, picture_file
-    return [adapter_file, *(file(adapter_file) for file in others)]
+    return RunPaths(adapter_file, *(file(adapter_file) for file in others))
 
 
-def legacy_files_of_run(adapter_file: Path) -> list[Path]:
-    """The same as they were named before: without the ending of the adapter's name."""
+def legacy_files_of_run(adapter_file: Path) -> RunPaths:
+    """As they were named in earlier versions: without the ending of the adapter's name."""
     endings = [".state.npz", f".best{adapter_file.suffix}", ".log.jsonl", ".png"]
-    return [adapter_file, *map(adapter_file.with_suffix, endings)]
+    return RunPaths(adapter_file, *map(adapter_file.with_suffix, endings))
 
 
 # --- Progress -----------------------------------------------------------------------------------
@@ -239,14 +248,14 @@ def read(adapter_file: Path) -> State | None:
     Raises:
         UserError: the state file is damaged.
     """
-    for file in dict.fromkeys([state_file(adapter_file), legacy_files_of_run(adapter_file)[1]]):
+    for file in dict.fromkeys([state_file(adapter_file), legacy_files_of_run(adapter_file).state]):
         if file.is_file() and (state := read_state(file, adapter_file)):
             return state
     return None
 
 
 def read_or_none(adapter_file: Path) -> State | None:
-    """The same, where a damaged state is none."""
+    """The state that belongs to an adapter file, None where there is none or it is damaged."""
     try:
         return read(adapter_file)
     except UserError:

@@ -220,7 +220,7 @@ def begin_process() -> None:
     sys.stdout, sys.stderr = tolerant_stream(sys.stdout, 1), tolerant_stream(sys.stderr, 2)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if number_of_process() > 0:
+    if process_rank() > 0:
         be_silent()
 
 
@@ -247,8 +247,8 @@ LAUNCHERS = (
 )
 
 
-def number_of_process() -> int:
-    """The number of this process among those of a launcher, 0 for the first or without one."""
+def process_rank() -> int:
+    """The rank of this process among those of a launcher; 0 without one."""
     numbers = (os.environ.get(rank, "") for rank, _ in LAUNCHERS)
     return next((int(number) for number in numbers if number.isdecimal()), 0)
 

@@ -33,7 +33,7 @@ from lora_finetune.command_line import (
     first_line,
     handle,
     hint,
-    number_of_process,
+    process_rank,
     restore,
 )
 from lora_finetune.memory import DeviceError
@@ -341,7 +341,7 @@ def join() -> Iterator[Group]:
     except BaseException as error:
         if group:
             group.fail(error)
-        elif number_of_process():
+        elif process_rank():
             print(describe(error, "the run"), file=sys.__stderr__, flush=True)
         raise
 
@@ -381,7 +381,7 @@ def connect(size: int) -> Group:
     """Find the other processes that a launcher has started, which a signal ends after some time."""
     hint(f"waiting for all {size} processes, up to {LONGEST_WAIT / 60:.0f} minutes")
     signal.setitimer(signal.ITIMER_REAL, LONGEST_WAIT)  # MLX itself waits without an end
-    failed = f"process {number_of_process()} of {size} did not find the others"
+    failed = f"process {process_rank()} of {size} did not find the others"
     try:
         with ctrl_c_ends():
             comm = mx.distributed.init()

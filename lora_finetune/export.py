@@ -63,20 +63,20 @@ def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
     Args:
         base: the folder of the model.
     """
-    checks = {
-        "mlx-lm": [check_mlx_lm],
-        "peft": [check_peft],
-        "merged": [check_merged],
-        "merged-float": [check_merged, check_unpacked],
+    reasons = {
+        "mlx-lm": [why_not_mlx_lm],
+        "peft": [why_not_peft],
+        "merged": [why_not_merged],
+        "merged-float": [why_not_merged, why_not_dequantized],
     }
     for form, _ in exports:
-        for check in checks[form]:
-            if wrong := check(model, base):
-                raise UserError(f"--export {form}: {wrong}; take another form")
+        for why_not in reasons[form]:
+            if reason := why_not(model, base):
+                raise UserError(f"--export {form}: {reason}; take another form")
 
 
-def check_mlx_lm(model: nn.Module, base: Path) -> str | None:
-    """What mlx-lm does not put its LoRA into: routers, and linear layers of a model's own kind."""
+def why_not_mlx_lm(model: nn.Module, base: Path) -> str | None:
+    """Why mlx-lm has no LoRA for a layer: a router, or a linear layer of a model's own kind."""
     for path, module in models.lora_modules(model).items():
         kinds = (nn.Linear, nn.QuantizedLinear)
         if not isinstance(module.frozen, kinds) or hasattr(module.frozen, "to_lora"):
@@ -84,8 +84,8 @@ def check_mlx_lm(model: nn.Module, base: Path) -> str | None:
     return None
 
 
-def check_peft(model: nn.Module, base: Path) -> str | None:
-    """What PEFT would not find under its name here, or not as a linear layer.
+def why_not_peft(model: nn.Module, base: Path) -> str | None:
+    """Why PEFT would not find an adapted layer under its name here, or not as a linear layer.
 
     The checkpoint's names are those of transformers' modules.
     """
@@ -101,19 +101,19 @@ def check_peft(model: nn.Module, base: Path) -> str | None:
     return None
 
 
-def check_merged(model: nn.Module, base: Path) -> str | None:
-    """What LoRA cannot be merged into: layers that are packed in a way of their own."""
+def why_not_merged(model: nn.Module, base: Path) -> str | None:
+    """Why LoRA cannot be merged: a layer is quantized in a way of its own."""
     for path, module in models.lora_modules(model).items():
         if not models.can_merge(module.frozen):
             return f"LoRA cannot be merged into {path}, which is quantized in a way of its own"
     return None
 
 
-def check_unpacked(model: nn.Module, base: Path) -> str | None:
-    """What stays packed when a model is unpacked; mlx-lm unpacks these kinds of layers only."""
+def why_not_dequantized(model: nn.Module, base: Path) -> str | None:
+    """Why a model cannot be dequantized: mlx-lm does so with these kinds of layers only."""
     kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
-    packed = [p for p, m in model.named_modules() if "scales" in m and not isinstance(m, kinds)]
-    return f"mlx-lm cannot unpack {abbreviated(packed)}" if packed else None
+    others = [p for p, m in model.named_modules() if "scales" in m and not isinstance(m, kinds)]
+    return f"mlx-lm cannot dequantize {abbreviated(others)}" if others else None
 
 
 def weight_shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
@@ -230,16 +230,16 @@ def write_peft(folder: Path, adapter: adapters.Adapter, base: str) -> None:
 
 
 def write_merged(
-    folder: Path, base: Path, adapter: adapters.Adapter, behaviour: Behaviour, unpack: bool
+    folder: Path, base: Path, adapter: adapters.Adapter, behaviour: Behaviour, dequantize: bool
 ) -> None:
     """A whole model with the adapter in its weights, compared with the model that has it beside.
 
     The base is loaded again as it is in its files. Only the adapted layers change: where they were
-    packed, they are unpacked.
+    quantized, they are dequantized.
 
     Args:
         behaviour: what it is to do.
-        unpack: whether the rest is unpacked too.
+        dequantize: whether the rest is dequantized too.
 
     Raises:
         UserError: it does something else.
@@ -253,9 +253,9 @@ def write_merged(
         folder, base, config, {f"{p}.weight": m.weight for p, m in merged.items()}
     ):
         model.update_modules(tree_unflatten(list(merged.items())))
-        if unpack:
+        if dequantize:
             model = dequantize_model(model)
-        leave_unpacked(config, list(adapted), unpack)
+        mark_dequantized(config, list(adapted), dequantize)
         save_model(folder, model, donate_model=True)
         has_images = "vision_tower" in getattr(model, "model", {})
         save_config(config, folder / "config.json", keep_vision_config=has_images)
@@ -268,7 +268,7 @@ def write_changed(folder: Path, base: Path, config: dict, changed: dict[str, mx.
     """Write the files of a base with these weights changed, as transformers has them.
 
     Returns:
-        False, and nothing is written, if the base is packed, or MLX has other names or layouts.
+        False, and nothing is written, if the base is quantized, or MLX has other names or layouts.
     """
     shapes = dict(weight_shapes(base))
     if {"quantization", "quantization_config"} & config.keys() or any(
@@ -366,10 +366,10 @@ def rounding(adapted: dict[str, nn.Module]) -> float:
     return share
 
 
-def leave_unpacked(config: dict, paths: list[str], unpack: bool) -> None:
-    """Say in a model's configuration that these layers are not packed, or none is."""
+def mark_dequantized(config: dict, paths: list[str], dequantize: bool) -> None:
+    """Say in a model's configuration that these layers are not quantized, or none is."""
     for name in ("quantization", "quantization_config"):
-        if unpack:
+        if dequantize:
             config.pop(name, None)
         elif isinstance(config.get(name), dict):
             config[name] |= dict.fromkeys(paths, False)

@@ -34,9 +34,9 @@ def real_file(file: Path) -> Path:
     return file
 
 
-def nfc(name: str) -> str:
-    """A name in Unicode's composed form (NFC); a Mac decomposes Hangul in some places."""
-    return unicodedata.normalize("NFC", name)
+def nfc(text: str) -> str:
+    """A text in Unicode's composed form (NFC); a Mac decomposes Hangul in some places."""
+    return unicodedata.normalize("NFC", text)
 
 
 def same_file(one: Path, other: Path) -> bool:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import models
 from lora_finetune import dataset, memory
-from lora_finetune.activations import COMPILING, compiled_if_possible
 from lora_finetune.command_line import hint_if_slow, warn
+from lora_finetune.compiling import COMPILING, compiled_if_possible
 from lora_finetune.losses import Loss
 
 import mlx.core as mx

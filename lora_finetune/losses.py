@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import models
-from lora_finetune.activations import COMPILING, exp, log_sum_exp
+from lora_finetune.activations import exp, log_sum_exp
 from lora_finetune.command_line import hint_if_slow
+from lora_finetune.compiling import COMPILING
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -286,7 +286,7 @@ def jamba_ssm_in_pieces(
 @contextmanager
 def by_chunks() -> Iterator[None]:
     """While it lasts, models go through their recurrences by chunks."""
-    # Not above: activations have to be in place before a model's module is imported.
+    # Not above: activations have to be installed before a model's module is imported.
     from mlx_lm.models import bailing_hybrid, bailing_moe_linear, jamba, recurrent_gemma
 
     replacements = [

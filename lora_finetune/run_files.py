@@ -17,7 +17,15 @@ from typing import Any
 
 import models
 from lora_finetune import adapters, checkpoint, outcome
-from lora_finetune.checkpoint import Progress, State, best_file, files_of_run, log_file, state_file
+from lora_finetune.checkpoint import (
+    Progress,
+    RunPaths,
+    State,
+    best_file,
+    files_of_run,
+    log_file,
+    state_file,
+)
 from lora_finetune.command_line import UserError, warn
 from lora_finetune.files import atomic_write, file_size, same_file
 
@@ -82,7 +90,7 @@ class RunFiles:
         in_place = source is not None and (
             source == self.adapter or same_file(source, self.adapter)
         )
-        old = existing_names(source, state) if source else []
+        old = existing_names(source, state) if source else None
         if in_place and unchanged:
             for file, new in zip(old, files_of_run(self.adapter), strict=True):
                 if file != new and file.is_file():
@@ -93,13 +101,13 @@ class RunFiles:
             return
         self.earlier = iterations_of(self.adapter)
         if unchanged or (in_place and progress.iteration):
-            self.pending_log = committed_log(old[3], progress.log_size)
+            self.pending_log = committed_log(old.log, progress.log_size)
         elif self.earlier is not None:
             self.pending_log = ""
         else:
             self.write_log("")  # what is there is of a run that never saved
         if unchanged:
-            self.pending_best = state.best or best_of(old[2])
+            self.pending_best = state.best or best_of(old.best)
 
     def report(self, line: str, **numbers: float) -> None:
         """Print a line, and append its numbers, in full, to the log, a JSON Lines file."""
@@ -203,7 +211,7 @@ class RunFiles:
 
 
 class NoFiles(RunFiles):
-    """Those of a process beside which another one writes the files of their run: none at all."""
+    """The files of a process that writes none, since another one writes those of their run."""
 
     writes = False
 
@@ -268,7 +276,7 @@ def check_config(adapter_file: Path) -> None:
         )
 
 
-def existing_names(adapter_file: Path, state: State | None) -> list[Path]:
+def existing_names(adapter_file: Path, state: State | None) -> RunPaths:
     """The files of a run under the names that they have, as its state shows."""
     is_old = state is not None and state.file != state_file(adapter_file)
     names = checkpoint.legacy_files_of_run if is_old else files_of_run

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import models
 from lora_finetune import dataset, memory
-from lora_finetune.activations import COMPILING, compiled_if_possible
 from lora_finetune.command_line import UserError, first_line, hint_if_slow, warn
+from lora_finetune.compiling import COMPILING, compiled_if_possible
 from lora_finetune.distributed import ALONE, Group
 from lora_finetune.losses import Loss
 

@@ -22,7 +22,7 @@ import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 
 # As a run does before it loads a model, so that runs in this process are those of others.
-activations.put_in_place(slow_exp=mx.default_device() == mx.cpu and linux_cpu.can_compile())
+activations.install(slow_exp=mx.default_device() == mx.cpu and linux_cpu.can_compile())
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,9 +117,7 @@ PERPLEXITY = re.compile(r"ppl ([\d.]+)\.\n")  # on the test set, in what a progr
 OUTCOME = ("Validation loss ", "Ask it: ", "Go on: ", "Export it: ")
 
 # What a GPU has to say beside, on stderr.
-OF_GPU = re.compile(
-    r"^hint: (trying a step for its memory|the quantized weights are unpacked).*\n", re.M
-)
+OF_GPU = re.compile("^hint: (trying (a step|the model)|the weights are dequantized).*\n", re.M)
 
 
 def without_outcome(ended: Ended) -> Ended:

@@ -79,7 +79,7 @@ def assert_mlx_lm_gives_the_same_logits(folder: Path, file: Path) -> None:
 
 
 def assert_every_form_gives_the_same_logits(folder: Path, file: Path, exported: Path) -> None:
-    """What is merged is in float16, to which the packed layers belong; the rest is exact."""
+    """What is merged is in float16, to which the quantized layers belong; the rest is exact."""
     found = {"npz": adapted(folder, file)}
     for form in FORMS:
         is_model = form.startswith("merged")

@@ -37,7 +37,7 @@ REFERENCE = Path(__file__).parent / "reference"
 def make_base(
     folder: Path, name: str, bits: int | None = None, dtype: mx.Dtype = mx.float32
 ) -> Path:
-    """The folder of a tiny random model of an architecture, its layers packed where they can be."""
+    """The folder of a tiny random model of an architecture, its layers quantized if they can be."""
     config = tiny.LLAMA | copy.deepcopy(ARCHITECTURES[name]["config"])
     mx.random.seed(0)
     model = tiny.build_model(copy.deepcopy(config))
@@ -113,14 +113,14 @@ def test_every_form_says_what_the_adapter_says(
     for form in ("merged", "merged-float"):
         merged, _ = mlx_lm.load(str(tmp_path / form))
         assert relative(logits(merged), expected) < 1e-4
-    packed = {form: packed_layers(tmp_path / form) for form in ("merged", "merged-float")}
+    quantized = {form: quantized_layers(tmp_path / form) for form in ("merged", "merged-float")}
     changed = {f"{path}.weight" for path in models.lora_modules(adapted(base, tmp_path / "peft"))}
-    assert packed["merged"] == packed_layers(base) - changed
-    assert not packed["merged-float"]
+    assert quantized["merged"] == quantized_layers(base) - changed
+    assert not quantized["merged-float"]
 
 
-def packed_layers(folder: Path) -> set[str]:
-    """The weights that are packed in a model's folder."""
+def quantized_layers(folder: Path) -> set[str]:
+    """The weights that are quantized in a model's folder."""
     names = {name for name, _ in export.weight_shapes(folder)}
     return {n.replace(".scales", ".weight") for n in names if n.endswith(".scales")}
 
@@ -136,7 +136,7 @@ def test_every_architecture_is_merged_and_given_to_mlx_lm(tmp_path: Path, name: 
         with models.merged(model):
             assert relative(logits(model), expected) < 1e-5
         assert relative(logits(model), expected) == 0
-    if not export.check_mlx_lm(model, tmp_path):
+    if not export.why_not_mlx_lm(model, tmp_path):
         pairs = adapters.whole_pairs(model)
         export.write_mlx_lm(tmp_path, pairs, adapters.mlx_lm_config(model))
         theirs = load_adapters(build(name), str(tmp_path))
@@ -149,7 +149,7 @@ def test_every_architecture_is_merged_and_given_to_mlx_lm(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
-def test_bases_packed_in_other_ways_are_merged(call: Run, tmp_path: Path, mode: str) -> None:
+def test_bases_quantized_in_other_ways_are_merged(call: Run, tmp_path: Path, mode: str) -> None:
     group_size, bits = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
     quantization = {"mode": mode, "bits": bits, "group_size": group_size}
     mx.random.seed(0)
@@ -216,7 +216,7 @@ def test_an_adapter_exported_to_peft_is_the_one_that_peft_writes(tmp_path: Path,
     folder = REFERENCE / name
     model, _ = load_model(folder)
     tiny.put_adapter(folder / "peft", model)
-    assert not export.check_peft(model, folder)
+    assert not export.why_not_peft(model, folder)
     export.write_all([export.Export("peft", tmp_path / "p")], model, folder, name)
     arrays, configs = [], []
     for where in (folder / "peft", tmp_path / "p"):
@@ -514,7 +514,7 @@ def place(folder: Path, name: str) -> Path:
     [
         ("mlx-lm", "deepseek_v3", None, "mlx-lm has no LoRA for model.layers.2.mlp.gate"),
         ("peft", "deepseek_v3", None, "PEFT has no LoRA for model.layers.2.mlp.gate"),
-        ("merged-float", "deepseek_v3", 4, "mlx-lm cannot unpack"),
+        ("merged-float", "deepseek_v3", 4, "mlx-lm cannot dequantize"),
     ],
 )
 def test_what_a_form_cannot_hold_is_reported_before_training(

@@ -26,22 +26,22 @@ from mlx_lm.models import switch_layers
 
 
 @pytest.fixture
-def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_exp(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast exp, for this test alone."""
-    places = [(activations, "in_place"), (nn, "silu"), (nn, "gelu_approx")]
+    places = [(activations, "use_fast_exp"), (nn, "silu"), (nn, "gelu_approx")]
     places += [(mlx_activations, "swiglu"), (switch_layers, "swiglu")]
     for place, name in places:
         monkeypatch.setattr(place, name, getattr(place, name))
-    activations.put_in_place(slow_exp=True)
+    activations.install(slow_exp=True)
 
 
-def test_exp_is_right_to_two_parts_in_ten_million(in_place: None) -> None:
+def test_exp_is_right_to_two_parts_in_ten_million(fast_exp: None) -> None:
     x = np.linspace(-87, 88, 2_000_001, dtype=np.float32)
     exact = np.exp(x.astype(np.float64))
     assert np.abs(np.array(activations.exp(mx.array(x)), np.float64) / exact - 1).max() < 2e-7
 
 
-def test_exp_of_what_float32_cannot_hold_is_next_to_nothing_or_huge(in_place: None) -> None:
+def test_exp_of_what_float32_cannot_hold_is_next_to_nothing_or_huge(fast_exp: None) -> None:
     x = mx.array([-math.inf, -1e30, -100, 0, 100, 1e30, math.inf, math.nan])
     found = activations.exp(x).tolist()
     assert all(0 <= value < 2e-38 for value in found[:3])
@@ -50,7 +50,7 @@ def test_exp_of_what_float32_cannot_hold_is_next_to_nothing_or_huge(in_place: No
     assert math.isnan(found[7])
 
 
-def test_the_log_sum_exp_is_that_of_mlx(in_place: None) -> None:
+def test_the_log_sum_exp_is_that_of_mlx(fast_exp: None) -> None:
     x = mx.random.normal((50, 3000)) * 10
     x[0, 0] = 1e4
     expected = mx.logsumexp(x, axis=-1)
@@ -59,10 +59,10 @@ def test_the_log_sum_exp_is_that_of_mlx(in_place: None) -> None:
 
 @pytest.mark.parametrize(("device", "slow_exp"), [(mx.cpu, True), (mx.cpu, False), (mx.gpu, False)])
 def test_the_gated_unit_and_its_gradients_are_those_of_mlx(
-    in_place: None, monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType, slow_exp: bool
+    fast_exp: None, monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType, slow_exp: bool
 ) -> None:
     """As it is computed on a GPU, too."""
-    monkeypatch.setattr(activations, "in_place", slow_exp)
+    monkeypatch.setattr(activations, "use_fast_exp", slow_exp)
     monkeypatch.setattr(mx, "default_device", lambda: device)
     gate, x, weight = (mx.random.normal((40, 30)) * 4 for _ in range(3))
 
@@ -91,9 +91,9 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("slow_exp", [True, False])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_activation_and_its_gradient_are_those_of_the_formula(
-    in_place: None, monkeypatch: pytest.MonkeyPatch, name: str, slow_exp: bool
+    fast_exp: None, monkeypatch: pytest.MonkeyPatch, name: str, slow_exp: bool
 ) -> None:
-    monkeypatch.setattr(activations, "in_place", slow_exp)
+    monkeypatch.setattr(activations, "use_fast_exp", slow_exp)
     function, formula = ACTIVATIONS[name]
     x = np.concatenate([np.linspace(-200, 200, 4001), np.linspace(-6, 6, 4001)])
     gradient = (formula(x + 1e-5) - formula(x - 1e-5)) / 2e-5
@@ -132,11 +132,11 @@ def test_an_activation_keeps_its_input_only() -> None:
     assert peaks[1] - peaks[0] < 40  # MLX's own keeps eighty
 
 
-def test_no_architecture_is_imported_before_these_are_in_place() -> None:
+def test_no_architecture_is_imported_before_these_are_installed() -> None:
     """It would go on with MLX's own: each of mlx-lm's modules takes what is there at its import."""
     code = (
         "import sys, train_lora; from lora_finetune import activations as ours, recurrences; "
-        "ours.put_in_place(slow_exp=False)\n"
+        "ours.install(slow_exp=False)\n"
         "with recurrences.by_chunks(): modules = dict(sys.modules)\n"
         "others = [n for n, m in modules.items() if n.startswith('mlx_lm.models.')"
         " and getattr(m, 'swiglu', ours.swiglu) is not ours.swiglu]\n"
@@ -171,7 +171,7 @@ def random_mask(*shape: int) -> mx.array:
     ],
 )
 def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
-    in_place: None,
+    fast_exp: None,
     monkeypatch: pytest.MonkeyPatch,
     block: int,
     slow_exp: bool,
@@ -180,7 +180,7 @@ def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
     mask: Callable[[], object],
     has_sinks: bool,
 ) -> None:
-    monkeypatch.setattr(activations, "in_place", slow_exp)
+    monkeypatch.setattr(activations, "use_fast_exp", slow_exp)
     monkeypatch.setattr(attention, "BLOCK", block)  # 64: a text shorter than a block
     monkeypatch.setattr(attention, "ON_CUDA", on_cuda)
     mx.random.seed(0)
@@ -326,11 +326,11 @@ def float_layer(d_out: int, dtype: mx.Dtype) -> nn.Module:
     return layer
 
 
-def packed_layer(d_out: int, dtype: mx.Dtype) -> nn.Module:
+def quantized_layer(d_out: int, dtype: mx.Dtype) -> nn.Module:
     return float_layer(d_out, dtype).to_quantized(32, 8)
 
 
-@pytest.mark.parametrize("make_layer", [float_layer, packed_layer])
+@pytest.mark.parametrize("make_layer", [float_layer, quantized_layer])
 @pytest.mark.parametrize(("dtype", "most"), [(mx.float32, 1e-5), (mx.bfloat16, 1e-2)])
 def test_adapted_layers_together_do_as_the_formula_and_have_its_gradients(
     make_layer: Callable, dtype: mx.Dtype, most: float

@@ -142,14 +142,14 @@ def test_weights_beyond_the_memory_are_an_error_before_they_are_loaded(
     [("affine", 3, mx.float16), ("affine", 4, mx.float32), ("affine", 8, mx.float32)]
     + [("mxfp4", 4, mx.float32)],
 )
-def test_what_packed_weights_take_unpacked_is_known_before(
+def test_what_quantized_weights_take_dequantized_is_known_before(
     mode: str, bits: int, dtype: mx.Dtype
 ) -> None:
     model = tiny.build_model(tiny.LLAMA)
-    assert models.unpacked_size(model) == 0
+    assert models.dequantized_bytes(model) == 0
     model.set_dtype(dtype)
     nn.quantize(model, 32, bits, mode=mode)
-    size = models.unpacked_size(model)
+    size = models.dequantized_bytes(model)
     whole = dequantize_model(model).parameters()
     assert size == sum(a.nbytes for n, a in tree_flatten(whole) if a.ndim == 2)
 

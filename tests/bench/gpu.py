@@ -257,7 +257,7 @@ def step_peak(model: nn.Module, rows: int, width: int) -> float:
 
 def measure_memory(small: dict) -> None:
     """Peaks of steps on texts of 512 tokens, 16 layers adapted."""
-    activations.put_in_place(slow_exp=False)
+    activations.install(slow_exp=False)
     width = 17 if small else 513
     for name, config in SHAPES.items():
         for bits in (4, 8, 16):

@@ -57,7 +57,7 @@ def our_steps(folder: Path) -> Steps:
     import models
     from lora_finetune import activations, adapters, attention, losses, training_step
 
-    activations.put_in_place(slow_exp=False)
+    activations.install(slow_exp=False)
     model, _ = models.load_as_stored(folder)
     adapters.adapt(model, {}, None, len(model.layers))
     loss = losses.make_loss(model)
