@@ -278,7 +278,7 @@ class LoRALinear(Adapted, LowRank):
         d_out, d_in = linear_shape(linear)
         adapted = LoRALinear(d_in, d_out, r, scale)
         adapted.linear = linear
-        Together([adapted])
+        Together([adapted])  # on its own at first
         return adapted
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -286,10 +286,10 @@ class LoRALinear(Adapted, LowRank):
 
 
 class Together:
-    """Layers that are called on the same input one after the other: the first call computes all.
+    """Adapted layers that are called one after the other on the same input: the first computes all.
 
-    The same is the same object, unchanged. What the others put out waits for their calls; if one
-    turns out to be called on another input, each goes alone from then on. All have one scale.
+    The outputs of the others wait for their calls. If one is called on another input (another
+    array, even an equal one), each is on its own from then on. All have one scale.
     """
 
     def __init__(self, layers: list[LoRALinear]):

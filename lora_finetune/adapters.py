@@ -26,10 +26,7 @@ Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a linear layer -> 
 
 
 def adapter_content(arrays: dict[str, np.ndarray], suffix: str) -> bytes:
-    """The content of an .npz file of the arrays of an adapter.
-
-    With the suffix .safetensors it is such a file, as mlx-lm's `adapters.safetensors` is.
-    """
+    """The bytes of an adapter file: .safetensors (as mlx-lm's) for that suffix, else .npz."""
     if suffix == ".safetensors":
         return safetensors.numpy.save(arrays)
     stream = io.BytesIO()
@@ -43,9 +40,9 @@ def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def file_arrays(model: nn.Module, suffix: str) -> dict[str, np.ndarray]:
-    """The same as files have them: for scale 20, so that another is folded into B.
+    """A model's A's and B's as files have them: for scale 20, so that another is folded into B.
 
-    In a .safetensors file it is as mlx-lm has it: all of one rank, fused projections whole.
+    In a .safetensors file they are as mlx-lm has them: all of one rank, fused projections whole.
     """
     if suffix == ".safetensors":
         return named(widened(whole_pairs(model)))

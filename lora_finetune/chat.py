@@ -146,10 +146,11 @@ def type_name(value: object) -> str:
 
 
 class Template:
-    """A model's chat template, and what it was seen to show of messages.
+    """A model's chat template.
 
     Attributes:
-        shown: (role, parts of a message) and the one of these parts that it was seen to show.
+        shown: (role, kinds of parts in the message, kind of a part) that it is known to show. That
+            is found out by leaving such a part out, once.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper):
@@ -187,22 +188,22 @@ class Template:
 
         cut = False
         for number, message in enumerate(messages):
-            there, found = dict(parts(message)), set()
-            for part, some in there.items():
-                kind = message["role"], *there, part
-                whole = all_whole or all(map(is_whole, some))
-                if not (whole and kind in self.shown):
+            kinds, shares = dict(parts(message)), set()
+            for part, strings_of_part in kinds.items():
+                key = message["role"], *kinds, part
+                whole = all_whole or all(map(is_whole, strings_of_part))
+                if not (whole and key in self.shown):
                     if not self.depends_on(messages, number, part, tools, text):
-                        found.add("nothing")
+                        shares.add("nothing")
                         continue
-                    self.shown.add(kind)
-                found.add("all" if whole else "some")
-            if found == {"nothing"}:
+                    self.shown.add(key)
+                shares.add("all" if whole else "some")
+            if shares == {"nothing"}:
                 raise ValueError(
                     f"the model's chat template puts message {number + 1}, of the role "
                     f'"{message["role"]:.40}", nowhere in its text'
                 )
-            cut |= bool(found - {"all"})
+            cut |= bool(shares - {"all"})
         if tools and ("tools",) not in self.shown:
             if self.render_or_none(messages, None) == text:
                 return True

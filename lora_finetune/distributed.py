@@ -78,7 +78,7 @@ class Group:
         self.agreed_signal = 0  # that all have been told of
         self.is_told = False  # whether all know that the run ends
         self.is_over = self.size == 1  # whether there is nothing more to exchange
-        self.last_words: str | None = None  # of a process that has failed; "" where it says none
+        self.error_line: str | None = None  # of a process that has failed; "" where it says none
         self.longest_wait = math.inf
         self.waiting_since: float | None = None
         self.last_exchange, self.intervals = time.monotonic(), deque([0.0], maxlen=8)
@@ -184,8 +184,8 @@ class Group:
             ) from error
         finally:
             self.waiting_since = None
-        while self.last_words is not None and self.is_over:  # `give_up` is about to end this
-            time.sleep(1)
+        while self.error_line is not None and self.is_over:
+            time.sleep(1)  # until `give_up`, in its thread, ends this process
         now = time.monotonic()
         self.intervals.append(now - self.last_exchange)
         self.last_exchange = now
@@ -194,7 +194,7 @@ class Group:
     # --- What they agree on
 
     def compare(self, values: dict[str, object]) -> None:
-        """See that all look at the same thing.
+        """See that all look at the same thing; from then on nobody waits longer than LONGEST_WAIT.
 
         Args:
             values: by the name to report each under; those of names without a space are shown.
@@ -265,17 +265,17 @@ class Group:
         if self.is_over and self.is_first:
             return
         line = describe(error, "the run")
-        reason, is_known = zlib.crc32(line.encode()) >> 1, self.is_told
+        error_hash, first_prints_it = zlib.crc32(line.encode()) >> 1, self.is_told
         is_interrupt = isinstance(error, KeyboardInterrupt)
         if not self.is_first:
             line = "" if is_interrupt else line.replace(": ", f": {self.name(self.rank)}: ", 1)
-        self.last_words = line
+        self.error_line = line
         if not (self.is_told or self.is_over):
             with suppress(LostError):
                 status = INTERRUPTED if is_interrupt else FAILED
-                statuses, told = self.exchange(status, count=reason)
-                is_known = (statuses[0], told[0][1]) == (status, reason)
-        if line and not (self.is_first or is_known):
+                statuses, told = self.exchange(status, count=error_hash)
+                first_prints_it = (statuses[0], told[0][1]) == (status, error_hash)
+        if line and not (self.is_first or first_prints_it):
             print(line, file=sys.__stderr__, flush=True)
         if not self.is_over:
             with suppress(LostError):
@@ -289,7 +289,7 @@ class Group:
             since, now = self.waiting_since, time.monotonic()
             if self.stop and os.getppid() != parent:  # the launcher was killed
                 self.stop.signal = self.stop.signal or signal.SIGHUP
-            is_ending = self.last_words is not None or (self.stop and self.stop.signal)
+            is_ending = self.error_line is not None or (self.stop and self.stop.signal)
             asked_at = min(asked_at, now) if is_ending else math.inf
             if since is None:
                 continue
@@ -308,7 +308,7 @@ class Group:
 
     def give_up(self, seconds: float) -> None:
         """Say so, save what there is, and end this process, whose main thread hangs in MLX."""
-        words, self.last_words, self.is_over = self.last_words, "", True
+        words, self.error_line, self.is_over = self.error_line, "", True
         timer = threading.Timer(WAIT_AT_END, os._exit, [2])  # where the device lets nothing be read
         timer.daemon = True
         timer.start()

@@ -87,6 +87,7 @@ def tokens_before(
         ids: the first tokens of each text, all that count.
         places: in characters.
     """
+    # The start of each text is encoded, to beyond its last place or beyond what its tokens cover.
     inner = [[p for p in some if p < len(text)] for text, some in zip(texts, places, strict=True)]
     ends = [
         LONGEST_WORD + min(max(some, default=0), max(SHORT, len(tokens) * CHARACTERS_PER_TOKEN))
@@ -101,6 +102,7 @@ def tokens_before(
 
     counts = []
     for text, end, tokens, encoding, some in zip(texts, ends, ids, encodings, places, strict=True):
+        # As many tokens are the same in the encoding of the start.
         same = len(os.path.commonprefix([tokens, encoding.ids])) if encoding and some else 0
         counts.append([len(tokens)] * len(some))
         for i, place in enumerate(some):
@@ -108,6 +110,7 @@ def tokens_before(
                 continue  # all tokens are before it
             number = token_at(encoding, place) if same else None
             if number is None or (number >= same and same < len(tokens)):
+                # The place is behind those tokens.
                 [before] = encode_starts(tokenizer, [text[:place]], templated, len(tokens))
                 number = len(os.path.commonprefix([tokens, before]))
             counts[-1][i] = min(number, len(tokens))

@@ -305,7 +305,7 @@ class Behaviour(NamedTuple):
 
     @staticmethod
     def of(model: nn.Module) -> Behaviour:
-        """That of a model, from which the adapter is taken away."""
+        """The behaviour of a model, from which the adapter is then taken away."""
         logits, adapted = sample_logits(model), models.lora_modules(model)
         frozen = [(path, module.frozen) for path, module in adapted.items()]
         model.update_modules(tree_unflatten(frozen))

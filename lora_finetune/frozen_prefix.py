@@ -68,7 +68,7 @@ class Prefix:
         was_training = self.model.training
         self.model.eval()  # some layers have faster kernels where there is no gradient
         try:
-            with intercepted(self.model.layers[self.num_layers :], pass_on):
+            with intercepted_layers(self.model.layers[self.num_layers :], pass_on):
                 self.model(inputs)
         finally:
             self.model.train(was_training)
@@ -81,7 +81,7 @@ class Prefix:
         def reply(hidden: mx.array, *_: object, **__: object) -> mx.array:
             return states if hidden.shape == states.shape else hidden
 
-        with intercepted(self.model.layers[: self.num_layers], reply):
+        with intercepted_layers(self.model.layers[: self.num_layers], reply):
             yield
 
     def loss(self, loss: Loss) -> Loss:
@@ -104,7 +104,7 @@ class Prefix:
 
 
 @contextmanager
-def intercepted(layers: list[nn.Module], reply: Callable[..., mx.array]) -> Iterator[None]:
+def intercepted_layers(layers: list[nn.Module], reply: Callable[..., mx.array]) -> Iterator[None]:
     """While it lasts, `reply` answers in place of each of these layers."""
     with ExitStack() as stack:
         for layer in layers:

@@ -57,10 +57,11 @@ def read_log(log: Path) -> list[dict[str, Any]]:
 def losses(reports: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The reports with a loss of this name; where the log goes back, what came later counts."""
     found: list[dict[str, Any]] = []
+    kept = 1 if name == "val_loss" else 0  # that before the first step has the step's number too
     for report in reports:
         loss = report.get(name)
         if type(loss) is float and abs(loss) < 1e9 and is_count(report.get("iter")):
-            while len(found) > (name == "val_loss") and found[-1]["iter"] >= report["iter"]:
+            while len(found) > kept and found[-1]["iter"] >= report["iter"]:
                 found.pop()
             found.append(report)
     return found

@@ -118,9 +118,9 @@ def make_step(
     rounding.
 
     Returns:
-        The step, which takes this process's share of a batch. Model and optimizer hold then what it
-        will make. What `LazyStep.compute` raises, the step can raise too, after undoing itself. For
-        that, what parameters and moments were before stays in memory.
+        A function of this process's share of a batch. It leaves model and optimizer with what the
+        step makes, which need not be computed yet. Where the device fails it gives both back what
+        they held, which stays in memory for that, and raises what `LazyStep.compute` does.
     """
     gradients_of = make_gradients(model, loss)
     # Not collected from the model and joined anew in each step, which would be felt on a GPU.
