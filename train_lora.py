@@ -146,7 +146,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # parsed before the imports, which take seconds: --help answers at once
     begin_process()
     args = parse_arguments()
-    import_or_exit("mlx.core")
+    import_or_exit("mlx.core", "mlx_lm")
     # Hide PyTorch, where it is installed, from transformers: seconds and 180 MB for nothing here.
     sys.modules.setdefault("torch", None)
 
@@ -526,6 +526,7 @@ def generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     prompt: prompts.Prompt,
+    vocab_size: int,
     temperature: float,
     seed: int,
 ) -> None:
@@ -536,7 +537,7 @@ def generate(
     tokenizer.eos_token_ids |= prompt.end_tokens
     print(prompt.text, end="", flush=True)
     tokens, begun, before_space = [], False, tokenizer.decode(prompt.tokens) + " "
-    for part in stream(model, tokenizer, prompt, temperature):
+    for part in stream(model, tokenizer, prompt, vocab_size, temperature):
         text = part.text
         tokens.append(part.token)
         if text and not begun and tokenizer.decode(prompt.tokens + tokens).startswith(before_space):
@@ -549,18 +550,23 @@ def generate(
 
 
 def stream(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompt: prompts.Prompt, temperature: float
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: prompts.Prompt,
+    vocab_size: int,
+    temperature: float,
 ) -> Iterator[GenerationResponse]:
     """The continuation of a prompt; raises UserError at a token that the tokenizer lacks.
 
-    Some models have logits for more tokens than they have embeddings; those others never come.
+    Args:
+        vocab_size: some models have logits for more tokens, which never come.
     """
-    sample, num_tokens = make_sampler(temp=temperature), models.find_limits(model).vocab_size
+    sample = make_sampler(temp=temperature)
     try:
         with memory.device_errors("shorten the prompt or lower --max-tokens"):
             yield from stream_generate(
                 model, tokenizer, prompt.tokens, max_tokens=prompt.max_tokens,
-                sampler=lambda log_probabilities: sample(log_probabilities[..., :num_tokens]),
+                sampler=lambda log_probabilities: sample(log_probabilities[..., :vocab_size]),
             )  # fmt: skip
     except (TypeError, IndexError) as error:  # mlx-lm's, by the kind of its detokenizer
         raise UserError(
@@ -648,6 +654,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
         group.compare(to_compare(args, plan, model, examples, fingerprints))
     with attention.by_blocks(), recurrences.by_chunks():
         with memory.device_errors("take a smaller or a quantized model"):
+            # In here, so that a GPU compiles the kernels of these forms alone.
             loss = losses.make_loss(model) if plan.data else None
         if args.train:
             plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
@@ -662,7 +669,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
         return
     with models.merged(model) if asked else nullcontext():
         for prompt in asked:
-            generate(model, tokenizer, prompt, args.temp, args.seed)
+            generate(model, tokenizer, prompt, limits.vocab_size, args.temp, args.seed)
     if plan.exports:
         export.write_all(plan.exports, model, folder, model_folder.public_name(args.model, folder))
     if args.train:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
+import importlib.util
 import io
 import math
 import os
@@ -85,10 +85,13 @@ def hint(message: str) -> None:
     print(f"hint: {one_line(message)}", file=sys.stderr, flush=True)
 
 
+SLOW = 10.0  # seconds
+
+
 @contextmanager
-def hint_if_slow(message: str, seconds: float = 10) -> Iterator[None]:
-    """Tell what the wait is if what is done meanwhile takes longer than so many seconds."""
-    timer = threading.Timer(seconds, hint, [message])
+def hint_if_slow(message: str) -> Iterator[None]:
+    """Tell what the wait is where what is done meanwhile is slow."""
+    timer = threading.Timer(SLOW, hint, [message])
     timer.daemon = True
     timer.start()
     try:
@@ -218,25 +221,33 @@ def begin_process() -> None:
         pass
     os.close(opened)
     sys.stdout, sys.stderr = tolerant_stream(sys.stdout, 1), tolerant_stream(sys.stderr, 2)
+    sys.__stderr__ = sys.stderr
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if process_rank() > 0:
         be_silent()
 
 
-def import_or_exit(package: str) -> None:
-    """Import a package first; where it is not there, or does not load, one line says so."""
+def import_or_exit(module: str, *packages: str) -> None:
+    """Import a module, and look for packages; what is not there or does not load is one line."""
     try:
-        importlib.import_module(package)
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError):
-            reason = f"{package} is not installed for {sys.executable}; `make demo` installs all "
-            reason += "that is needed into .venv, and `source .venv/bin/activate` turns to that"
-        else:  # such as MLX for CUDA where there is no GPU
-            reason = f"{package} cannot be loaded ({first_line(error)}); see README.md for what to "
-            reason += "install on which machine"
-        print(f"error: {one_line(reason)}", file=sys.__stderr__)
-        sys.exit(2)
+        importlib.import_module(module)
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(name=package)
+        return
+    except ModuleNotFoundError as error:
+        reason = (
+            f"{error.name} is not installed for {sys.executable}; `make demo` installs all that is "
+            "needed into .venv, and `source .venv/bin/activate` turns to that"
+        )
+    except ImportError as error:  # such as that of MLX for CUDA where there is no GPU
+        reason = (
+            f"{module} cannot be loaded ({first_line(error)}); see README.md for what to install "
+            "on which machine"
+        )
+    print(f"error: {one_line(reason)}", file=sys.__stderr__)
+    sys.exit(2)
 
 
 # How a process is told its number, and how many there are, by mlx.launch and by the kinds of MPI.
@@ -258,7 +269,6 @@ def be_silent() -> None:
 
     What is to be seen all the same goes to `sys.__stderr__`.
     """
-    sys.__stderr__ = sys.stderr
     sys.stdout = sys.stderr = tolerant_stream(Path(os.devnull).open("w"), 1)  # noqa: SIM115
     sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 

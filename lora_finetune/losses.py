@@ -76,7 +76,7 @@ def cross_entropy_vjp(
 def losses_of(logits: mx.array, targets: mx.array) -> mx.array:
     """The cross-entropy of each row, in nats and float32; on a GPU with MLX's own kernel."""
     if mx.default_device() == mx.gpu:
-        # Targets of a piece wait for the piece before it, which for MLX makes them depend on it.
+        # MLX refuses a gradient to targets, and asks for one where they wait for another piece.
         return mx.fast.cross_entropy(logits, mx.stop_gradient(targets))
     return cross_entropy(logits, targets)[0]
 

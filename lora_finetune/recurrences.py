@@ -21,8 +21,9 @@ Result = tuple[mx.array, mx.array]  # what a recurrence puts out, and its state 
 CHUNK = 64  # tokens, a power of two
 LEAST_G = 1e-20  # a smaller g is taken for this, and has no gradient: in float32 all is forgotten
 
-# Of the tokens of a chunk (rows), 1 for each before (columns), and −∞ for each after, else 0. Made
-# here, since MLX's own ways to make them are a kernel each that CUDA takes 3 s to compile.
+# For each token of a chunk (rows) and each other (columns): 1 where that is before it, and −∞ where
+# it is after it, else 0. Made by NumPy, since what MLX makes them with is a kernel each, and CUDA
+# takes 3 s to compile one.
 BEFORE = mx.array(np.tri(CHUNK, k=-1, dtype=np.float32))
 MINUS_INFINITY_AFTER = mx.array(np.where(np.tri(CHUNK), 0, -np.inf).astype(np.float32))
 
@@ -107,8 +108,11 @@ def blocks_of(size: int) -> np.ndarray:
 
 
 IDENTITY = mx.array(blocks_of(1))
-SIZES = [1 << level for level in range(CHUNK.bit_length() - 1)]
-NEW_IN_LARGER = [mx.array(blocks_of(2 * size) - blocks_of(size)) for size in SIZES]
+# What blocks of 2, 4, … CHUNK have that those of half the size have not.
+ADDED = [
+    mx.array(blocks_of(2 << level) - blocks_of(1 << level))
+    for level in range(CHUNK.bit_length() - 1)
+]
 
 
 @mx.custom_function
@@ -119,8 +123,8 @@ def unit_lower_inverse(a: mx.array) -> mx.array:
     D − D M D, where M is what a has in the larger blocks and not in the smaller ones.
     """
     inverse = IDENTITY
-    for is_new in NEW_IN_LARGER:
-        inverse = inverse - inverse @ (a * is_new) @ inverse
+    for added in ADDED:
+        inverse = inverse - inverse @ (a * added) @ inverse
     return inverse
 
 

@@ -61,6 +61,11 @@ def write_hosts(folder: Path, size: int) -> None:
     (folder / "hosts").write_text(json.dumps(hosts))
 
 
+# Seconds within which all have ended if none waits for another that has gone; on a GPU they may
+# have kernels to compile first.
+SOON = 30 if mx.default_device() == mx.cpu else 60
+
+
 def join(processes: Processes, seconds: float = 60) -> list[int]:
     """The exit statuses of processes, which have so many seconds to end."""
     end = time.monotonic() + seconds
@@ -146,8 +151,8 @@ def test_a_launcher_of_one_process_starts_a_run_like_any_other(
 
 
 def test_a_long_text_is_alone_and_short_ones_together() -> None:
-    rows = np.array([3, 1, 7, 5])
-    shares = dataset.shares(rows, np.array([20, 265, 9, 40]), 2)
+    rows, long = np.array([3, 1, 7, 5]), 65 if mx.default_device() == mx.cpu else 265
+    shares = dataset.shares(rows, np.array([20, long, 9, 40]), 2)
     assert [share.tolist() for share in shares] == [[1], [3, 7, 5]]
 
 
@@ -227,7 +232,7 @@ def test_where_one_is_killed_the_others_end_and_what_was_saved_is_whole(
 def test_a_loss_that_is_not_finite_ends_all_with_one_line(
     args: list[object], tmp_path: Path
 ) -> None:
-    codes = join(launch(tmp_path, 4, *args, *LONG, "--learning-rate", "1e38"))
+    codes = join(launch(tmp_path, 4, *args, *LONG, "--learning-rate", "1e38"), SOON)
     assert codes == [2] * 4
     err = printed(tmp_path, "err")
     assert "is not finite" in err[0][-1]
@@ -236,7 +241,7 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_line(
 
 def test_a_full_disk_ends_all(args: list[object], tmp_path: Path) -> None:
     sizes = {0: {"largest_file": 20_000}}
-    assert join(launch(tmp_path, 4, *args, *LONG, of=sizes)) == [2] * 4
+    assert join(launch(tmp_path, 4, *args, *LONG, of=sizes), SOON) == [2] * 4
     err = printed(tmp_path, "err")
     assert err[0][-1].startswith("error: a.")
     assert "File too large" in err[0][-1]
@@ -255,7 +260,7 @@ def test_where_the_memory_of_one_does_not_do_all_end(
     args: list[object], long_texts: list[object], tmp_path: Path
 ) -> None:
     little = {1: {"device_memory": 4_000_000}}
-    assert join(launch(tmp_path, 2, *args, *long_texts, of=little)) == [2, 2]
+    assert join(launch(tmp_path, 2, *args, *long_texts, of=little), SOON) == [2, 2]
     [first, other] = printed(tmp_path, "err")
     assert len(other) == 1
     assert re.match(r"error: process 1 \(on .*\): a text of 483 tokens takes more memory", other[0])
@@ -270,7 +275,7 @@ def test_where_the_memory_of_one_is_small_all_compute_in_as_many_parts(
     assert join(launch(folders[0], 2, *args, *long_texts)) == [0, 0]
     peak = float(re.search(r"Peak mem ([\d.]+) GB", (folders[0] / "out.0").read_text())[1])
     little = {1: {"device_memory": int(peak * 2e9 / 2)}}  # two processes share it
-    assert join(launch(folders[1], 2, *args, *long_texts, of=little)) == [0, 0]
+    assert join(launch(folders[1], 2, *args, *long_texts, of=little), SOON) == [0, 0]
     assert checkpoint.read(folders[0] / "a.npz").progress.parts == 1
     assert checkpoint.read(folders[1] / "a.npz").progress.parts > 1
     assert_equal_to_rounding(*folders)
@@ -295,7 +300,7 @@ def test_another_data_file_in_one_process_is_an_error_that_names_it(
     args = ["--train", "--model", model, "--data", "texts", "--lora-layers", 2]
     args += ["--adapter-file", "a.npz"]
     processes = launch_each(folders, args, args)
-    assert join(processes) == [2, 2]
+    assert join(processes, SOON) == [2, 2]
     [_, line] = (folders[0] / "err").read_text().splitlines()  # after what it waits for
     assert line.startswith("error: process 1 (on ")
     assert "train.jsonl" in line
@@ -322,7 +327,7 @@ def test_flags_that_differ_are_named_too(
     folders = [Path(shutil.copytree(alone, tmp_path / str(rank))) for rank in range(2)]
     args = ["--test", "--model", model, "--data", data, "--adapter-file", "a.npz"]
     processes = launch_each(folders, [*args, "--test-batches", 3], args)
-    assert join(processes) == [2, 2]
+    assert join(processes, SOON) == [2, 2]
     line = (folders[0] / "err").read_text().splitlines()[-1]
     assert "differs from process 0" in line
     assert "--test-batches (500, not 3); make that the same" in line
@@ -338,7 +343,7 @@ def test_moments_of_adam_that_differ_are_an_error(
         arrays = {n: a * 2 if n.endswith(".v") else a for n, a in saved.items()}
     np.savez(state, **arrays)
     args = [*args, "--iters", 60, "--resume-adapter-file", "a.npz"]
-    assert join(launch_each(folders, args, args)) == [2, 2]
+    assert join(launch_each(folders, args, args), SOON) == [2, 2]
     line = (folders[0] / "err").read_text().splitlines()[-1]
     assert "in Adam's moments to start from; make that the same on all machines" in line
 

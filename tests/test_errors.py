@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,7 @@ from threading import Thread
 
 import models
 import tiny
-from conftest import TEXTS, Run, listing, one_error
+from conftest import ROOT, TEXTS, Run, listing, one_error
 from lora_finetune import adapters
 from lora_finetune.command_line import UserError
 
@@ -51,7 +52,7 @@ def fails(
 
 @pytest.mark.parametrize(
     ("command", "package"),
-    [(["train_lora.py", "--train"], "mlx.core"), (["prepare_lora_data.py"], "datasets")],
+    [(["train_lora.py", "--train"], "mlx"), (["prepare_lora_data.py"], "datasets")],
 )
 def test_a_python_without_what_is_needed_is_reported(
     run: Run, command: list[str], package: str
@@ -62,12 +63,24 @@ def test_a_python_without_what_is_needed_is_reported(
     assert "make demo" in error and sys.executable in error
 
 
-def test_a_package_that_does_not_load_is_reported_with_the_reason(run: Run, tmp_path: Path) -> None:
-    """As MLX for CUDA on a machine without a GPU."""
+@pytest.mark.parametrize(
+    ("content", "mentions"),
+    [
+        # As MLX for CUDA on a machine without a GPU.
+        ("raise ImportError('no device')", ("mlx.core cannot be loaded (no device)", "README.md")),
+        ("import not_there", ("not_there is not installed for",)),
+    ],
+)
+def test_a_package_that_does_not_load_is_reported_with_the_reason(
+    run: Run, tmp_path: Path, content: str, mentions: tuple[str, ...]
+) -> None:
     (tmp_path / "mlx").mkdir()
-    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('no device is detected')")
+    (tmp_path / "mlx" / "core.py").write_text(content)
     env = {"PYTHONPATH": str(tmp_path)}
-    one_error(run("--train", env=env), "mlx.core cannot be loaded (no device", "README.md")
+    one_error(run("--train", env=env), *mentions)
+    closed = ["sh", "-c", '"$0" "$@" 2>&-', sys.executable, ROOT / "train_lora.py", "--train"]
+    ended = subprocess.run(closed, env=os.environ | env, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, b"")
 
 
 OUT_OF_RANGE = {

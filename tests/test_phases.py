@@ -14,7 +14,7 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT, TEXTS, Ended, Run
-from lora_finetune import adapters, dataset
+from lora_finetune import adapters, command_line, dataset
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,6 +80,18 @@ def whole_run(
     folder = tmp_path_factory.mktemp("whole_run")
     args = ["--model", model, "--data", data, "--test", "--prompt", PROMPT, "--max-tokens", 12]
     return folder, run(*args, *WHOLE_RUN, "--seed", 7, cwd=folder)
+
+
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="such lines are left out there")
+def test_what_a_slow_start_is_waiting_for_is_said(
+    call: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here from the first moment, and not after ten seconds."""
+    monkeypatch.setattr(command_line, "SLOW", 0.0)
+    args = ["--train", "--model", model, "--data", data, "--lora-layers", 2, "--iters", 1]
+    ended = call(*args, "--adapter-file", tmp_path / "a.npz")
+    for what in ("the model on a few tokens", "the model's layers on a few", "a step for its"):
+        assert f"hint: trying {what}" in ended.stderr
 
 
 def test_a_run_trains_then_tests_then_generates_and_says_so_in_these_lines(
