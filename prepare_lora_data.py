@@ -74,8 +74,8 @@ def build_parser() -> Parser:
     add("--valid-fraction", fraction, 0.05, "share of validation")
     add("--test-fraction", fraction, 0.05, "share of the test")
     add("--seed", whole_number(0, below=math.inf), 0, "which questions go into which set")
-    add("--limit", whole_number(1, below=math.inf), None, "take so many examples, with "
-        "--keep-splits of each split (default: all)")  # fmt: skip
+    add("--limit", whole_number(1, below=math.inf), None, "take so many examples, of each split "
+        "where they are kept (default: all)")  # fmt: skip
     switch("--keep-splits", "keep the splits of a saved DatasetDict; a validation or test set that "
            "it lacks is taken from train")  # fmt: skip
     switch("--dry-run", "print the counts and three examples, write nothing")

@@ -98,7 +98,7 @@ def find_adapter(path: Path) -> Path:
         if file.is_file():
             return file
     files = sorted(file.name for file in path.iterdir() if file.suffix in (".npz", ".safetensors"))
-    name_one = f"name one of its files: {', '.join(files)}" if files else "name an adapter file"
+    name_one = f"name one of its files: {', '.join(files)}" if files else "it holds no adapter file"
     raise UserError(f"{path} is a folder without adapters.safetensors; {name_one}")
 
 
