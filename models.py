@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_finetune import (
-    activations,
-    compiling,  # noqa: F401, before mlx_lm, see there
+    activations,  # before mlx_lm: see compiling.py, which comes with it
     memory,
 )
 from lora_finetune.command_line import UserError, hint

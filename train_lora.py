@@ -353,8 +353,8 @@ def start_or_resume(model: nn.Module, plan: Plan) -> optim.Adam:
     )
     if changed:
         plan.progress.reset_losses()
-    goes_on = plan.state and plan.progress.iteration == plan.state.progress.iteration
-    unchanged = bool(goes_on) and not changed
+    start = plan.state.progress.iteration if plan.state else None
+    unchanged = plan.progress.iteration == start and not changed
     plan.files.begin(plan.source, plan.state, plan.progress, unchanged)
     saved_moments = plan.state.optimizer if plan.state else {}
     return make_optimizer(model, plan.learning_rate, saved_moments)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from functools import cache
 
+from lora_finetune import compiling  # noqa: F401, since MLX cannot compile these for all shapes
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np

@@ -371,9 +371,9 @@ def adapt(
     check_adapter(source, adapter, model)
     adapter = by_parts(model, adapter)
     ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
-    others = sorted({found for found in ranks.values() if rank not in (None, found)})
-    if others:
-        raise UserError(f"{source} has rank {others[0]}, not --lora-rank {rank}; leave that out")
+    other = next((found for found in ranks.values() if rank not in (None, found)), None)
+    if other:
+        raise UserError(f"{source} has rank {other}, not --lora-rank {rank}; leave that out")
     if lora_layers is not None:
         if lora_layers > len(model.layers):
             warn(f"the model has only {len(model.layers)} layers; all of them are adapted")

@@ -6,6 +6,9 @@ Import this before mlx_lm: it compiles some functions of its models when it is i
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from lora_finetune.command_line import hint_if_slow
 
 import mlx.core as mx
 
@@ -24,10 +27,13 @@ def compile_for_each_shape(
 
 mx.compile = compile_for_each_shape
 
-# What a first run on a GPU is waiting for, when nothing is trained yet.
-COMPILING = (
-    "on a GPU the first run compiles its kernels, for up to a minute, or several with a hybrid"
-)
+
+def hint_if_compiling(tried: str) -> AbstractContextManager[None]:
+    """Tell, where what is tried is slow, what a first run on a GPU is waiting for."""
+    return hint_if_slow(
+        f"trying {tried}; on a GPU the first run compiles its kernels, for up to a minute, or "
+        "several with a hybrid"
+    )
 
 
 def compiled_if_possible(function: Callable) -> Callable:

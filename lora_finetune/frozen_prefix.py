@@ -17,8 +17,8 @@ from pathlib import Path
 
 import models
 from lora_finetune import dataset, memory
-from lora_finetune.command_line import hint_if_slow, warn
-from lora_finetune.compiling import COMPILING, compiled_if_possible
+from lora_finetune.command_line import warn
+from lora_finetune.compiling import compiled_if_possible, hint_if_compiling
 from lora_finetune.losses import Loss
 
 import mlx.core as mx
@@ -122,9 +122,8 @@ def find(model: nn.Module) -> Prefix | None:
     if not any(trained) or trained[0]:
         return None
     prefix = Prefix(model, trained.index(True))
-    slow = f"trying the model's layers on a few tokens; {COMPILING}"
     # Suppressed: whatever an architecture does where layers do not do their part.
-    with hint_if_slow(slow), suppress(Exception):
+    with hint_if_compiling("the model's layers on a few tokens"), suppress(Exception):
         if stands_for_its_layers(prefix):
             return prefix
     warn(

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import models
 from lora_finetune.activations import exp, log_sum_exp
-from lora_finetune.command_line import hint_if_slow
-from lora_finetune.compiling import COMPILING
+from lora_finetune.compiling import hint_if_compiling
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -118,7 +117,7 @@ def make_loss(model: nn.Module) -> Loss:
         return loss
     by_pieces = partial(loss_by_pieces, head)
     tokens, is_target = mx.arange(9)[None] % head.num_logits, mx.ones((1, 9), mx.bool_)
-    with hint_if_slow(f"trying the model on a few tokens; {COMPILING}"):
+    with hint_if_compiling("the model on a few tokens"):
         expected, found = (
             function(model, tokens, is_target)[0].item() for function in (loss, by_pieces)
         )

@@ -107,7 +107,7 @@ def blocks_of(size: int) -> np.ndarray:
     return (block[:, None] == block).astype(np.float32)
 
 
-IDENTITY = mx.array(blocks_of(1))
+IDENTITY = mx.array(np.eye(CHUNK, dtype=np.float32))
 # What blocks of 2, 4, … CHUNK have that those of half the size have not.
 ADDED = [
     mx.array(blocks_of(2 << level) - blocks_of(1 << level))

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import models
 from lora_finetune import dataset, memory
-from lora_finetune.command_line import UserError, first_line, hint_if_slow, warn
-from lora_finetune.compiling import COMPILING, compiled_if_possible
+from lora_finetune.command_line import UserError, first_line, warn
+from lora_finetune.compiling import compiled_if_possible, hint_if_compiling
 from lora_finetune.distributed import ALONE, Group
 from lora_finetune.losses import Loss
 
@@ -256,7 +256,7 @@ def fit_memory(
             tried.undo()
 
     most = -(-rows // parts)
-    with hint_if_slow(f"trying a step for its memory; {COMPILING}"):
+    with hint_if_compiling("a step for its memory"):
         fitting = memory.number_that_fits(try_step, most, limit)
     if not fitting:
         warn(
