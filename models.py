@@ -20,6 +20,7 @@ from lora_finetune import (
 from lora_finetune.command_line import UserError, hint
 from lora_finetune.files import file_checksum
 from lora_finetune.model_config import in_mlx_words
+from lora_finetune.model_corrections import corrected_classes
 from lora_finetune.model_folder import (
     TOKENIZER_FILES,
     check_files,
@@ -28,6 +29,7 @@ from lora_finetune.model_folder import (
     find_model,
     shortened,
 )
+from lora_finetune.model_settings import pytorch_settings, reads_recorded, warn_of_unread
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -74,7 +76,10 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     model_type = check_files(folder)
     check_memory(folder)
     try:
-        model, config = load_as_stored(folder)
+        with reads_recorded() as read:
+            model, config = load_as_stored(folder)
+            find_limits(model)  # what is wrong with some settings shows only in a call
+        warn_of_unread(config, read)
         if mx.default_device() == mx.cpu:
             model = dequantize_model(model)
             model.set_dtype(mx.float32)
@@ -83,7 +88,6 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             hint(f"the weights are dequantized to {size:.1f} GB, with which CUDA is faster")
             model = dequantize_model(model)
         mx.eval(model.parameters())
-        find_limits(model)  # what is wrong with some settings shows only in a call
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
@@ -114,7 +118,10 @@ def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit.
     with contextlib.chdir(folder):
         config = load_config(Path())
-        model, used = load_model(Path(), lazy=True, model_config=in_mlx_words(config))
+        classes = partial(corrected_classes, theirs=pytorch_settings(config))
+        model, used = load_model(
+            Path(), lazy=True, model_config=in_mlx_words(config), get_model_classes=classes
+        )
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
     return model, config | quantization
 

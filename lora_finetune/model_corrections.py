@@ -1,0 +1,311 @@
+"""Models of mlx-lm that compute something else than transformers' of the same folder, put right.
+
+The lines named are those of mlx-lm 0.32.2, in mlx_lm/models; what is right is what transformers
+5.24.0 computes. Models that are right already are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lora_finetune.activation_names import put_activations
+from lora_finetune.activations import swiglu
+from lora_finetune.attention_windows import put_windows
+from lora_finetune.command_line import UserError
+from lora_finetune.module_classes import become, modules_named
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import _get_classes
+from transformers import PretrainedConfig
+
+Weights = dict[str, mx.array]
+
+
+def corrected_classes(
+    config: dict[str, Any], theirs: PretrainedConfig | None
+) -> tuple[Callable[[Any], nn.Module], type]:
+    """What mlx-lm builds a model with, for its `load_model`; the model is put right when built.
+
+    Args:
+        config: in mlx-lm's words.
+        theirs: the settings of the text model as transformers has them, None where it has none.
+
+    Raises:
+        UserError: mlx-lm has another model under this name, or one with other kinds of layers.
+    """
+    model_class, args_class = _get_classes(config)
+    family = model_class.__module__.rpartition(".")[2]
+
+    def build(config: dict[str, Any]) -> nn.Module:
+        return model_class(args_class.from_dict(config))
+
+    def corrected(args: Any) -> nn.Module:
+        check_is_same(family, config)
+        model = model_class(args)
+        if family in CORRECTIONS:
+            CORRECTIONS[family](model)
+        if theirs:
+            put_activations(model, theirs)
+            put_windows(model, build, config, theirs)
+        take_biases(model)
+        return model
+
+    return corrected, args_class
+
+
+# What a model type means in mlx-lm, by how the names of architectures begin, where transformers has
+# another model of that type.
+MEANT = {"minimax": "MiniMaxM2"}
+
+
+def check_is_same(family: str, config: dict[str, Any]) -> None:
+    """Raise UserError where mlx-lm's model of a type is not the one that was saved.
+
+    minimax.py is MiniMax-M2; transformers' minimax is MiniMax-Text-01, with lightning attention.
+    """
+    named = [str(name) for name in config.get("architectures") or ()]
+    if family in MEANT and named and not any(name.startswith(MEANT[family]) for name in named):
+        raise UserError(
+            f"the model is a {named[0]}, and what mlx-lm has as {family} is another "
+            f"({MEANT[family]}), which would not compute what it was trained to; take another model"
+        )
+
+
+# --- By family ----------------------------------------------------------------------------------
+
+
+def share_keys_and_values(model: nn.Module) -> None:
+    """Gemma 3n: layers with shared keys and values share them without a cache too.
+
+    gemma3n.py:131 takes them from the cache, and without one lets such a layer use projections of
+    its own, which were never trained: training and tests would see another model than generation.
+    transformers 5 does not save those projections.
+    """
+    language_model = model.model.language_model
+
+    def sharing(original: type) -> type:
+        class Sharing(original):
+            def __call__(self, inputs=None, cache=None, input_embeddings=None):
+                if cache is None:
+                    cache = [KeysAndValues() for _ in range(self.first_kv_shared_layer_idx)]
+                return super().__call__(inputs, cache, input_embeddings)
+
+        return Sharing
+
+    become([language_model], sharing)
+    dropped = []
+    for number, layer in enumerate(model.layers):
+        if layer.self_attn.is_kv_shared_layer:
+            for name in ("k_proj", "v_proj", "k_norm"):
+                del layer.self_attn[name]
+                dropped.append(f"language_model.layers.{number}.self_attn.{name}.")
+
+    def dropping(original: type) -> type:
+        class Dropping(original):
+            def sanitize(self, weights: Weights) -> Weights:
+                weights = super().sanitize(weights)
+                return {n: a for n, a in weights.items() if not any(name in n for name in dropped)}
+
+        return Dropping
+
+    become([model], dropping)
+
+
+class KeysAndValues:
+    """The keys and values of one layer in one call, in the place of a cache."""
+
+    offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.both = keys, values
+        return self.both
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        return self.both
+
+
+def correct_falcon_h1(model: nn.Module) -> None:
+    """Falcon-H1: the multipliers of keys and values, and norms by groups.
+
+    falcon_h1.py:472 never gets to `key_multiplier`, as a branch before takes the keys, and leaves
+    the values out; the norm at 88 is not by groups. The keys' multiplier is put into the scale of
+    the scores, since the weights may come from a folder that mlx-lm has converted.
+    """
+    args, attentions = model.args, [layer.self_attn for layer in model.layers]
+
+    def multiplied(original: type) -> type:
+        class Multiplied(original):
+            def __call__(self, *args, **options) -> mx.array:
+                return super().__call__(*args, **options) * factor
+
+        return Multiplied
+
+    for attention in attentions:
+        attention.scale *= args.key_multiplier
+    factor = args.attention_in_multiplier
+    if factor != 1:  # what attention puts out is linear in the values
+        if args.attention_bias:
+            raise UserError(
+                f"this Falcon-H1 has biases and attention_in_multiplier = {factor}, which mlx-lm "
+                "does not compute as PyTorch does; take another model"
+            )
+        become(attentions, multiplied)
+    norm_by_groups(model, "FalconH1RMSNormGated", args.mamba_n_groups)
+
+
+def correct_mamba2(model: nn.Module) -> None:
+    """Mamba 2: the gated norm by groups; mamba2.py:53 is over all channels at once."""
+    norm_by_groups(model, "MambaRMSNormGated", model.args.n_groups)
+
+
+def norm_by_groups(model: nn.Module, name: str, groups: int) -> None:
+    """Let the gated norms of that name work on each of some groups of channels on its own."""
+
+    def by_groups(original: type) -> type:
+        class ByGroups(original):
+            def __call__(self, hidden_states: mx.array, gate: mx.array | None = None) -> mx.array:
+                gates_first = not getattr(self, "norm_before_gate", False)
+                x = hidden_states
+                if gate is not None and gates_first:
+                    x = swiglu(gate, x)
+                eps = getattr(self, "variance_epsilon", None) or self.eps
+                normed = mx.fast.rms_norm(x.reshape(*x.shape[:-1], groups, -1), None, eps)
+                x = normed.reshape(x.shape) * self.weight
+                return x if gate is None or gates_first else swiglu(gate, x)
+
+        return ByGroups
+
+    if groups > 1:
+        become(modules_named(model, name), by_groups)
+
+
+def route_with_bias(model: nn.Module) -> None:
+    """ERNIE 4.5: experts are chosen by their scores and a bias; ernie4_5_moe.py:269 drops it.
+
+    The bias (1, experts) is kept under the name that it has in the folder.
+    """
+    name = "e_score_correction_bias"
+
+    def with_bias(original: type) -> type:
+        class WithBias(original):
+            def __call__(self, x: mx.array) -> mx.array:
+                gates = self.gate_act(self.gate(x).astype(mx.float32))
+                biased = gates + self.moe_statics[name].astype(mx.float32).flatten()
+                scores, chosen = best_scores(gates, biased, self.k)
+                scores = scores / mx.maximum(scores.sum(axis=-1, keepdims=True), 1e-12)
+                y = self.switch_mlp(x, chosen)
+                y = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
+                return y if self.shared_experts is None else y + self.shared_experts(x)
+
+        return WithBias
+
+    def keeping_bias(original: type) -> type:
+        class KeepingBias(original):
+            def sanitize(self, weights: Weights) -> Weights:
+                kept = {n: a for n, a in weights.items() if n.endswith(f".mlp.moe_statics.{name}")}
+                if len(kept) < len(routed):
+                    raise UserError(
+                        "the weights of this ERNIE lack the biases of its routers "
+                        f"({name}), which mlx-lm drops when it converts a model; take the folder "
+                        "that it was converted from"
+                    )
+                return super().sanitize(weights) | kept
+
+        return KeepingBias
+
+    routed = modules_named(model, "Ernie4_5_MoeMLP")
+    for layer in routed:
+        layer.moe_statics = nn.Module()
+        layer.moe_statics[name] = mx.zeros((1, layer.gate.weight.shape[0]))
+    become(routed, with_bias)
+    become([model], keeping_bias)
+
+
+def best_scores(scores: mx.array, by: mx.array, number: int) -> tuple[mx.array, mx.array]:
+    """The scores of the experts with the most of another number, and which they are."""
+    chosen = mx.argpartition(-by, kth=number - 1, axis=-1)[..., :number]
+    chosen = mx.stop_gradient(chosen)
+    return mx.take_along_axis(scores, chosen, axis=-1), chosen
+
+
+def route_by_all(model: nn.Module) -> None:
+    """Jamba: the scores are the softmax over all experts; jamba.py:244 has it over the chosen."""
+
+    def by_all(original: type) -> type:
+        class ByAll(original):
+            def __call__(self, x: mx.array) -> mx.array:
+                gates = mx.softmax(self.router(x).astype(mx.float32), axis=-1, precise=True)
+                scores, chosen = best_scores(gates, gates, self.num_experts_per_tok)
+                y = self.switch_mlp(x, chosen)
+                return (y * scores[..., None].astype(y.dtype)).sum(axis=-2)
+
+        return ByAll
+
+    become(modules_named(model, "JambaSparseMoeBlock"), by_all)
+
+
+def scale_tied_logits(model: nn.Module) -> None:
+    """MiniCPM3: tied logits are scaled as others are, which minicpm3.py:245 leaves out."""
+
+    def scaling(original: type) -> type:
+        class Scaling(original):
+            def __call__(self, *args, **options) -> mx.array:
+                factor = self.args.dim_model_base / self.args.hidden_size
+                return super().__call__(*args, **options) * factor
+
+        return Scaling
+
+    if model.args.tie_word_embeddings:
+        become([model], scaling)
+
+
+def norm_where_rotated(model: nn.Module) -> None:
+    """Llama 4 without experts: layers without rotation have no norm of queries and keys.
+
+    llama4_text.py:69 gives it to all.
+    """
+    for layer in model.layers:
+        layer.self_attn.use_qk_norm &= bool(layer.self_attn.use_rope)
+
+
+# By the name of mlx-lm's module.
+CORRECTIONS: dict[str, Callable[[nn.Module], None]] = {
+    "ernie4_5_moe": route_with_bias,
+    "falcon_h1": correct_falcon_h1,
+    "gemma3n": share_keys_and_values,
+    "jamba": route_by_all,
+    "llama4_text": norm_where_rotated,
+    "mamba2": correct_mamba2,
+    "minicpm3": scale_tied_logits,
+}
+
+
+# --- Biases -------------------------------------------------------------------------------------
+
+
+def take_biases(model: nn.Module) -> None:
+    """Let linear layers and norms have a bias where the folder has one for them.
+
+    Which biases there are is a setting in transformers that mlx-lm's models often do not know.
+    """
+
+    def taking(original: type) -> type:
+        class Taking(original):
+            def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True):
+                modules = dict(self.named_modules())
+                for name, array in weights:
+                    path, _, last = name.rpartition(".")
+                    module = modules.get(path)
+                    if (
+                        last == "bias"
+                        and isinstance(module, (nn.Linear, nn.QuantizedLinear, nn.LayerNorm))
+                        and "bias" not in module
+                    ):
+                        module.bias = array
+                return super().load_weights(weights, strict)
+
+        return Taking
+
+    become([model], taking)

@@ -1,0 +1,114 @@
+"""Settings of a configuration that PyTorch's model reads and mlx-lm's does not."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_finetune.command_line import warn
+from lora_finetune.model_config import SAME, transformers_config
+
+from mlx_lm.models.base import BaseModelArgs
+from transformers import PretrainedConfig
+
+# What does not change what a model computes, or shows in the shapes and names of its weights, so
+# that a model without it cannot be loaded; or is looked at elsewhere: rotary embeddings, and which
+# layers have a window (attention_windows.py).
+WITHOUT_EFFECT = re.compile(
+    r".*dropout.*|.*_drop|.*pdrop|initializer.*|init_.*|.*_init_std|.*jitter.*|.*_loss.*|.*_token_id|"
+    r"use_cache|output_.*|return_.*|_?(attn|experts)_implementation.*|dtype|pretraining_tp|"
+    r"gradient_checkpointing|chunk_size_feed_forward|(mamba_|ssm_)?chunk_size|use_mamba_kernels|"
+    r"(.*_)?(size|dim|rank|layers|attention_heads|key_value_heads|bias)|per_layer_config|n_(layer|embd|inner|positions)|d_model|"
+    r"rope_(theta|scaling|parameters|local_base_freq)|partial_rotary_factor|rotary_.*|"
+    r"(original_)?max_position_embeddings|max_seq_len|"
+    r"layer_types|mlp_layer_types|(use_)?sliding_window.*|max_window_layers"
+)
+READ_BY_PYTORCH = re.compile(r"\bconfig\.(\w+)|getattr\(\s*(?:self\.)?config,\s*\"(\w+)\"")
+
+
+@contextmanager
+def reads_recorded() -> Iterator[set[str]]:
+    """While it lasts, the names of the settings that mlx-lm's models read are put into a set."""
+    names: set[str] = set()
+
+    def get(args: BaseModelArgs, name: str) -> Any:
+        names.add(name)
+        return object.__getattribute__(args, name)
+
+    BaseModelArgs.__getattribute__ = get
+    try:
+        yield names
+    finally:
+        del BaseModelArgs.__getattribute__
+
+
+def pytorch_settings(config: dict[str, Any]) -> PretrainedConfig | None:
+    """The settings of the text model as transformers has them; None where it knows no such model.
+
+    Args:
+        config: of config.json, in its own words.
+    """
+    theirs = transformers_config(config)
+    return theirs.get_text_config(decoder=True) if theirs else None
+
+
+def warn_of_unread(config: dict[str, Any], read: set[str]) -> None:
+    """Say in one line which settings make PyTorch's model another one than mlx-lm's."""
+    theirs = pytorch_settings(config)
+    unread = unread_settings(theirs, read) if theirs else {}
+    if unread:
+        named = ", ".join(f"{name} = {value!r}" for name, value in unread.items())
+        warn(
+            f"settings that mlx-lm does not know: {named}; the model may compute something else "
+            "than in PyTorch"
+        )
+
+
+def unread_settings(theirs: PretrainedConfig, read: set[str]) -> dict[str, Any]:
+    """The settings that PyTorch's model reads, mlx-lm's does not, and that are no defaults.
+
+    A default counts as known: mlx-lm's models were made for it. What other settings are by default
+    can depend on the sizes of the model.
+
+    Args:
+        theirs: the settings of the text model as transformers has them.
+        read: the names that mlx-lm's model has read.
+    """
+    pairs = [*getattr(theirs, "attribute_map", {}).items(), *SAME.items()]
+    known = with_aliases(read, pairs)
+    settings = theirs.to_dict()
+
+    def is_known(name: str) -> bool:
+        return name in known or bool(WITHOUT_EFFECT.fullmatch(name))
+
+    kept = {name: value for name, value in settings.items() if is_known(name)}
+    kept.pop("model_type", None)
+    try:
+        default = type(theirs)(**kept).to_dict()
+    except Exception:  # whatever its checks have against these together
+        default = type(theirs)().to_dict()
+    used = with_aliases(names_in_pytorch(theirs), pairs)
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in used and name in default and not is_known(name) and value != default[name]
+    }
+
+
+def with_aliases(names: set[str], pairs: list[tuple[str, str]]) -> set[str]:
+    """Names and others of the same."""
+    return names.union(*({a, b} for a, b in pairs if a in names or b in names))
+
+
+def names_in_pytorch(theirs: PretrainedConfig) -> set[str]:
+    """The settings that transformers' model reads, by the text of its program, which is not run."""
+    file = Path(inspect.getfile(type(theirs)))
+    program = file.with_name(file.name.replace("configuration_", "modeling_"))
+    if not program.exists():  # such models, exaone for one, are Llama's
+        program = file.parents[1] / "llama" / "modeling_llama.py"
+    found = READ_BY_PYTORCH.findall(program.read_text("utf-8"))
+    return {name for both in found for name in both if name}
