@@ -79,7 +79,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
         with reads_recorded() as read:
             model, config = load_as_stored(folder)
             find_limits(model)  # what is wrong with some settings shows only in a call
-        warn_of_unread(config, read)
+        warn_of_unread(model, config, read)
         if mx.default_device() == mx.cpu:
             model = dequantize_model(model)
             model.set_dtype(mx.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from types import FunctionType, SimpleNamespace
 
 from lora_finetune.module_classes import become, parameters_of
@@ -10,8 +10,6 @@ from lora_finetune.module_classes import become, parameters_of
 import mlx.core as mx
 import mlx.nn as nn
 from transformers import PretrainedConfig
-
-Function = Callable[[mx.array], mx.array]
 
 # What the activation of the feed-forward layers is called in configurations, the first that is
 # given; some have an older name beside it that is not read.
@@ -36,40 +34,55 @@ MODULES = {"SwiGLU": "silu", "GeGLU": "gelu_approx", "ReLU2": "relu2"}
 DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
 
 
-def put_activations(model: nn.Module, theirs: PretrainedConfig) -> bool:
-    """Let feed-forward layers use the function that the configuration names; true if all do then.
+def put_activations(model: nn.Module, theirs: PretrainedConfig) -> None:
+    """Let feed-forward layers use the function that the configuration names, where it is known how.
 
     mlx-lm 0.32.2 has one function in the code of most models, whatever `hidden_act` says, and in
     gemma.py:98, starcoder2.py:82 and gpt_bigcode.py:99 the exact GELU where transformers has the
-    one with tanh. Layers with convolutions use it there too, and are not looked at.
+    one with tanh.
     """
+    wanted, layers = wanted_function(theirs), feed_forward_layers(model)
+    if wanted is None or None in map(function_of, layers):
+        return
+    for layer in layers:
+        if function_of(layer) != wanted:
+            if "activation" in layer:
+                layer.activation = Activation(wanted)
+            else:
+                become([layer], partial(with_function, wanted=wanted))
+
+
+def has_activations(model: nn.Module, theirs: PretrainedConfig) -> bool:
+    """Whether all layers use the function that the configuration names.
+
+    Layers with convolutions use it too, and are not looked at: of those it cannot be said.
+    """
+    layers = feed_forward_layers(model)
+    is_used = {function_of(layer) for layer in layers} == {wanted_function(theirs)}
+    return is_used and not any("conv1d" in module for module in model.modules())
+
+
+def wanted_function(theirs: PretrainedConfig) -> str | None:
+    """The activation that a configuration names by its name in mlx.nn, None if it is not known."""
     named = next((getattr(theirs, n) for n in SETTINGS if getattr(theirs, n, None)), None)
-    wanted = FUNCTIONS.get(named) if isinstance(named, str) else None
-    if wanted is None or any("conv1d" in module for module in model.modules()):
-        return False
-    layers = [
+    return FUNCTIONS.get(named) if isinstance(named, str) else None
+
+
+def feed_forward_layers(model: nn.Module) -> list[nn.Module]:
+    return [
         module
         for module in model.modules()
         if any(name in module for name in DOWN) and "mask" not in parameters_of(type(module))
     ]
-    found = {id(layer): function_of(layer) for layer in layers}
-    if not layers or None in found.values():
-        return False
-    for layer in layers:
-        if found[id(layer)] == wanted:
-            continue
-        if "activation" in layer:
-            layer.activation = Activation(getattr(nn, wanted))
-        else:
-            become([layer], lambda original: with_function(original, getattr(nn, wanted)))
-    return True
 
 
 def function_of(layer: nn.Module) -> str | None:
     """The activation in a feed-forward layer by its name in mlx.nn, None if it is not known."""
-    if "activation" in layer:
-        return MODULES.get(type(layer.activation).__name__)
-    code = getattr(type(layer).__call__, "__code__", None)
+    inner = layer.activation if "activation" in layer else layer
+    kind, known = type(inner), getattr(inner, "function_name", None)
+    if known or inner is not layer:
+        return known or MODULES.get(kind.__name__)
+    code = getattr(kind.__call__, "__code__", None)
     found = [CALLED[name] for name in code.co_names if name in CALLED] if code else []
     return found[0] if len(found) == 1 else None
 
@@ -77,24 +90,25 @@ def function_of(layer: nn.Module) -> str | None:
 class Activation(nn.Module):
     """As the activations of mlx-lm's experts: function(gate) · x, or function(x) alone."""
 
-    def __init__(self, function: Function):
+    def __init__(self, wanted: str):
         super().__init__()
-        self.function = function
+        self.function_name = wanted
 
     def __call__(self, x: mx.array, gate: mx.array | None = None) -> mx.array:
-        return self.function(x) if gate is None else self.function(gate) * x
+        function = getattr(nn, self.function_name)
+        return function(x) if gate is None else function(gate) * x
 
 
-def with_function(original: type, function: Function) -> type:
+def with_function(original: type, wanted: str) -> type:
     """A kind of layer whose program is the same, with another activation."""
-    call = original.__call__
-    names = dict.fromkeys(CALLED, function) | {"swiglu": lambda gate, x: function(gate) * x}
-    replaced = call.__globals__ | {
-        "nn": SimpleNamespace(**(vars(nn) | names)),
-        "swiglu": names["swiglu"],
-        "relu_squared": function,
-    }
+    call, function = original.__call__, getattr(nn, wanted)
+
+    def gated(gate: mx.array, x: mx.array) -> mx.array:
+        return function(gate) * x
+
+    names = {"nn": SimpleNamespace(**(vars(nn) | dict.fromkeys(CALLED, function)))}
+    names |= {"swiglu": gated, "relu_squared": function}
     copied = FunctionType(
-        call.__code__, replaced, call.__name__, call.__defaults__, call.__closure__
+        call.__code__, call.__globals__ | names, call.__name__, call.__defaults__, call.__closure__
     )
-    return type(original.__name__, (original,), {"__call__": copied})
+    return type(original.__name__, (original,), {"__call__": copied, "function_name": wanted})

@@ -49,7 +49,7 @@ def corrected_classes(
         if theirs:
             put_activations(model, theirs)
             put_windows(model, build, config, theirs)
-        take_biases(model)
+        take_weights(model, is_tied=getattr(theirs, "tie_word_embeddings", False))
         return model
 
     return corrected, args_class
@@ -282,30 +282,45 @@ CORRECTIONS: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
-# --- Biases -------------------------------------------------------------------------------------
+# --- Weights ------------------------------------------------------------------------------------
 
 
-def take_biases(model: nn.Module) -> None:
-    """Let linear layers and norms have a bias where the folder has one for them.
+def take_weights(model: nn.Module, is_tied: bool) -> None:
+    """Let a model take what transformers saves by settings that mlx-lm's model does not know.
 
-    Which biases there are is a setting in transformers that mlx-lm's models often do not know.
+    That is a bias of a linear layer or norm; and where the output is tied to the embedding, and
+    mlx-lm's model has a layer for it, the weight of that layer is the embedding's.
     """
 
     def taking(original: type) -> type:
         class Taking(original):
+            def sanitize(self, weights: Weights) -> Weights:
+                if hasattr(original, "sanitize"):
+                    weights = super().sanitize(weights)
+                return weights | (weights_of_head(self, weights) if is_tied else {})
+
             def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True):
                 modules = dict(self.named_modules())
                 for name, array in weights:
                     path, _, last = name.rpartition(".")
-                    module = modules.get(path)
-                    if (
-                        last == "bias"
-                        and isinstance(module, (nn.Linear, nn.QuantizedLinear, nn.LayerNorm))
-                        and "bias" not in module
-                    ):
-                        module.bias = array
+                    if last == "bias" and isinstance(modules.get(path), WITH_BIAS):
+                        modules[path].bias = array
                 return super().load_weights(weights, strict)
 
         return Taking
 
     become([model], taking)
+
+
+WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
+
+
+def weights_of_head(model: nn.Module, weights: Weights) -> Weights:
+    """The embedding's weights as the output layer's, where there are none of such a layer."""
+    paths = [path for path, _ in model.named_modules()]
+    heads = [path for path in paths if path.rpartition(".")[2] == "lm_head"]
+    tables = [path for path in paths if path.rpartition(".")[2] == "embed_tokens"]
+    if len(heads) != 1 or len(tables) != 1 or f"{heads[0]}.weight" in weights:
+        return {}
+    start = f"{tables[0]}."
+    return {f"{heads[0]}.{n[len(start) :]}": a for n, a in weights.items() if n.startswith(start)}

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_finetune.activation_names import SETTINGS, has_activations
 from lora_finetune.command_line import warn
 from lora_finetune.model_config import SAME, transformers_config
 
+import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from transformers import PretrainedConfig
 
@@ -52,13 +54,18 @@ def pytorch_settings(config: dict[str, Any]) -> PretrainedConfig | None:
     Args:
         config: of config.json, in its own words.
     """
-    theirs = transformers_config(config)
-    return theirs.get_text_config(decoder=True) if theirs else None
+    whole = transformers_config(config)
+    theirs = whole.get_text_config(decoder=True) if whole else None
+    if theirs:  # transformers ties by the outer one
+        theirs.tie_word_embeddings = whole.tie_word_embeddings
+    return theirs
 
 
-def warn_of_unread(config: dict[str, Any], read: set[str]) -> None:
+def warn_of_unread(model: nn.Module, config: dict[str, Any], read: set[str]) -> None:
     """Say in one line which settings make PyTorch's model another one than mlx-lm's."""
     theirs = pytorch_settings(config)
+    if theirs and has_activations(model, theirs):
+        read = read.union(SETTINGS)
     unread = unread_settings(theirs, read) if theirs else {}
     if unread:
         named = ", ".join(f"{name} = {value!r}" for name, value in unread.items())
