@@ -125,6 +125,34 @@ def quantized_layers(folder: Path) -> set[str]:
     return {n.replace(".scales", ".weight") for n in names if n.endswith(".scales")}
 
 
+@pytest.mark.parametrize("source", ["a.npz", "mlx-lm", "peft"])
+def test_each_form_that_is_read_is_written_in_each_form(
+    call: Run, model: Path, data: Path, tmp_path: Path, source: str
+) -> None:
+    """What is read may be transposed in memory, and is to be written in its own order."""
+    expected = make_adapter(tmp_path / "a.npz", model)
+    forms = ("mlx-lm", "peft", "merged")
+    exports = [word for form in forms[:2] for word in ("--export", form, tmp_path / form)]
+    ended = call("--model", model, "--adapter-file", tmp_path / "a.npz", *exports)
+    assert ended.returncode == 0, ended.stderr
+    exports = [word for form in forms for word in ("--export", form, tmp_path / "again" / form)]
+    (tmp_path / "again").mkdir()
+    ended = call("--model", model, "--adapter-file", tmp_path / source, *exports)
+    assert ended.returncode == 0, ended.stderr
+    for form in forms[:2]:
+        assert relative(logits(adapted(model, tmp_path / "again" / form)), expected) < 1e-5
+    assert relative(logits(models.load(tmp_path / "again" / "merged")[0]), expected) < 1e-5
+
+    training = ("--train", "--iters", 1, "--learning-rate", 0, "--val-batches", 1)
+    for suffix in (".npz", ".safetensors"):  # no later one is better than that of iteration 0
+        file = tmp_path / f"b{suffix}"
+        start = ("--resume-adapter-file", tmp_path / source, "--adapter-file", file)
+        ended = call("--model", model, "--data", data, *training, *start)
+        assert ended.returncode == 0, ended.stderr
+        best = adapted(model, file.with_suffix(f".best{suffix}"))
+        assert relative(logits(best), expected) < 1e-5
+
+
 @pytest.mark.parametrize("name", ADAPTED)
 def test_every_architecture_is_merged_and_given_to_mlx_lm(tmp_path: Path, name: str) -> None:
     mx.disable_compile()
