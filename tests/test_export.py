@@ -17,7 +17,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Ended, Run
-from lora_finetune import adapters, export
+from lora_finetune import adapters, checkpoint, export
 from lora_finetune.command_line import Interrupted, UserError, raising_signals
 from test_architectures import ADAPTED, ARCHITECTURES, adapt, build, logits
 from test_errors import one_error
@@ -149,7 +149,7 @@ def test_each_form_that_is_read_is_written_in_each_form(
         start = ("--resume-adapter-file", tmp_path / source, "--adapter-file", file)
         ended = call("--model", model, "--data", data, *training, *start)
         assert ended.returncode == 0, ended.stderr
-        best = adapted(model, file.with_suffix(f".best{suffix}"))
+        best = adapted(model, checkpoint.best_file(file))
         assert relative(logits(best), expected) < 1e-5
 
 
