@@ -17,31 +17,32 @@ from lora_finetune.module_classes import become, modules_named
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import _get_classes
 from transformers import PretrainedConfig
 
 Weights = dict[str, mx.array]
 
 
-def corrected_classes(
-    config: dict[str, Any], theirs: PretrainedConfig | None
-) -> tuple[Callable[[Any], nn.Module], type]:
-    """What mlx-lm builds a model with, for its `load_model`; the model is put right when built.
+def corrected(
+    model_class: type[nn.Module],
+    args_class: type,
+    config: dict[str, Any],
+    theirs: PretrainedConfig | None,
+) -> Callable[[Any], nn.Module]:
+    """What makes a model of its arguments, for mlx-lm's `load_model`; it is put right when made.
 
     Args:
         config: in mlx-lm's words.
         theirs: the settings of the text model as transformers has them, None where it has none.
 
-    Raises:
+    Raises (when called):
         UserError: mlx-lm has another model under this name, or one with other kinds of layers.
     """
-    model_class, args_class = _get_classes(config)
     family = model_class.__module__.rpartition(".")[2]
 
     def build(config: dict[str, Any]) -> nn.Module:
         return model_class(args_class.from_dict(config))
 
-    def corrected(args: Any) -> nn.Module:
+    def put_right(args: Any) -> nn.Module:
         check_is_same(family, config)
         model = model_class(args)
         if family in CORRECTIONS:
@@ -49,10 +50,10 @@ def corrected_classes(
         if theirs:
             put_activations(model, theirs)
             put_windows(model, build, config, theirs)
-        take_weights(model, is_tied=getattr(theirs, "tie_word_embeddings", False))
+        take_biases(model)
         return model
 
-    return corrected, args_class
+    return put_right
 
 
 # What a model type means in mlx-lm, by how the names of architectures begin, where transformers has
@@ -270,6 +271,17 @@ def norm_where_rotated(model: nn.Module) -> None:
         layer.self_attn.use_qk_norm &= bool(layer.self_attn.use_rope)
 
 
+def limit_time_steps(model: nn.Module) -> None:
+    """Nemotron-H: time steps are limited from below by `time_step_min`, and in no other way.
+
+    nemotron_h.py:75 has the limits of `time_step_limit`, or none.
+    """
+    least = model.args.time_step_min
+    for layer in model.layers:
+        if least is not None and hasattr(layer.mixer, "time_step_limit"):
+            layer.mixer.time_step_limit = (least, float("inf"))
+
+
 # By the name of mlx-lm's module.
 CORRECTIONS: dict[str, Callable[[nn.Module], None]] = {
     "ernie4_5_moe": route_with_bias,
@@ -279,26 +291,23 @@ CORRECTIONS: dict[str, Callable[[nn.Module], None]] = {
     "llama4_text": norm_where_rotated,
     "mamba2": correct_mamba2,
     "minicpm3": scale_tied_logits,
+    "nemotron_h": limit_time_steps,
 }
 
 
-# --- Weights ------------------------------------------------------------------------------------
+# --- Biases -------------------------------------------------------------------------------------
+
+WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
 
 
-def take_weights(model: nn.Module, is_tied: bool) -> None:
-    """Let a model take what transformers saves by settings that mlx-lm's model does not know.
+def take_biases(model: nn.Module) -> None:
+    """Let linear layers and norms have a bias where the folder has one for them.
 
-    That is a bias of a linear layer or norm; and where the output is tied to the embedding, and
-    mlx-lm's model has a layer for it, the weight of that layer is the embedding's.
+    Which ones have is a setting in transformers that mlx-lm's models often do not know.
     """
 
     def taking(original: type) -> type:
         class Taking(original):
-            def sanitize(self, weights: Weights) -> Weights:
-                if hasattr(original, "sanitize"):
-                    weights = super().sanitize(weights)
-                return weights | (weights_of_head(self, weights) if is_tied else {})
-
             def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True):
                 modules = dict(self.named_modules())
                 for name, array in weights:
@@ -310,17 +319,3 @@ def take_weights(model: nn.Module, is_tied: bool) -> None:
         return Taking
 
     become([model], taking)
-
-
-WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
-
-
-def weights_of_head(model: nn.Module, weights: Weights) -> Weights:
-    """The embedding's weights as the output layer's, where there are none of such a layer."""
-    paths = [path for path, _ in model.named_modules()]
-    heads = [path for path in paths if path.rpartition(".")[2] == "lm_head"]
-    tables = [path for path in paths if path.rpartition(".")[2] == "embed_tokens"]
-    if len(heads) != 1 or len(tables) != 1 or f"{heads[0]}.weight" in weights:
-        return {}
-    start = f"{tables[0]}."
-    return {f"{heads[0]}.{n[len(start) :]}": a for n, a in weights.items() if n.startswith(start)}

@@ -21,10 +21,18 @@ from transformers import PretrainedConfig
 # that a model without it cannot be loaded; or is looked at elsewhere: rotary embeddings, and which
 # layers have a window (attention_windows.py).
 WITHOUT_EFFECT = re.compile(
-    r".*dropout.*|.*_drop|.*pdrop|initializer.*|init_.*|.*_init_std|.*jitter.*|.*_loss.*|.*_token_id|"
-    r"use_cache|output_.*|return_.*|_?(attn|experts)_implementation.*|dtype|pretraining_tp|"
-    r"gradient_checkpointing|chunk_size_feed_forward|(mamba_|ssm_)?chunk_size|use_mamba_kernels|"
-    r"(.*_)?(size|dim|rank|layers|attention_heads|key_value_heads|bias)|per_layer_config|n_(layer|embd|inner|positions)|d_model|"
+    # in training and of the form of outputs
+    r".*dropout.*|.*_drop|.*pdrop|initializer.*|init_.*|.*_init_std|.*_init_variance.*|rescale_.*|"
+    r".*jitter.*|.*_loss.*|output_.*|return_.*|gradient_checkpointing|.*_token_id|"
+    # of how it is computed, and with which precision
+    r"use_cache|_?(attn|experts)_implementation.*|dtype|pretraining_tp|residual_in_fp32|"
+    r"((mamba|ssm)_)?chunk_size|chunk_size_feed_forward|use_mamba.*|use_associative_scan|"
+    # only for the start of training, of state space models
+    r"time_step_(max|floor|scale|rank|init_scheme)|"
+    # sizes
+    r"(.*_)?(size|dim|rank|layers|attention_heads|key_value_heads|bias)|per_layer_config|"
+    r"n_(layer|embd|inner|positions)|d_model|"
+    # elsewhere
     r"rope_(theta|scaling|parameters|local_base_freq)|partial_rotary_factor|rotary_.*|"
     r"(original_)?max_position_embeddings|max_seq_len|"
     r"layer_types|mlp_layer_types|(use_)?sliding_window.*|max_window_layers"
