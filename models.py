@@ -27,9 +27,15 @@ from lora_finetune.model_folder import (
     check_memory,
     check_settings,
     find_model,
+    read_object,
     shortened,
 )
-from lora_finetune.model_settings import pytorch_settings, reads_recorded, warn_of_unread
+from lora_finetune.model_settings import (
+    pytorch_settings,
+    reads_recorded,
+    unread_so_far,
+    warn_of_unread,
+)
 from lora_finetune.model_weights import (
     check_head,
     has_own_head,
@@ -83,8 +89,9 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     folder = find_model(path_or_repo)
     model_type = check_files(folder)
     check_memory(folder)
+    read: set[str] = set()
     try:
-        with reads_recorded() as read:
+        with reads_recorded(read):
             model, config = load_as_stored(folder)
             find_limits(model)  # what is wrong with some settings shows only in a call
         warn_of_unread(model, config, read)
@@ -102,7 +109,8 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
         check_memory(folder, error)
         check_settings(folder)
         raise UserError(
-            f"the model {folder} cannot be loaded as mlx-lm's {model_type} ({shortened(error)}); "
+            f"the model {folder} cannot be loaded as mlx-lm's {model_type} ({shortened(error)}"
+            f"{unread_so_far(read_object(folder / 'config.json'), read)}); "
             "download its config.json and weights again, or take another model"
         ) from error
     try:

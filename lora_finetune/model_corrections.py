@@ -40,17 +40,17 @@ def corrected(
     family = model_class.__module__.rpartition(".")[2]
 
     def build(config: dict[str, Any]) -> nn.Module:
-        return model_class(args_class.from_dict(config))
+        return model_class(with_a_full_layer(family, args_class.from_dict(config)))
 
     def put_right(args: Any) -> nn.Module:
-        check_is_same(family, config)
-        model = model_class(args)
+        check_is_same(family, config, args)
+        model = model_class(with_a_full_layer(family, args))
         if family in CORRECTIONS:
             CORRECTIONS[family](model)
         if theirs:
             put_activations(model, theirs)
             put_windows(model, build, config, theirs)
-        take_biases(model)
+        take_biases(model, theirs)
         return model
 
     return put_right
@@ -61,7 +61,7 @@ def corrected(
 MEANT = {"minimax": "MiniMaxM2"}
 
 
-def check_is_same(family: str, config: dict[str, Any]) -> None:
+def check_is_same(family: str, config: dict[str, Any], args: Any) -> None:
     """Raise UserError where mlx-lm's model of a type is not the one that was saved.
 
     minimax.py is MiniMax-M2; transformers' minimax is MiniMax-Text-01, with lightning attention.
@@ -72,6 +72,33 @@ def check_is_same(family: str, config: dict[str, Any]) -> None:
             f"the model is a {named[0]}, and what mlx-lm has as {family} is another "
             f"({MEANT[family]}), which would not compute what it was trained to; take another model"
         )
+    what, is_so = REFUSED.get(family, ("", lambda _: False))
+    if is_so(args):
+        raise UserError(
+            f"this model has {what}, which mlx-lm's {family} does not compute as PyTorch does; "
+            "take another model"
+        )
+
+
+# By the name of mlx-lm's module, what its model can be told to have and computes otherwise: keys of
+# all heads behind the queries of all (gpt_bigcode.py:65), scores that always add up to 1
+# (dbrx.py:145), and multipliers in the weights, but not in the biases (falcon_h1.py:460).
+REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "dbrx": (
+        "moe_normalize_expert_weights other than 1",
+        lambda args: args.ffn_config.get("moe_normalize_expert_weights", 1) != 1,
+    ),
+    "falcon_h1": ("biases", lambda args: any(getattr(args, name) for name in FALCON_BIASES)),
+    "gpt_bigcode": ("multi_query = False", lambda args: not args.multi_query),
+}
+FALCON_BIASES = ("attention_bias", "mlp_bias", "mamba_proj_bias", "projectors_bias")
+
+
+def with_a_full_layer(family: str, args: Any) -> Any:
+    """llama.py:179 looks for a layer without a window; where none is, all are made so at first."""
+    if family == "llama" and "full_attention" not in args.layer_types:
+        args.layer_types = ["full_attention"] * args.num_hidden_layers
+    return args
 
 
 # --- By family ----------------------------------------------------------------------------------
@@ -147,18 +174,39 @@ def correct_falcon_h1(model: nn.Module) -> None:
         attention.scale *= args.key_multiplier
     factor = args.attention_in_multiplier
     if factor != 1:  # what attention puts out is linear in the values
-        if args.attention_bias:
-            raise UserError(
-                f"this Falcon-H1 has biases and attention_in_multiplier = {factor}, which mlx-lm "
-                "does not compute as PyTorch does; take another model"
-            )
         become(attentions, multiplied)
     norm_by_groups(model, "FalconH1RMSNormGated", args.mamba_n_groups)
 
 
 def correct_mamba2(model: nn.Module) -> None:
-    """Mamba 2: the gated norm by groups; mamba2.py:53 is over all channels at once."""
+    """Mamba 2: the gated norm by groups, and the epsilon of the others.
+
+    mamba2.py:53 is over all channels at once, and the norms of mamba2.py:200 have MLX's epsilon.
+    """
+    for norm in modules_named(model, "RMSNorm"):
+        norm.eps = model.args.layer_norm_epsilon
     norm_by_groups(model, "MambaRMSNormGated", model.args.n_groups)
+
+
+def correct_granite_hybrid(model: nn.Module) -> None:
+    """Granite's hybrids: the gated norm by groups; granitemoehybrid.py:87 is over all at once."""
+    norm_by_groups(model, "GraniteMoeHybridRMSNormGated", model.args.mamba_n_groups)
+
+
+def rotate_with_windows(model: nn.Module) -> None:
+    """EXAONE MoE: where there is a window, layers without one are not rotated, though all be such.
+
+    exaone_moe.py:192 rotates all where no layer has the window.
+    """
+    for layer in model.layers:
+        attention = layer.self_attn
+        attention.use_rope = attention.is_sliding_window or model.args.sliding_window is None
+
+
+def route_to_two(model: nn.Module) -> None:
+    """Phi-3.5-MoE: two experts, whatever `num_experts_per_tok` says, which phimoe.py:120 reads."""
+    for routed in modules_named(model, "PhiMoESparseMoeBlock"):
+        routed.top_k = 2
 
 
 def norm_by_groups(model: nn.Module, name: str, groups: int) -> None:
@@ -285,13 +333,16 @@ def limit_time_steps(model: nn.Module) -> None:
 # By the name of mlx-lm's module.
 CORRECTIONS: dict[str, Callable[[nn.Module], None]] = {
     "ernie4_5_moe": route_with_bias,
+    "exaone_moe": rotate_with_windows,
     "falcon_h1": correct_falcon_h1,
     "gemma3n": share_keys_and_values,
+    "granitemoehybrid": correct_granite_hybrid,
     "jamba": route_by_all,
     "llama4_text": norm_where_rotated,
     "mamba2": correct_mamba2,
     "minicpm3": scale_tied_logits,
     "nemotron_h": limit_time_steps,
+    "phimoe": route_to_two,
 }
 
 
@@ -300,11 +351,14 @@ CORRECTIONS: dict[str, Callable[[nn.Module], None]] = {
 WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
 
 
-def take_biases(model: nn.Module) -> None:
+def take_biases(model: nn.Module, theirs: PretrainedConfig | None) -> None:
     """Let linear layers and norms have a bias where the folder has one for them.
 
-    Which ones have is a setting in transformers that mlx-lm's models often do not know.
+    Which ones have is a setting in transformers that mlx-lm's models often do not know. One that
+    the folder lacks is left out where some such setting is False, and else missing.
     """
+    settings = theirs.to_dict() if theirs else {}
+    may_lack = any(n.endswith("bias") and value is False for n, value in settings.items())
 
     def taking(original: type) -> type:
         class Taking(original):
@@ -314,6 +368,10 @@ def take_biases(model: nn.Module) -> None:
                     path, _, last = name.rpartition(".")
                     if last == "bias" and isinstance(modules.get(path), WITH_BIAS):
                         modules[path].bias = array
+                given = {name for name, _ in weights}
+                for path, module in modules.items() if may_lack else ():
+                    if isinstance(module, WITH_BIAS) and f"{path}.bias" not in given:
+                        module.pop("bias", None)
                 return super().load_weights(weights, strict)
 
         return Taking

@@ -6,12 +6,13 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lora_finetune.activation_names import SETTINGS, has_activations
 from lora_finetune.command_line import warn
-from lora_finetune.model_config import SAME, transformers_config
+from lora_finetune.model_config import SAME, in_mlx_words, module_name, transformers_config
 
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
@@ -23,12 +24,12 @@ from transformers import PretrainedConfig
 WITHOUT_EFFECT = re.compile(
     # in training and of the form of outputs
     r".*dropout.*|.*_drop|.*pdrop|initializer.*|init_.*|.*_init_std|.*_init_variance.*|rescale_.*|"
-    r".*jitter.*|.*_loss.*|output_.*|return_.*|gradient_checkpointing|.*_token_id|"
+    r".*jitter.*|.*_loss.*|summary_.*|output_.*|return_.*|gradient_checkpointing|.*_token_id|"
     # of how it is computed, and with which precision
-    r"use_cache|_?(attn|experts)_implementation.*|dtype|pretraining_tp|residual_in_fp32|"
+    r"use_cache|reorder_and_upcast_attn|_?(attn|experts)_implementation.*|dtype|pretraining_tp|residual_in_fp32|"
     r"((mamba|ssm)_)?chunk_size|chunk_size_feed_forward|use_mamba.*|use_associative_scan|"
     # only for the start of training, of state space models
-    r"time_step_(max|floor|scale|rank|init_scheme)|"
+    r"time_step_(min|max|floor|scale|rank|init_scheme)|"
     # sizes
     r"(.*_)?(size|dim|rank|layers|attention_heads|key_value_heads|bias)|per_layer_config|"
     r"n_(layer|embd|inner|positions)|d_model|"
@@ -41,9 +42,8 @@ READ_BY_PYTORCH = re.compile(r"\bconfig\.(\w+)|getattr\(\s*(?:self\.)?config,\s*
 
 
 @contextmanager
-def reads_recorded() -> Iterator[set[str]]:
+def reads_recorded(names: set[str]) -> Iterator[None]:
     """While it lasts, the names of the settings that mlx-lm's models read are put into a set."""
-    names: set[str] = set()
 
     def get(args: BaseModelArgs, name: str) -> Any:
         names.add(name)
@@ -51,7 +51,7 @@ def reads_recorded() -> Iterator[set[str]]:
 
     BaseModelArgs.__getattribute__ = get
     try:
-        yield names
+        yield
     finally:
         del BaseModelArgs.__getattribute__
 
@@ -76,11 +76,26 @@ def warn_of_unread(model: nn.Module, config: dict[str, Any], read: set[str]) -> 
         read = read.union(SETTINGS)
     unread = unread_settings(theirs, read) if theirs else {}
     if unread:
-        named = ", ".join(f"{name} = {value!r}" for name, value in unread.items())
-        warn(
-            f"settings that mlx-lm does not know: {named}; the model may compute something else "
-            "than in PyTorch"
-        )
+        warn(f"{described(unread)}; the model may compute something else than in PyTorch")
+
+
+def unread_so_far(config: dict[str, Any], read: set[str]) -> str:
+    """What to say where loading has failed, perhaps because of a setting that mlx-lm does not know.
+
+    What a model reads only when it is called is not in `read` yet, so its program is looked at.
+    """
+    theirs = pytorch_settings(config)
+    program = find_spec(module_name(in_mlx_words(config)))
+    if theirs is None or program is None:
+        return ""
+    words = re.findall(r"\w+", Path(program.origin).read_text("utf-8"))
+    unread = unread_settings(theirs, read.union(words, SETTINGS))
+    return f"; {described(unread)}" if unread else ""
+
+
+def described(unread: dict[str, Any]) -> str:
+    named = ", ".join(f"{name} = {value!r}" for name, value in unread.items())
+    return f"settings that mlx-lm does not know: {named}"
 
 
 def unread_settings(theirs: PretrainedConfig, read: set[str]) -> dict[str, Any]:
