@@ -19,6 +19,7 @@ from lora_finetune import (
 )
 from lora_finetune.command_line import UserError, hint
 from lora_finetune.files import file_checksum
+from lora_finetune.model_config import in_mlx_words
 from lora_finetune.model_folder import (
     TOKENIZER_FILES,
     check_files,
@@ -34,7 +35,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.trainer import grad_checkpoint
-from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
+from mlx_lm.utils import dequantize_model, load_config, load_model, load_tokenizer
 from transformers.utils import logging
 
 # Only on CUDA, since without TF32 the newest Macs do not use their matrix units for float32.
@@ -83,6 +84,8 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             model = dequantize_model(model)
         mx.eval(model.parameters())
         find_limits(model)  # what is wrong with some settings shows only in a call
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
         check_memory(folder, error)
         check_settings(folder)
@@ -110,7 +113,10 @@ def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A model as it is in its folder, not evaluated yet, and its configuration."""
     # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit.
     with contextlib.chdir(folder):
-        return load_model(Path(), lazy=True)
+        config = load_config(Path())
+        model, used = load_model(Path(), lazy=True, model_config=in_mlx_words(config))
+    quantization = {name: used[name] for name in used if name.startswith("quantization")}
+    return model, config | quantization
 
 
 def dequantized_bytes(model: nn.Module) -> int:
