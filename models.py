@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from lora_finetune import (
     activations,  # before mlx_lm: see compiling.py, which comes with it
     memory,
+    rope_correction,
 )
 from lora_finetune.command_line import UserError, hint
 from lora_finetune.files import file_checksum
@@ -114,7 +115,10 @@ def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit.
     with contextlib.chdir(folder):
         config = load_config(Path())
-        model, used = load_model(Path(), lazy=True, model_config=in_mlx_words(config))
+        model, used = rope_correction.build(
+            lambda words: load_model(Path(), lazy=True, model_config=words), in_mlx_words(config)
+        )
+    rope_correction.correct(model, folder)
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
     return model, config | quantization
 

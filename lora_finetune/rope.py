@@ -2,8 +2,7 @@
 
 mlx-lm leaves out some scalings, and does not know some settings of others. Here the formulas are
 written once, after transformers' `modeling_rope_utils` (5.24) and the papers that it names (YaRN,
-arXiv 2309.00071; LongRoPE, 2402.13753). What each layer of a loaded model does is seen by calling
-it, and where that is something else it is replaced.
+arXiv 2309.00071; LongRoPE, 2402.13753). rope_correction.py puts them into a loaded model.
 
 Two kinds of scaling depend on the length of a text: "dynamic", and "longrope", which has factors
 for texts up to the length that a model was first trained on and others for longer ones.
@@ -15,23 +14,17 @@ rotated anew, and what came before stays in the cache as it was: so does transfo
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
-
-from lora_finetune.command_line import first_line, warn
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from transformers import CONFIG_MAPPING, AutoConfig
 
 # --- The formulas -------------------------------------------------------------------------------
 
@@ -193,11 +186,12 @@ def text_lengths(length: Length) -> Iterator[None]:
     Of a prompt that goes in piece by piece this is the length of the whole; what is generated after
     it adds to it.
     """
-    token = KNOWN.set(length)
+    before = KNOWN.get()
+    KNOWN.set(length)
     try:
         yield
     finally:
-        KNOWN.reset(token)
+        KNOWN.set(before)
 
 
 def by_length(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,144 +258,3 @@ class Rope(nn.Module):
         a, b = (each.squeeze(axis) for each in mx.split(mx.unflatten(x, -1, shape), 2, axis))
         turned = mx.stack([a * cos - b * sin, a * sin + b * cos], axis).flatten(-2)
         return mx.concatenate([turned.astype(x.dtype), rest], axis=-1)
-
-
-# --- Models -------------------------------------------------------------------------------------
-
-
-def correct(model: nn.Module, folder: Path) -> None:
-    """Let the layers of a model that was just loaded rotate as its configuration says.
-
-    What does so already is left as it is; so are layers that do not rotate, and models whose
-    configuration transformers does not know.
-
-    Raises:
-        ValueError: the rope_type is not known.
-    """
-    config = read_config(folder)
-    found = [
-        (path, parent, name)
-        for path, parent in (model.named_modules() if config else ())
-        for name, child in parent.children().items()
-        if re.search("rope|rotary", name) and isinstance(child, nn.Module)
-    ]
-    kinds, rotaries = getattr(config, "layer_types", None) or [], {}
-    for path, parent, name in found:
-        number = re.search(r"\.(\d+)\.", f"{path}.")
-        layer = int(number[1]) if number else 0
-        kind = kinds[layer] if layer < len(kinds) else None
-        rotaries[kind] = rotary = rotaries.get(kind) or of_layer(config, layer, kind)
-        traditional = rotary and is_traditional(parent[name], rotary)
-        if traditional is None:
-            continue
-        replacement = Rope(rotary, traditional)
-        if not same(parent[name], replacement):
-            parent[name] = replacement
-        if hasattr(parent, "qk_rope_head_dim") and hasattr(parent, "scale"):
-            scale = attention_scale(config, rotary)
-            if not math.isclose(parent.scale, scale, rel_tol=1e-6):
-                parent.scale = scale
-
-
-def read_config(folder: Path) -> Any:
-    """A text model's configuration as transformers reads it; None where it has no rope, or fails.
-
-    It knows the default of every kind of model, and both words for the same: `rope_parameters`, and
-    rope_theta, rope_scaling, partial_rotary_factor, rotary_pct … before.
-    """
-    settings = json.loads((folder / "config.json").read_bytes())
-    if settings.get("model_type") not in CONFIG_MAPPING:
-        return None
-    try:
-        config = AutoConfig.from_pretrained(folder.absolute(), trust_remote_code=False)
-        config = config.get_text_config(decoder=True)
-    except Exception as error:  # transformers may raise anything
-        warn(
-            f"transformers cannot read {folder / 'config.json'} ({first_line(error)}), so positions "
-            "are computed as mlx-lm does, which may not be what the model was trained with"
-        )
-        return None
-    return config if getattr(config, "rope_parameters", None) else None
-
-
-def of_layer(config: Any, layer: int, kind: str | None) -> Rotary | None:
-    """How a layer of that number and kind rotates; None where the configuration does not say."""
-    settings = config.rope_parameters
-    truncate = settings.get("truncate", True)  # transformers looks for it only here
-    if config.nested_rope_parameter_keys(settings):
-        settings = settings.get(kind)
-        if not settings:
-            return None
-    if config.is_heterogeneous:
-        config = config.per_layer_config[layer]
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    whole = settings["rope_type"] == "proportional"
-    dims = size if whole else int(size * settings.get("partial_rotary_factor", 1.0))
-    return Rotary(settings | {"truncate": truncate}, dims, config.max_position_embeddings)
-
-
-def attention_scale(config: Any, rotary: Rotary) -> float:
-    """What attention with latent keys multiplies its scores by, DeepSeek's and its like."""
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
-    weight = rotary.settings.get("mscale_all_dim")
-    is_scaled = weight and rotary.kind != "default"
-    return scale * yarn_mscale(rotary.factor, weight) ** 2 if is_scaled else scale
-
-
-def turned(module: nn.Module, dims: int, positions: tuple[int, ...]) -> list[np.ndarray]:
-    """What a module makes of each of `dims` unit vectors at some positions: (dims, dims) each."""
-    with mx.stream(mx.cpu):  # a GPU would have kernels to compile
-        vectors = mx.eye(dims)[None, :, None]
-        results = [module(vectors, offset=position)[0, :, 0] for position in positions]
-        mx.eval(results)
-    return [np.array(result) for result in results]
-
-
-def width_of(module: nn.Module, rotary: Rotary) -> int:
-    return max(rotary.dims, getattr(module, "dims", None) or getattr(module, "dim", None) or 0)
-
-
-def is_traditional(module: nn.Module, rotary: Rotary) -> bool | None:
-    """Whether a module turns neighbours as a pair; None where it turns nothing."""
-    [result] = turned(module, width_of(module, rotary), (1,))
-    partners = np.flatnonzero(np.abs(result[0, 1:]) > 1e-4)
-    return bool(partners[0] == 0) if len(partners) else None
-
-
-# Together they tell any frequency to a few millionths.
-POSITIONS = tuple(16**power for power in range(6))
-
-
-def same(module: nn.Module, rope: Rope) -> bool:
-    """Whether a module does what ours does; how far it may turn is not exact in float32."""
-    width = width_of(module, rope.rotary)
-    pairs = zip(*(turned(each, width, POSITIONS) for each in (module, rope)), strict=True)
-    for position, (found, expected) in zip(POSITIONS, pairs, strict=True):
-        angles = position * np.array(1 / rope.rotary.periods(position + 1))
-        angles = np.repeat(angles, 2) if rope.traditional else np.tile(angles, 2)
-        allowed = 2e-5 * (1 + np.pad(angles, (0, width - rope.dims)))
-        if (np.abs(found - expected) > allowed).any():
-            return False
-    return True
-
-
-# Settings for a rope without scaling: what any model of mlx-lm asks of them, or refuses others for.
-NEUTRAL = {"type": "linear", "rope_type": "linear", "factor": 1.0, "alpha": 1.0}
-NEUTRAL |= {"short_factor": 1.0, "long_factor": 1.0, "short_mscale": 1.0, "long_mscale": 1.0}
-
-
-def unscaled(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration in mlx-lm's words without scaling, for a model that refuses the one it has.
-
-    `correct` gives the model the scaling that its own configuration says.
-    """
-    changed = config | {"rope_scaling": NEUTRAL}
-    parameters, text = config.get("rope_parameters"), config.get("text_config")
-    if isinstance(parameters, dict):
-        kinds = {
-            name: each | NEUTRAL for name, each in parameters.items() if isinstance(each, dict)
-        }
-        changed["rope_parameters"] = parameters | (kinds or NEUTRAL)
-    if isinstance(text, dict):
-        changed["text_config"] = unscaled(text)
-    return changed
