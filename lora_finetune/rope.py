@@ -70,7 +70,7 @@ class Rotary:
             return self.original_length
         return self.max_length if self.kind == "dynamic" else math.inf
 
-    def frequencies(self, length: Length) -> mx.array:
+    def frequencies(self, length: Length) -> mx.array | np.ndarray:
         """By how many radians a position turns each pair: float32 (dims / 2,) or (rows, dims / 2).
 
         Raises:
@@ -82,12 +82,16 @@ class Rotary:
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / self.dims
         xp = mx if isinstance(length, mx.array) else np
         length = xp.array(0 if self.is_phimoe else length)[..., None]
-        return mx.array(of_kind(self, exponents, length, xp), mx.float32)
+        return of_kind(self, exponents, length, xp).astype(xp.float32)
 
     @lru_cache(64)  # noqa: B019 (one for each kind of layer, as long as its model)
     def periods(self, length: int) -> mx.array:
-        """One over the frequencies, as `mx.fast.rope` takes them; computed for all layers once."""
-        return 1 / self.frequencies(length)
+        """One over the frequencies, as `mx.fast.rope` takes them; computed for all layers once.
+
+        Not by MLX: mx.compile may rewrite what was not computed yet when it was kept.
+        """
+        with np.errstate(divide="ignore"):
+            return mx.array(1 / self.frequencies(length))
 
     def scale(self, length: Length) -> float | mx.array:
         """What the rotated dimensions are multiplied by: a number, or for each text (rows,)."""

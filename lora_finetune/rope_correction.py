@@ -22,7 +22,6 @@ import mlx.nn as nn
 import numpy as np
 from transformers import CONFIG_MAPPING, AutoConfig
 
-
 # Where nanochat keeps its periods, negative ones since it turns the other way.
 PERIODS = "_rope_freqs"
 
@@ -60,7 +59,8 @@ def correct_module(attention: nn.Module, name: str, rotary: Rotary) -> None:
     traditional = is_traditional(attention[name], rotary)
     if traditional is not None:
         rope = Rope(rotary, traditional)
-        if not same(attention[name], rope):
+        # Only ours knows how long a text is without its padding.
+        if rotary.boundary < math.inf or not same(attention[name], rope):
             attention[name] = rope
 
 
@@ -94,10 +94,11 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder.absolute(), trust_remote_code=False)
         config = config.get_text_config(decoder=True)
     except Exception as error:  # transformers may raise anything
-        warn(
-            f"transformers cannot read {folder / 'config.json'} ({first_line(error)}), so nothing "
-            "tells whether mlx-lm computes positions as the model was trained with"
-        )
+        if any(scalings(settings)):
+            warn(
+                f"transformers cannot read {folder / 'config.json'} ({first_line(error)}), so "
+                "nothing tells whether mlx-lm scales positions as the model was trained with"
+            )
         return None
     return config if getattr(config, "rope_parameters", None) else None
 
