@@ -128,15 +128,15 @@ def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         config = load_config(Path())
         if own_head := not is_untied(config) and has_own_head(read_weights(Path())):
             config["tie_word_embeddings"] = False
-        model, used = rope_correction.build(
+        model, used = rope_correction.load(
             lambda words: load_model(
                 Path(), lazy=True, model_config=words, get_model_classes=model_classes
             ),
             in_mlx_words(config),
+            config,
         )
     model.__class__ = type(model).__base__  # that of mlx-lm
     check_head(model, own_head)
-    rope_correction.correct(model, folder)
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
     return model, config | quantization
 

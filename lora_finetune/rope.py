@@ -68,7 +68,8 @@ class Rotary:
         """The longest text for which its length makes no difference; infinite if it never does."""
         if self.kind == "longrope" or self.is_phimoe:
             return self.original_length
-        return self.max_length if self.kind == "dynamic" else math.inf
+        is_dynamic = self.kind == "dynamic" and not self.settings.get("alpha")
+        return self.max_length if is_dynamic else math.inf
 
     def frequencies(self, length: Length) -> mx.array | np.ndarray:
         """By how many radians a position turns each pair: float32 (dims / 2,) or (rows, dims / 2).

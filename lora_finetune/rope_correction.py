@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from lora_finetune.command_line import first_line, warn
@@ -26,77 +25,119 @@ from transformers import CONFIG_MAPPING, AutoConfig
 PERIODS = "_rope_freqs"
 
 
-def correct(model: nn.Module, folder: Path) -> None:
-    """Let the layers of a model that was just loaded rotate as its configuration says.
+def load(
+    build: Callable[[dict[str, Any]], tuple[nn.Module, Any]],
+    words: dict[str, Any],
+    settings: dict[str, Any],
+) -> tuple[nn.Module, Any]:
+    """A model that mlx-lm builds, with positions as PyTorch computes them.
 
-    What does so already is left as it is; so are layers that do not rotate, and models whose
-    configuration transformers does not know.
+    Some models of mlx-lm refuse a scaling, and so are built without one. What depends on lengths is
+    replaced in any case; and mlx-lm's longrope forgets which dimensions are pairs.
+
+    Args:
+        build: makes a model, and something else that is returned, of a configuration.
+        words: the configuration as mlx-lm has it.
+        settings: as in the model's folder.
 
     Raises:
         ValueError: the rope_type is not known.
     """
-    config = read_config(folder)
-    kinds, rotaries = getattr(config, "layer_types", None) or [], {}
-    for path, attention in model.named_modules() if config else ():
-        names = [n for n in attention.children() if re.search("rope|rotary", n)]
-        if not names and PERIODS not in attention:
+    config = read_config(settings)
+    if config is None:
+        return build(words)
+    scaling, found = str(scalings(words)), None
+    if "'alpha'" in scaling or not re.search("'(longrope|su|dynamic)'", scaling):
+        with suppress(Exception):
+            found = build(words)
+    found = found or build(without_scaling(words))
+    correct(found[0], config)
+    return found
+
+
+def correct(model: nn.Module, config: Any) -> None:
+    """Let the layers of a model rotate as its configuration says.
+
+    What does so already is left as it is, and so are layers that do not rotate. Where it cannot be,
+    a warning says so.
+    """
+    kinds, rotaries, doubtful = getattr(config, "layer_types", None) or [], {}, set()
+    for path, attention in model.named_modules():
+        if re.search("vision|visual|audio", path) or not has_rope(attention):
             continue
         number = re.search(r"\.(\d+)\.", f"{path}.")
         layer = int(number[1]) if number else 0
         kind = kinds[layer] if layer < len(kinds) else None
         if kind not in rotaries:
             rotaries[kind] = of_layer(config, layer, kind)
-        if rotary := rotaries[kind]:
-            for name in names:
-                correct_module(attention, name, rotary)
-            correct_numbers(attention, config, rotary)
+        if rotaries[kind] and not correct_layer(attention, config, rotaries[kind]):
+            doubtful.add(rotaries[kind].kind)
+    if doubtful:
+        warn(
+            f"mlx-lm computes positions of this kind of model where they cannot be replaced, so "
+            f"with the rope_type of its config.json ({', '.join(sorted(doubtful))}) long texts may "
+            "be computed otherwise than by PyTorch"
+        )
 
 
-def correct_module(attention: nn.Module, name: str, rotary: Rotary) -> None:
+def has_rope(attention: nn.Module) -> bool:
+    return bool(rope_names(attention)) or PERIODS in attention
+
+
+def rope_names(attention: nn.Module) -> list[str]:
+    """The attributes of a layer that are modules to rotate with."""
+    found = attention.children().items()
+    return [n for n, m in found if isinstance(m, nn.Module) and re.search("rope|rotary", n)]
+
+
+def correct_layer(attention: nn.Module, config: Any, rotary: Rotary) -> bool:
+    """Let one layer rotate so; returns False where that cannot be, or cannot be told."""
+    done = [correct_module(attention, name, rotary) for name in rope_names(attention)]
+    for name in ("scale", "softmax_scale") if hasattr(attention, "qk_rope_head_dim") else ():
+        scale = attention_scale(config, rotary)
+        if hasattr(attention, name) and not math.isclose(
+            getattr(attention, name), scale, rel_tol=1e-6
+        ):
+            setattr(attention, name, scale)
+    if PERIODS in attention:  # the norms that follow take any scale away
+        periods = mx.sign(attention[PERIODS]) * rotary.periods(0)
+        if not mx.allclose(attention[PERIODS], periods, rtol=1e-5):
+            attention[PERIODS] = periods
+        done.append(rotary.boundary == math.inf)
+    return all(done)
+
+
+def correct_module(attention: nn.Module, name: str, rotary: Rotary) -> bool:
     """Put ours in the place of a module, unless it does the same, or does not rotate at all."""
-    if not isinstance(attention[name], nn.Module):
-        return
-    traditional = is_traditional(attention[name], rotary)
+    try:
+        traditional = is_traditional(attention[name], rotary)
+    except (TypeError, ValueError):
+        return False
     if traditional is not None:
         rope = Rope(rotary, traditional)
         # Only ours knows how long a text is without its padding.
         if rotary.boundary < math.inf or not same(attention[name], rope):
             attention[name] = rope
+    return True
 
 
-def correct_numbers(attention: nn.Module, config: Any, rotary: Rotary) -> None:
-    """What an attention layer itself keeps of the rotation, and of its effect on the scores."""
-    if hasattr(attention, "qk_rope_head_dim") and hasattr(attention, "scale"):
-        scale = attention_scale(config, rotary)
-        if not math.isclose(attention.scale, scale, rel_tol=1e-6):
-            attention.scale = scale
-    if PERIODS in attention:  # the norms that follow take any scale away
-        periods = mx.sign(attention[PERIODS]) * rotary.periods(0)
-        if not mx.allclose(attention[PERIODS], periods, rtol=1e-5):
-            attention[PERIODS] = periods
-        if rotary.boundary < math.inf:
-            warn(
-                f"in layers of this kind positions are computed as for texts of at most "
-                f"{rotary.boundary} tokens, which differs from PyTorch for longer ones"
-            )
-
-
-def read_config(folder: Path) -> Any:
+def read_config(settings: dict[str, Any]) -> Any:
     """A text model's configuration as transformers reads it; None where it has no rope, or fails.
 
     It knows the default of every kind of model, and both words for the same: `rope_parameters`, and
-    rope_theta, rope_scaling, partial_rotary_factor, rotary_pct … before.
+    rope_theta, rope_scaling, partial_rotary_factor, rotary_pct … before. No code of the model runs.
     """
-    settings = json.loads((folder / "config.json").read_bytes())
     if settings.get("model_type") not in CONFIG_MAPPING:
         return None
-    try:
-        config = AutoConfig.from_pretrained(folder.absolute(), trust_remote_code=False)
+    try:  # "su" is what longrope was called at first; transformers looks for its length too early
+        config = AutoConfig.for_model(
+            **json.loads(json.dumps(settings).replace('"su"', '"longrope"'))
+        )
         config = config.get_text_config(decoder=True)
     except Exception as error:  # transformers may raise anything
         if any(scalings(settings)):
             warn(
-                f"transformers cannot read {folder / 'config.json'} ({first_line(error)}), so "
+                f"transformers cannot read this model's config.json ({first_line(error)}), so "
                 "nothing tells whether mlx-lm scales positions as the model was trained with"
             )
         return None
@@ -144,10 +185,7 @@ def width_of(module: nn.Module, rotary: Rotary) -> int:
 
 def is_traditional(module: nn.Module, rotary: Rotary) -> bool | None:
     """Whether a module turns neighbours as a pair; None where it turns nothing."""
-    try:
-        [result] = turned(module, width_of(module, rotary), (1,))
-    except (TypeError, ValueError):  # a rotation of images
-        return None
+    [result] = turned(module, width_of(module, rotary), (1,))
     partners = np.flatnonzero(np.abs(result[0, 1:]) > 1e-4)
     return bool(partners[0] == 0) if len(partners) else None
 
@@ -172,19 +210,6 @@ def same(module: nn.Module, rope: Rope) -> bool:
 # A rope without scaling, in all the words that models of mlx-lm ask for or refuse others than.
 NEUTRAL = {"type": "linear", "rope_type": "linear", "factor": 1.0, "alpha": 1.0}
 NEUTRAL |= {"short_factor": 1.0, "long_factor": 1.0, "short_mscale": 1.0, "long_mscale": 1.0}
-
-
-def build(load: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> Any:
-    """What `load` makes of a configuration in mlx-lm's words, or of it without a scaling.
-
-    Some models of mlx-lm refuse a scaling, and its longrope forgets which dimensions are pairs.
-    `correct` then puts the scaling in its place.
-    """
-    plain = without_scaling(config)
-    if not re.search("'(longrope|su)'", str(scalings(config))):
-        with suppress(Exception):
-            return load(config)
-    return load(plain)
 
 
 def scalings(config: dict[str, Any]) -> list[Any]:
