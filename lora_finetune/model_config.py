@@ -72,11 +72,11 @@ def in_mlx_words(config: Settings) -> Settings:
     """
     if not is_of_transformers_5(config):
         return config
+    theirs = transformers_config(config)
     config = with_model_type(copy.deepcopy(config))
     module = mlx_module(config)
     if module is None:
         return config
-    theirs = transformers_config(config)
     text = config.get("text_config")
     if not isinstance(text, dict):
         return translated(config, [module.ModelArgs], theirs, module)
