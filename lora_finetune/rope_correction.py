@@ -92,8 +92,10 @@ def rope_names(attention: nn.Module) -> list[str]:
 
 def correct_layer(attention: nn.Module, config: Any, rotary: Rotary) -> bool:
     """Let one layer rotate so; returns False where that cannot be, or cannot be told."""
-    done = [correct_module(attention, name, rotary) for name in rope_names(attention)]
-    for name in ("scale", "softmax_scale") if hasattr(attention, "qk_rope_head_dim") else ():
+    latent = hasattr(attention, "qk_rope_head_dim")  # keys as DeepSeek's
+    pairs = getattr(config, "rope_interleave", None) if latent else None
+    done = [correct_module(attention, name, rotary, pairs) for name in rope_names(attention)]
+    for name in ("scale", "softmax_scale") if latent else ():
         scale = attention_scale(config, rotary)
         if hasattr(attention, name) and not math.isclose(
             getattr(attention, name), scale, rel_tol=1e-6
@@ -107,14 +109,18 @@ def correct_layer(attention: nn.Module, config: Any, rotary: Rotary) -> bool:
     return all(done)
 
 
-def correct_module(attention: nn.Module, name: str, rotary: Rotary) -> bool:
-    """Put ours in the place of a module, unless it does the same, or does not rotate at all."""
+def correct_module(attention: nn.Module, name: str, rotary: Rotary, pairs: bool | None) -> bool:
+    """Put ours in the place of a module, unless it does the same, or does not rotate at all.
+
+    Args:
+        pairs: whether neighbours are, where the configuration says so; else as in the module.
+    """
     try:
         traditional = is_traditional(attention[name], rotary)
     except (TypeError, ValueError):
         return False
     if traditional is not None:
-        rope = Rope(rotary, traditional)
+        rope = Rope(rotary, traditional if pairs is None else pairs)
         # Only ours knows how long a text is without its padding.
         if rotary.boundary < math.inf or not same(attention[name], rope):
             attention[name] = rope
