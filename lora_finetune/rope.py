@@ -87,10 +87,7 @@ class Rotary:
 
     @lru_cache(64)  # noqa: B019 (one for each kind of layer, as long as its model)
     def periods(self, length: int) -> mx.array:
-        """One over the frequencies, as `mx.fast.rope` takes them; computed for all layers once.
-
-        Not by MLX: mx.compile may rewrite what was not computed yet when it was kept.
-        """
+        """One over the frequencies, as `mx.fast.rope` takes them; computed for all layers once."""
         with np.errstate(divide="ignore"):
             return mx.array(1 / self.frequencies(length))
 
