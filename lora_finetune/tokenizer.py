@@ -81,9 +81,9 @@ def read(folder: Path, **options: Any) -> PreTrainedTokenizerFast:
     of_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
     of_file.encode_special_tokens = tokenizer.split_special_tokens
     known = {token.content for token in of_file.get_added_tokens_decoder().values()}
-    named = {text for name in SETTINGS for text in strings(settings_in(folder / name))}
+    named = {text for name in SETTINGS for text in strings(settings_in(folder / name))} - known
     added = [token for _, token in sorted(tokenizer.added_tokens_decoder.items())]
-    of_file.add_tokens([t for t in added if t.content in named - known])
+    of_file.add_tokens([token for token in added if token.content in named])
     tokenizer.as_built, tokenizer._tokenizer = encoder(built), of_file
     for name, token in tokenizer.special_tokens_map.items():
         # By default a class has special tokens that the model may not have.
