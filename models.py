@@ -19,7 +19,7 @@ from lora_finetune import (
 )
 from lora_finetune.command_line import UserError, hint
 from lora_finetune.files import file_checksum
-from lora_finetune.model_config import in_mlx_words
+from lora_finetune.model_config import in_mlx_words, is_untied
 from lora_finetune.model_folder import (
     TOKENIZER_FILES,
     check_files,
@@ -27,6 +27,13 @@ from lora_finetune.model_folder import (
     check_settings,
     find_model,
     shortened,
+)
+from lora_finetune.model_weights import (
+    check_head,
+    has_own_head,
+    in_mlx_layout,
+    read_weights,
+    with_tied_head,
 )
 from lora_finetune.tokenizer import load as load_tokenizer
 
@@ -36,7 +43,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.trainer import grad_checkpoint
-from mlx_lm.utils import dequantize_model, load_config, load_model
+from mlx_lm.utils import _get_classes, dequantize_model, load_config, load_model
 from transformers.utils import logging
 
 # Only on CUDA, since without TF32 the newest Macs do not use their matrix units for float32.
@@ -109,13 +116,41 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
 
 
 def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A model as it is in its folder, not evaluated yet, and its configuration."""
+    """A model as it is in its folder, not evaluated yet, and its configuration there.
+
+    Configuration and weights may be as transformers 5 saves them; mlx-lm is given its own words and
+    layouts.
+    """
     # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit.
     with contextlib.chdir(folder):
         config = load_config(Path())
-        model, used = load_model(Path(), lazy=True, model_config=in_mlx_words(config))
+        if own_head := not is_untied(config) and has_own_head(read_weights(Path())):
+            config["tie_word_embeddings"] = False
+        translated = in_mlx_words(config)
+        model, used = load_model(
+            Path(), lazy=True, model_config=translated, get_model_classes=model_classes
+        )
+    model.__class__ = type(model).__base__  # that of mlx-lm
+    check_head(model, own_head)
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
     return model, config | quantization
+
+
+def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+    """mlx-lm's classes of a model and its arguments, for weights as transformers 5 saves them."""
+    base, arguments = _get_classes(config)
+    settings = config | (config.get("text_config") or {})
+
+    class Model(base):
+        __module__ = base.__module__  # which tells the family
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            weights = in_mlx_layout(weights, self, settings)
+            if hasattr(base, "sanitize"):
+                weights = super().sanitize(weights)
+            return with_tied_head(self, weights) if settings.get("tie_word_embeddings") else weights
+
+    return Model, arguments
 
 
 def dequantized_bytes(model: nn.Module) -> int:

@@ -28,10 +28,20 @@ Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a linear layer -> 
 def adapter_content(arrays: dict[str, np.ndarray], suffix: str) -> bytes:
     """The bytes of an adapter file: .safetensors (as mlx-lm's) for that suffix, else .npz."""
     if suffix == ".safetensors":
-        return safetensors.numpy.save(arrays)
+        return safetensors_content(arrays)
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()
+
+
+def safetensors_content(arrays: dict[str, np.ndarray], written_by: str = "mlx") -> bytes:
+    """The bytes of a .safetensors file: the one place where arrays become such bytes.
+
+    safetensors 0.8 writes an array's memory whatever its strides, so that one that is transposed
+    would come out with its numbers in another order.
+    """
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return safetensors.numpy.save(contiguous, {"format": written_by})
 
 
 def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:

@@ -18,7 +18,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import safetensors
-import safetensors.numpy
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import dequantize_model, save_config, save_model
@@ -183,7 +182,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def write_mlx_lm(folder: Path, adapter: adapters.Adapter, config: dict) -> None:
     """An adapter as mlx_lm.lora writes it."""
     arrays = adapters.named(adapters.widened(adapter))
-    content = safetensors.numpy.save(arrays, {"format": "mlx"})
+    content = adapters.safetensors_content(arrays)
     (folder / "adapters.safetensors").write_bytes(content)
     adapters.write_config(folder, config)
 
@@ -199,7 +198,7 @@ def write_peft(folder: Path, adapter: adapters.Adapter, base: str) -> None:
     for path, (a, b) in wide.items():
         for name, array in (("lora_A", a), ("lora_B", b)):
             full = f"base_model.model.{path}.{name}.weight"
-            arrays[full] = np.ascontiguousarray(array.T)
+            arrays[full] = array.T
     if routers:
         hint(
             f"PEFT takes the routers ({abbreviated(routers)}) as target_parameters; other tools, "
@@ -221,7 +220,7 @@ def write_peft(folder: Path, adapter: adapters.Adapter, base: str) -> None:
         "use_dora": False,
         "use_rslora": False,
     }
-    content = safetensors.numpy.save(arrays, {"format": "pt"})
+    content = adapters.safetensors_content(arrays, "pt")
     (folder / "adapter_model.safetensors").write_bytes(content)
     adapters.write_config(folder, config)
 

@@ -54,6 +54,7 @@ SAME = {
     "swa_num_attention_heads": "num_attention_heads",
     "swa_head_dim": "head_dim",
     "swa_v_head_dim": "v_head_dim",
+    "moe_shared_expert_intermediate_size": "moe_intermediate_size",
     "n_group": "num_expert_group",
     "num_experts_per_tok": "num_experts_per_token",
     "max_position_embeddings": "model_max_length",
@@ -71,11 +72,11 @@ def in_mlx_words(config: Settings) -> Settings:
     """
     if not is_of_transformers_5(config):
         return config
+    theirs = transformers_config(config)
     config = with_model_type(copy.deepcopy(config))
     module = mlx_module(config)
     if module is None:
         return config
-    theirs = transformers_config(config)
     text = config.get("text_config")
     if not isinstance(text, dict):
         return translated(config, [module.ModelArgs], theirs, module)
@@ -93,6 +94,13 @@ def is_of_transformers_5(config: Settings) -> bool:
         return True
     major = str(config.get("transformers_version", "")).partition(".")[0]
     return major.isdecimal() and int(major) >= 5
+
+
+def is_untied(config: Settings) -> bool:
+    """Whether a configuration says that the head is not the embedding."""
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    return config.get("tie_word_embeddings", inner.get("tie_word_embeddings")) is False
 
 
 # --- The model type -----------------------------------------------------------------------------
@@ -247,6 +255,8 @@ def sizes(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:
     hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
     if settings.get("head_dim") is None and hidden and heads and "head_dim" in fields:
         found["head_dim"] = hidden // heads
+    if "linear_head_dim" in settings and "short_conv_kernel_size" in fields:  # Bailing's
+        found["head_dim"] = settings["linear_head_dim"]
     if settings.get("n_inner") is None and "n_embd" in settings:
         found["n_inner"] = 4 * settings["n_embd"]
     head = settings.get("head_dim") or found.get("head_dim")

@@ -17,7 +17,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Ended, Run
-from lora_finetune import adapters, export
+from lora_finetune import adapters, checkpoint, export
 from lora_finetune.command_line import Interrupted, UserError, raising_signals
 from test_architectures import ADAPTED, ARCHITECTURES, adapt, build, logits
 from test_errors import one_error
@@ -123,6 +123,34 @@ def quantized_layers(folder: Path) -> set[str]:
     """The weights that are quantized in a model's folder."""
     names = {name for name, _ in export.weight_shapes(folder)}
     return {n.replace(".scales", ".weight") for n in names if n.endswith(".scales")}
+
+
+@pytest.mark.parametrize("source", ["a.npz", "mlx-lm", "peft"])
+def test_each_form_that_is_read_is_written_in_each_form(
+    call: Run, model: Path, data: Path, tmp_path: Path, source: str
+) -> None:
+    """What is read may be transposed in memory, and is to be written in its own order."""
+    expected = make_adapter(tmp_path / "a.npz", model)
+    forms = ("mlx-lm", "peft", "merged")
+    exports = [word for form in forms[:2] for word in ("--export", form, tmp_path / form)]
+    ended = call("--model", model, "--adapter-file", tmp_path / "a.npz", *exports)
+    assert ended.returncode == 0, ended.stderr
+    exports = [word for form in forms for word in ("--export", form, tmp_path / "again" / form)]
+    (tmp_path / "again").mkdir()
+    ended = call("--model", model, "--adapter-file", tmp_path / source, *exports)
+    assert ended.returncode == 0, ended.stderr
+    for form in forms[:2]:
+        assert relative(logits(adapted(model, tmp_path / "again" / form)), expected) < 1e-5
+    assert relative(logits(models.load(tmp_path / "again" / "merged")[0]), expected) < 1e-5
+
+    training = ("--train", "--iters", 1, "--learning-rate", 0, "--val-batches", 1)
+    for suffix in (".npz", ".safetensors"):  # no later one is better than that of iteration 0
+        file = tmp_path / f"b{suffix}"
+        start = ("--resume-adapter-file", tmp_path / source, "--adapter-file", file)
+        ended = call("--model", model, "--data", data, *training, *start)
+        assert ended.returncode == 0, ended.stderr
+        best = adapted(model, checkpoint.best_file(file))
+        assert relative(logits(best), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ADAPTED)
