@@ -36,6 +36,7 @@ from lora_finetune.model_weights import (
     read_weights,
     with_tied_head,
 )
+from lora_finetune.tokenizer import load as load_tokenizer
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,7 +44,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.trainer import grad_checkpoint
-from mlx_lm.utils import _get_classes, dequantize_model, load_config, load_model, load_tokenizer
+from mlx_lm.utils import _get_classes, dequantize_model, load_config, load_model
 from transformers.utils import logging
 
 # Only on CUDA, since without TF32 the newest Macs do not use their matrix units for float32.
@@ -102,9 +103,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             "download its config.json and weights again, or take another model"
         ) from error
     try:
-        tokenizer = load_tokenizer(
-            folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
-        )
+        tokenizer = load_tokenizer(folder, config)
         tokenizer.encode("a")  # what is wrong with some settings shows only in use
     except Exception as error:  # transformers may raise anything too
         check_memory(folder, error)
