@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from lora_finetune import (
     activations,  # before mlx_lm: see compiling.py, which comes with it
     memory,
+    rope_correction,
 )
 from lora_finetune.command_line import UserError, hint
 from lora_finetune.files import file_checksum
@@ -43,6 +44,7 @@ from lora_finetune.model_weights import (
     read_weights,
     with_tied_head,
 )
+from lora_finetune.tokenizer import load as load_tokenizer
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,7 +52,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.trainer import grad_checkpoint
-from mlx_lm.utils import _get_classes, dequantize_model, load_config, load_model, load_tokenizer
+from mlx_lm.utils import _get_classes, dequantize_model, load_config, load_model
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
@@ -114,9 +116,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             "download its config.json and weights again, or take another model"
         ) from error
     try:
-        tokenizer = load_tokenizer(
-            folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
-        )
+        tokenizer = load_tokenizer(folder, config)
         tokenizer.encode("a")  # what is wrong with some settings shows only in use
     except Exception as error:  # transformers may raise anything too
         check_memory(folder, error)
@@ -141,9 +141,12 @@ def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         classes = partial(model_classes, theirs=pytorch_settings(config))
         if own_head := not is_untied(config) and has_own_head(read_weights(Path())):
             config["tie_word_embeddings"] = False
-        translated = in_mlx_words(config)
-        model, used = load_model(
-            Path(), lazy=True, model_config=translated, get_model_classes=classes
+        model, used = rope_correction.load(
+            lambda words: load_model(
+                Path(), lazy=True, model_config=words, get_model_classes=classes
+            ),
+            in_mlx_words(config),
+            config,
         )
     check_head(model, own_head)
     quantization = {name: used[name] for name in used if name.startswith("quantization")}

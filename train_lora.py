@@ -168,6 +168,7 @@ from lora_finetune import (
     outcome,
     prompts,
     recurrences,
+    rope,
     run_files,
 )
 from lora_finetune.distributed import ALONE, Group
@@ -223,7 +224,8 @@ def evaluate(
         group.check_stop()
         own = (0.0, 0)
         if rows is not None:
-            own = (n.item() for n in loss(model, *map(mx.array, examples.batch(rows))))
+            batch = map(mx.array, examples.batch(rows))
+            own = (n.item() for n in rope.by_length(loss)(model, *batch))
         for batch_total, number in group.gather(*own):
             total += batch_total
             num_targets += number
@@ -563,7 +565,8 @@ def stream(
     """
     sample = make_sampler(temp=temperature)
     try:
-        with memory.device_errors("shorten the prompt or lower --max-tokens"):
+        advice = memory.device_errors("shorten the prompt or lower --max-tokens")
+        with advice, rope.text_lengths(len(prompt.tokens)):
             yield from stream_generate(
                 model, tokenizer, prompt.tokens, max_tokens=prompt.max_tokens,
                 sampler=lambda log_probabilities: sample(log_probabilities[..., :vocab_size]),

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_finetune.chat import Message, Template, read_messages, read_tools, type_name, up_to_answer
 from lora_finetune.command_line import UserError, abbreviated, is_unicode, warn
-from lora_finetune.encoding import encode, encode_starts, end_with_eos, tokens_before
+from lora_finetune.encoding import (
+    encode,
+    encode_starts,
+    end_with_eos,
+    forget_what_was_built,
+    tokens_before,
+    warn_of_other_tokens,
+)
 from lora_finetune.formats import check_format, holds_rows, looks_like, parse_json
 
 import numpy as np
@@ -256,6 +263,7 @@ def load(
             ends = [math.inf]
         check_tokens(ends, vocabulary_size, file.path)
         check_lengths(tokenized, file.path, max_length)
+    forget_what_was_built(tokenizer)
     return examples
 
 
@@ -409,9 +417,11 @@ def tokenize(
     that a chat template puts after the last message serves, and what follows it is dropped.
     """
     tokens, starts, is_target, num_truncated = array("i"), array("q", [0]), bytearray(), 0
-    for chunk in chunks(texts):
+    for number, chunk in enumerate(chunks(texts)):
         templated = chunk[0].templated
         wholes = [text.whole for text in chunk]
+        if number & (number - 1) == 0:  # 0, 1, 2, 4, 8 …: more would take longer than it tells
+            warn_of_other_tokens(tokenizer, wholes, templated)
         chunk_ids = encode_starts(tokenizer, wholes, templated, max_length + 1)
         for ids, text in zip(chunk_ids, chunk, strict=True):
             if add_eos:

@@ -6,7 +6,11 @@ import os
 import re
 import unicodedata
 from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lora_finetune.command_line import warn
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -23,11 +27,7 @@ def encode(
     in parallel.
     """
     if is_plain(tokenizer):
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=not templated)
-        ids = [encoding.ids for encoding in encodings]
+        ids = encode_plainly(tokenizer, texts, templated)
     else:
         ids = [tokenizer.encode(text, add_special_tokens=not templated) for text in texts]
     if not templated:
@@ -39,6 +39,17 @@ def encode(
     return ids
 
 
+def encode_plainly(
+    tokenizer: TokenizerWrapper, texts: list[str], templated: bool
+) -> list[list[int]]:
+    """The tokens of texts as `tokenizers` has them, with the special ones around them."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = backend.encode_batch_fast(texts, add_special_tokens=not templated)
+    return [encoding.ids for encoding in encodings]
+
+
 def is_plain(tokenizer: TokenizerWrapper) -> bool:
     """Whether a tokenizer does what the `tokenizers` library does, and nothing before that.
 
@@ -47,6 +58,29 @@ def is_plain(tokenizer: TokenizerWrapper) -> bool:
     from transformers import PreTrainedTokenizerBase  # not above: it takes a second
 
     return tokenizer.is_fast and tokenizer.encode.__func__ is PreTrainedTokenizerBase.encode
+
+
+COMPARED = 2**18  # characters of a text
+
+
+def warn_of_other_tokens(tokenizer: TokenizerWrapper, texts: list[str], templated: bool) -> None:
+    """Say, once, where transformers makes other tokens of texts than tokenizer.json does."""
+    as_built = getattr(tokenizer, "as_built", None)
+    if as_built is None:
+        return
+    texts = [text[:COMPARED] for text in texts]
+    if as_built(texts, not templated) != encode_plainly(tokenizer, texts, templated):
+        forget_what_was_built(tokenizer)
+        warn(
+            f"{Path(tokenizer.name_or_path) / 'tokenizer.json'} makes other tokens of these texts "
+            f"than what transformers {version('transformers')} builds from it; the file's are "
+            "taken here, and programs that use transformers' have others"
+        )
+
+
+def forget_what_was_built(tokenizer: TokenizerWrapper) -> None:
+    """Free the memory of what transformers built, which is kept for comparing only."""
+    tokenizer.as_built = None
 
 
 def end_with_eos(ids: list[int], tokenizer: TokenizerWrapper, templated: bool) -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import models
-from lora_finetune import dataset, memory
+from lora_finetune import dataset, memory, rope
 from lora_finetune.command_line import warn
 from lora_finetune.compiling import compiled_if_possible, hint_if_compiling
 from lora_finetune.losses import Loss
@@ -54,11 +54,12 @@ class Prefix:
             (rows, width − 1, size), zero in padding, of the model's own type; not computed yet.
         """
         inputs = mx.array(tokens[:, :-1])
-        is_text = mx.arange(inputs.shape[1]) < mx.array(lengths - 1)[:, None]
-        return mx.where(is_text[..., None], self.call(inputs), 0)
+        lengths = mx.array(lengths.astype(np.int32))
+        is_text = mx.arange(inputs.shape[1]) < lengths[:, None] - 1
+        return mx.where(is_text[..., None], self.call(inputs, lengths), 0)
 
-    def hidden(self, inputs: mx.array) -> mx.array:
-        """The states (rows, length, size) of inputs (rows, length), in padding too."""
+    def hidden(self, inputs: mx.array, lengths: mx.array) -> mx.array:
+        """The states (rows, length, size) of texts (rows, length) of lengths, in padding too."""
         given = []
 
         def pass_on(hidden: mx.array, *_: object, **__: object) -> mx.array:
@@ -68,7 +69,8 @@ class Prefix:
         was_training = self.model.training
         self.model.eval()  # some layers have faster kernels where there is no gradient
         try:
-            with intercepted_layers(self.model.layers[self.num_layers :], pass_on):
+            layers = intercepted_layers(self.model.layers[self.num_layers :], pass_on)
+            with layers, rope.text_lengths(lengths):
                 self.model(inputs)
         finally:
             self.model.train(was_training)

@@ -26,7 +26,7 @@ WITHOUT_EFFECT = re.compile(
     r".*dropout.*|.*_drop|.*pdrop|initializer.*|init_.*|.*_init_std|.*_init_variance.*|rescale_.*|"
     r".*jitter.*|.*_loss.*|summary_.*|output_.*|return_.*|gradient_checkpointing|.*_token_id|"
     # of how it is computed, and with which precision
-    r"use_cache|reorder_and_upcast_attn|_?(attn|experts)_implementation.*|dtype|pretraining_tp|residual_in_fp32|"
+    r"use_cache|is_decoder|.*softmax_in_fp32|reorder_and_upcast_attn|_?(attn|experts)_implementation.*|dtype|pretraining_tp|residual_in_fp32|"
     r"((mamba|ssm)_)?chunk_size|chunk_size_feed_forward|use_mamba.*|use_associative_scan|"
     # only for the start of training, of state space models
     r"time_step_(min|max|floor|scale|rank|init_scheme)|"
@@ -34,7 +34,7 @@ WITHOUT_EFFECT = re.compile(
     r"(.*_)?(size|dim|rank|layers|attention_heads|key_value_heads|bias)|per_layer_config|"
     r"n_(layer|embd|inner|positions)|d_model|"
     # elsewhere
-    r"rope_(theta|scaling|parameters|local_base_freq)|partial_rotary_factor|rotary_.*|"
+    r"rope_(interleave|theta|scaling|parameters|local_base_freq)|partial_rotary_factor|rotary_.*|"
     r"(original_)?max_position_embeddings|max_seq_len|"
     r"layer_types|mlp_layer_types|(use_)?sliding_window.*|max_window_layers"
 )

@@ -184,6 +184,7 @@ def encode_raw(text: str, tokenizer: TokenizerWrapper) -> list[int]:
     In most vocabularies a space belongs to the token of the word after it, so a space at the end
     of the prompt is left for the model to say.
     """
+    encoding.warn_of_other_tokens(tokenizer, [text], False)
     [tokens] = encoding.encode(tokenizer, [text])
     if text.endswith(" "):
         continued = encoding.encode(tokenizer, [text + word for word in ("a", "가")])

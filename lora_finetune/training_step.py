@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import models
-from lora_finetune import dataset, memory
+from lora_finetune import dataset, memory, rope
 from lora_finetune.command_line import UserError, first_line, warn
 from lora_finetune.compiling import compiled_if_possible, hint_if_compiling
 from lora_finetune.distributed import ALONE, Group
@@ -207,7 +207,8 @@ def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array
         model.update(parameters)
         return loss(model, *batch)[0]
 
-    function = compiled_if_possible(mx.value_and_grad(total))  # with frozen weights as constants
+    # With frozen weights as constants, and outside of it the lengths, for layers computed twice.
+    function = compiled_if_possible(rope.by_length(mx.value_and_grad(total)))
 
     def gradients_of(parameters: dict, *batch: np.ndarray) -> tuple[mx.array, dict]:
         try:

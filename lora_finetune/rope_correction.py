@@ -1,0 +1,237 @@
+"""What each layer of a loaded model does to positions, and ours where that is something else.
+
+mlx-lm leaves out the scalings of many models, and some settings of others. What a layer does is
+seen by calling it, so that one rule serves all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from lora_finetune.command_line import first_line, warn
+from lora_finetune.rope import Rope, Rotary, yarn_mscale
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from transformers import CONFIG_MAPPING, AutoConfig
+
+# Where nanochat keeps its periods, negative ones since it turns the other way.
+PERIODS = "_rope_freqs"
+
+
+def load(
+    build: Callable[[dict[str, Any]], tuple[nn.Module, Any]],
+    words: dict[str, Any],
+    settings: dict[str, Any],
+) -> tuple[nn.Module, Any]:
+    """A model that mlx-lm builds, with positions as PyTorch computes them.
+
+    Some models of mlx-lm refuse a scaling, and so are built without one. What depends on lengths is
+    replaced in any case; and mlx-lm's longrope forgets which dimensions are pairs.
+
+    Args:
+        build: makes a model, and something else that is returned, of a configuration.
+        words: the configuration as mlx-lm has it.
+        settings: as in the model's folder.
+
+    Raises:
+        ValueError: the rope_type is not known.
+    """
+    config = read_config(settings)
+    if config is None:
+        return build(words)
+    scaling, found = str(scalings(words)), None
+    if "'alpha'" in scaling or not re.search("'(longrope|su|dynamic)'", scaling):
+        with suppress(Exception):
+            found = build(words)
+    found = found or build(without_scaling(words))
+    correct(found[0], config)
+    return found
+
+
+def correct(model: nn.Module, config: Any) -> None:
+    """Let the layers of a model rotate as its configuration says.
+
+    What does so already is left as it is, and so are layers that do not rotate. Where it cannot be,
+    a warning says so.
+    """
+    kinds, rotaries, doubtful = getattr(config, "layer_types", None) or [], {}, set()
+    for path, attention in model.named_modules():
+        if re.search("vision|visual|audio", path) or not has_rope(attention):
+            continue
+        number = re.search(r"\.(\d+)\.", f"{path}.")
+        layer = int(number[1]) if number else 0
+        kind = kinds[layer] if layer < len(kinds) else None
+        if kind not in rotaries:
+            rotaries[kind] = of_layer(config, layer, kind)
+        if rotaries[kind] and not correct_layer(attention, config, rotaries[kind]):
+            doubtful.add(rotaries[kind].kind)
+    if doubtful:
+        warn(
+            f"mlx-lm computes positions of this kind of model where they cannot be replaced, so "
+            f"with the rope_type of its config.json ({', '.join(sorted(doubtful))}) long texts may "
+            "be computed otherwise than by PyTorch"
+        )
+
+
+def has_rope(attention: nn.Module) -> bool:
+    return bool(rope_names(attention)) or PERIODS in attention
+
+
+def rope_names(attention: nn.Module) -> list[str]:
+    """The attributes of a layer that are modules to rotate with."""
+    found = attention.children().items()
+    return [n for n, m in found if isinstance(m, nn.Module) and re.search("rope|rotary", n)]
+
+
+def correct_layer(attention: nn.Module, config: Any, rotary: Rotary) -> bool:
+    """Let one layer rotate so; returns False where that cannot be, or cannot be told."""
+    latent = hasattr(attention, "qk_rope_head_dim")  # keys as DeepSeek's
+    pairs = getattr(config, "rope_interleave", None) if latent else None
+    done = [correct_module(attention, name, rotary, pairs) for name in rope_names(attention)]
+    for name in ("scale", "softmax_scale") if latent else ():
+        scale = attention_scale(config, rotary)
+        if hasattr(attention, name) and not math.isclose(
+            getattr(attention, name), scale, rel_tol=1e-6
+        ):
+            setattr(attention, name, scale)
+    if PERIODS in attention:  # the norms that follow take any scale away
+        periods = mx.sign(attention[PERIODS]) * rotary.periods(0)
+        if not mx.allclose(attention[PERIODS], periods, rtol=1e-5):
+            attention[PERIODS] = periods
+        done.append(rotary.boundary == math.inf)
+    return all(done)
+
+
+def correct_module(attention: nn.Module, name: str, rotary: Rotary, pairs: bool | None) -> bool:
+    """Put ours in the place of a module, unless it does the same, or does not rotate at all.
+
+    Args:
+        pairs: whether neighbours are, where the configuration says so; else as in the module.
+    """
+    try:
+        traditional = is_traditional(attention[name], rotary)
+    except (TypeError, ValueError):
+        return False
+    if traditional is not None:
+        rope = Rope(rotary, traditional if pairs is None else pairs)
+        # Only ours knows how long a text is without its padding.
+        if rotary.boundary < math.inf or not same(attention[name], rope):
+            attention[name] = rope
+    return True
+
+
+def read_config(settings: dict[str, Any]) -> Any:
+    """A text model's configuration as transformers reads it; None where it has no rope, or fails.
+
+    It knows the default of every kind of model, and both words for the same: `rope_parameters`, and
+    rope_theta, rope_scaling, partial_rotary_factor, rotary_pct … before. No code of the model runs.
+    """
+    if settings.get("model_type") not in CONFIG_MAPPING:
+        return None
+    try:  # "su" is what longrope was called at first; transformers looks for its length too early
+        config = AutoConfig.for_model(
+            **json.loads(json.dumps(settings).replace('"su"', '"longrope"'))
+        )
+        config = config.get_text_config(decoder=True)
+    except Exception as error:  # transformers may raise anything
+        if any(scalings(settings)):
+            warn(
+                f"transformers cannot read this model's config.json ({first_line(error)}), so "
+                "nothing tells whether mlx-lm scales positions as the model was trained with"
+            )
+        return None
+    return config if getattr(config, "rope_parameters", None) else None
+
+
+def of_layer(config: Any, layer: int, kind: str | None) -> Rotary | None:
+    """How a layer of that number and kind rotates; None where the configuration does not say."""
+    settings = config.rope_parameters
+    truncate = settings.get("truncate", True)  # transformers looks for it only here
+    if config.nested_rope_parameter_keys(settings):
+        settings = settings.get(kind)
+        if not settings:
+            return None
+    if config.is_heterogeneous:
+        config = config.per_layer_config[layer]
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    whole = settings["rope_type"] == "proportional"
+    dims = size if whole else int(size * settings.get("partial_rotary_factor", 1.0))
+    return Rotary(
+        settings | {"truncate": truncate}, dims, getattr(config, "max_position_embeddings", 0)
+    )
+
+
+def attention_scale(config: Any, rotary: Rotary) -> float:
+    """What attention with latent keys multiplies its scores by, DeepSeek's and its like."""
+    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    weight = rotary.settings.get("mscale_all_dim")
+    is_scaled = weight and rotary.kind != "default"
+    return scale * yarn_mscale(rotary.factor, weight) ** 2 if is_scaled else scale
+
+
+def turned(module: nn.Module, dims: int, positions: tuple[int, ...]) -> list[np.ndarray]:
+    """What a module makes of each of `dims` unit vectors at some positions: (dims, dims) each."""
+    with mx.stream(mx.cpu):  # a GPU would have kernels to compile
+        vectors = mx.eye(dims)[None, :, None]
+        results = [module(vectors, offset=position)[0, :, 0] for position in positions]
+        mx.eval(results)
+    return [np.array(result) for result in results]
+
+
+def width_of(module: nn.Module, rotary: Rotary) -> int:
+    return max(rotary.dims, getattr(module, "dims", None) or getattr(module, "dim", None) or 0)
+
+
+def is_traditional(module: nn.Module, rotary: Rotary) -> bool | None:
+    """Whether a module turns neighbours as a pair; None where it turns nothing."""
+    [result] = turned(module, width_of(module, rotary), (1,))
+    partners = np.flatnonzero(np.abs(result[0, 1:]) > 1e-4)
+    return bool(partners[0] == 0) if len(partners) else None
+
+
+# Together they tell any frequency to a few millionths.
+POSITIONS = tuple(16**power for power in range(6))
+
+
+def same(module: nn.Module, rope: Rope) -> bool:
+    """Whether a module does what ours does; how far it may turn is not exact in float32."""
+    width = width_of(module, rope.rotary)
+    pairs = zip(*(turned(each, width, POSITIONS) for each in (module, rope)), strict=True)
+    for position, (found, expected) in zip(POSITIONS, pairs, strict=True):
+        angles = position * np.array(1 / rope.rotary.periods(position + 1))
+        angles = np.repeat(angles, 2) if rope.traditional else np.tile(angles, 2)
+        allowed = 2e-5 * (1 + np.pad(angles, (0, width - rope.dims)))
+        if (np.abs(found - expected) > allowed).any():
+            return False
+    return True
+
+
+# A rope without scaling, in all the words that models of mlx-lm ask for or refuse others than.
+NEUTRAL = {"type": "linear", "rope_type": "linear", "factor": 1.0, "alpha": 1.0}
+NEUTRAL |= {"short_factor": 1.0, "long_factor": 1.0, "short_mscale": 1.0, "long_mscale": 1.0}
+
+
+def scalings(config: dict[str, Any]) -> list[Any]:
+    names = ("rope_scaling", "rope_parameters")
+    text = config.get("text_config")
+    return [config.get(n) for n in names] + (scalings(text) if isinstance(text, dict) else [])
+
+
+def without_scaling(config: dict[str, Any]) -> dict[str, Any]:
+    changed = config | {"rope_scaling": NEUTRAL}
+    parameters, text = config.get("rope_parameters"), config.get("text_config")
+    if isinstance(parameters, dict):
+        kinds = {
+            name: each | NEUTRAL for name, each in parameters.items() if isinstance(each, dict)
+        }
+        changed["rope_parameters"] = parameters | (kinds or NEUTRAL)
+    if isinstance(text, dict):
+        changed["text_config"] = without_scaling(text)
+    return changed

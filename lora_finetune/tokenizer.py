@@ -1,0 +1,143 @@
+"""The tokenizer of a model's folder: what its tokenizer.json says, where it has one.
+
+transformers 5 builds many tokenizers anew, by a class that the type of the model or the folder
+names: from tokenizer.json it takes the vocabulary, and how texts are cut comes from the class. That
+is not always how they were cut for the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mlx_lm import tokenizer_utils
+from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+# The files that name special and other added tokens, besides tokenizer.json.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+# Gives the ids of texts; True where special tokens are to be put around them.
+Encode = Callable[[list[str], bool], list[list[int]]]
+
+
+def load(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """The tokenizer of a model's folder, with the settings and the chat template beside it.
+
+    Args:
+        config: the model's.
+
+    Raises:
+        Exception: of any kind, where there is none that can be loaded.
+    """
+    if (folder / "tokenizer.json").exists():
+        # Within mlx-lm's loading, which derives more from the tokenizer.
+        tokenizer_utils.AutoTokenizer = SimpleNamespace(from_pretrained=read)
+    try:
+        options = {"trust_remote_code": False}
+        wrapper = load_tokenizer(folder, options, end_of_text_ids(folder, config))
+    finally:
+        tokenizer_utils.AutoTokenizer = AutoTokenizer
+    if type(wrapper._detokenizer) is NaiveStreamingDetokenizer:
+        wrapper._detokenizer = Detokenizer(wrapper._tokenizer)
+    return wrapper
+
+
+def end_of_text_ids(folder: Path, config: dict[str, Any]) -> int | list[int] | None:
+    """What ends a text in generation; mlx-lm takes a 0 in generation_config.json for none."""
+    said = settings_in(folder / "generation_config.json").get("eos_token_id")
+    return config.get("eos_token_id") if said is None else said
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    """What a file of settings holds; nothing where there is none, or no whole one."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read(folder: Path, **options: Any) -> PreTrainedTokenizerFast:
+    """What transformers builds for a folder, with tokenizer.json as that itself reads it inside.
+
+    Where nothing can be built, or nothing that works with tokenizer.json, the settings alone are
+    taken from the folder.
+
+    Returns:
+        Also with what was replaced, as `as_built`, an Encode or None.
+    """
+    try:
+        tokenizer = built = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception:  # of any kind, where the class and the file do not go together
+        built = None
+    if not isinstance(built, PreTrainedTokenizerFast):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    of_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    of_file.encode_special_tokens = tokenizer.split_special_tokens
+    known = {token.content for token in of_file.get_added_tokens_decoder().values()}
+    named = {text for name in SETTINGS for text in strings(settings_in(folder / name))} - known
+    added = [token for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+    of_file.add_tokens([token for token in added if token.content in named])
+    tokenizer.as_built, tokenizer._tokenizer = encoder(built), of_file
+    for name, token in tokenizer.special_tokens_map.items():
+        # By default a class has special tokens that the model may not have.
+        if of_file.token_to_id(token) is None:
+            setattr(tokenizer, name, None)
+    return tokenizer
+
+
+def strings(content: object) -> Iterator[str]:
+    """All strings in what JSON holds, keys too."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        inner = [*content, *content.values()] if isinstance(content, dict) else content
+        for each in inner:
+            yield from strings(each)
+
+
+def encoder(built: Any) -> Encode | None:
+    """The Encode of what transformers built, which stays what it is now."""
+    if built is None:
+        return None
+    if not isinstance(built, PreTrainedTokenizerFast):
+        return lambda texts, special: [built.encode(t, add_special_tokens=special) for t in texts]
+    backend = built.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return lambda texts, special: [
+        encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special)
+    ]
+
+
+class Detokenizer(NaiveStreamingDetokenizer):
+    """As mlx-lm's for any tokenizer, but it does not lose the space at the start of a line.
+
+    That decodes each line on its own, where many decoders drop the first space. Here the token
+    before the line goes with it.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self._before = 0  # characters of _current_tokens that are in _text
+
+    @property
+    def text(self) -> str:
+        line = self._tokenizer.decode(self._current_tokens)[self._before :]
+        if line.endswith("\n"):
+            self._text += line
+            del self._current_tokens[:-1]
+            self._before = len(self._tokenizer.decode(self._current_tokens))
+            return self._text
+        # What may become another character, or vanish, with the next token.
+        return self._text + line.rstrip("\ufffd").removesuffix(" " * self._clean_spaces)
+
+    def finalize(self) -> None:
+        self._text += self._tokenizer.decode(self._current_tokens)[self._before :]
+        self._current_tokens, self._before = [], 0
