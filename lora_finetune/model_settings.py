@@ -31,7 +31,7 @@ WITHOUT_EFFECT = re.compile(
     # only for the start of training, of state space models
     r"time_step_(min|max|floor|scale|rank|init_scheme)|"
     # sizes
-    r"(.*_)?(size|dim|rank|layers|attention_heads|key_value_heads|bias)|per_layer_config|"
+    r"(.*_)?(size|dim|rank|layers|num_heads|attention_heads|key_value_heads|bias)|per_layer_config|"
     r"n_(layer|embd|inner|positions)|d_model|"
     # elsewhere
     r"rope_(interleave|theta|scaling|parameters|local_base_freq)|partial_rotary_factor|rotary_.*|"
@@ -64,7 +64,7 @@ def pytorch_settings(config: dict[str, Any]) -> PretrainedConfig | None:
     """
     whole = transformers_config(config)
     theirs = whole.get_text_config(decoder=True) if whole else None
-    if theirs:  # transformers ties by the outer one
+    if theirs and hasattr(whole, "tie_word_embeddings"):  # transformers ties by the outer one
         theirs.tie_word_embeddings = whole.tie_word_embeddings
     return theirs
 
