@@ -59,7 +59,9 @@ def has_activations(model: nn.Module, theirs: PretrainedConfig) -> bool:
     """
     layers = feed_forward_layers(model)
     is_used = {function_of(layer) for layer in layers} == {wanted_function(theirs)}
-    return is_used and not any(isinstance(module, nn.Conv1d) for module in model.modules())
+    return is_used and not any(
+        "conv" in type(module).__name__.lower() for module in model.modules()
+    )
 
 
 def wanted_function(theirs: PretrainedConfig) -> str | None:

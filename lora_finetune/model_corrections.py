@@ -13,7 +13,7 @@ from lora_finetune.activation_names import put_activations
 from lora_finetune.activations import swiglu
 from lora_finetune.attention_windows import put_windows
 from lora_finetune.command_line import UserError
-from lora_finetune.module_classes import become, modules_named
+from lora_finetune.module_classes import become, modules_named, take_biases
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -46,7 +46,7 @@ def corrected(
         check_is_same(family, config, args)
         model = model_class(with_a_full_layer(family, args))
         if family in CORRECTIONS:
-            CORRECTIONS[family](model)
+            CORRECTIONS[family](model, theirs)
         if theirs:
             put_activations(model, theirs)
             put_windows(model, build, config, theirs)
@@ -104,7 +104,7 @@ def with_a_full_layer(family: str, args: Any) -> Any:
 # --- By family ----------------------------------------------------------------------------------
 
 
-def share_keys_and_values(model: nn.Module) -> None:
+def share_keys_and_values(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Gemma 3n: layers with shared keys and values share them without a cache too.
 
     gemma3n.py:131 takes them from the cache, and without one lets such a layer use projections of
@@ -154,7 +154,7 @@ class KeysAndValues:
         return self.both
 
 
-def correct_falcon_h1(model: nn.Module) -> None:
+def correct_falcon_h1(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Falcon-H1: the multipliers of keys and values, and norms by groups.
 
     falcon_h1.py:472 never gets to `key_multiplier`, as a branch before takes the keys, and leaves
@@ -178,7 +178,7 @@ def correct_falcon_h1(model: nn.Module) -> None:
     norm_by_groups(model, "FalconH1RMSNormGated", args.mamba_n_groups)
 
 
-def correct_mamba2(model: nn.Module) -> None:
+def correct_mamba2(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Mamba 2: the gated norm by groups, and the epsilon of the others.
 
     mamba2.py:53 is over all channels at once, and the norms of mamba2.py:200 have MLX's epsilon.
@@ -188,12 +188,12 @@ def correct_mamba2(model: nn.Module) -> None:
     norm_by_groups(model, "MambaRMSNormGated", model.args.n_groups)
 
 
-def correct_granite_hybrid(model: nn.Module) -> None:
+def correct_granite_hybrid(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Granite's hybrids: the gated norm by groups; granitemoehybrid.py:87 is over all at once."""
     norm_by_groups(model, "GraniteMoeHybridRMSNormGated", model.args.mamba_n_groups)
 
 
-def rotate_with_windows(model: nn.Module) -> None:
+def rotate_with_windows(model: nn.Module, _: PretrainedConfig | None) -> None:
     """EXAONE MoE: where there is a window, layers without one are not rotated, though all be such.
 
     exaone_moe.py:192 rotates all where no layer has the window.
@@ -203,7 +203,7 @@ def rotate_with_windows(model: nn.Module) -> None:
         attention.use_rope = attention.is_sliding_window or model.args.sliding_window is None
 
 
-def route_to_two(model: nn.Module) -> None:
+def route_to_two(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Phi-3.5-MoE: two experts, whatever `num_experts_per_tok` says, which phimoe.py:120 reads."""
     for routed in modules_named(model, "PhiMoESparseMoeBlock"):
         routed.top_k = 2
@@ -230,7 +230,7 @@ def norm_by_groups(model: nn.Module, name: str, groups: int) -> None:
         become(modules_named(model, name), by_groups)
 
 
-def route_with_bias(model: nn.Module) -> None:
+def route_with_bias(model: nn.Module, _: PretrainedConfig | None) -> None:
     """ERNIE 4.5: experts are chosen by their scores and a bias; ernie4_5_moe.py:269 drops it.
 
     The bias (1, experts) is kept under the name that it has in the folder.
@@ -279,7 +279,7 @@ def best_scores(scores: mx.array, by: mx.array, number: int) -> tuple[mx.array, 
     return mx.take_along_axis(scores, chosen, axis=-1), chosen
 
 
-def route_by_all(model: nn.Module) -> None:
+def route_by_all(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Jamba: the scores are the softmax over all experts; jamba.py:244 has it over the chosen."""
 
     def by_all(original: type) -> type:
@@ -295,7 +295,7 @@ def route_by_all(model: nn.Module) -> None:
     become(modules_named(model, "JambaSparseMoeBlock"), by_all)
 
 
-def scale_tied_logits(model: nn.Module) -> None:
+def scale_tied_logits(model: nn.Module, _: PretrainedConfig | None) -> None:
     """MiniCPM3: tied logits are scaled as others are, which minicpm3.py:245 leaves out."""
 
     def scaling(original: type) -> type:
@@ -310,7 +310,7 @@ def scale_tied_logits(model: nn.Module) -> None:
         become([model], scaling)
 
 
-def norm_where_rotated(model: nn.Module) -> None:
+def norm_where_rotated(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Llama 4 without experts: layers without rotation have no norm of queries and keys.
 
     llama4_text.py:69 gives it to all.
@@ -319,7 +319,7 @@ def norm_where_rotated(model: nn.Module) -> None:
         layer.self_attn.use_qk_norm &= bool(layer.self_attn.use_rope)
 
 
-def limit_time_steps(model: nn.Module) -> None:
+def limit_time_steps(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Nemotron-H: time steps are limited from below by `time_step_min`, and in no other way.
 
     nemotron_h.py:75 has the limits of `time_step_limit`, or none.
@@ -330,8 +330,30 @@ def limit_time_steps(model: nn.Module) -> None:
             layer.mixer.time_step_limit = (least, float("inf"))
 
 
+def zero_padding_row(model: nn.Module, theirs: PretrainedConfig | None) -> None:
+    """Youtu: the embedding of the padding token is zero, which transformers sees to when it loads.
+
+    Where the output is tied, so is the logit.
+    """
+
+    def zeroing(original: type) -> type:
+        class Zeroing(original):
+            def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True):
+                loaded = super().load_weights(weights, strict)
+                table = self.model.embed_tokens
+                if "scales" not in table:
+                    is_padding = mx.arange(len(table.weight))[:, None] == theirs.pad_token_id
+                    table.weight = mx.where(is_padding, 0, table.weight).astype(table.weight.dtype)
+                return loaded
+
+        return Zeroing
+
+    if theirs and theirs.pad_token_id is not None:
+        become([model], zeroing)
+
+
 # By the name of mlx-lm's module.
-CORRECTIONS: dict[str, Callable[[nn.Module], None]] = {
+CORRECTIONS: dict[str, Callable[[nn.Module, PretrainedConfig | None], None]] = {
     "ernie4_5_moe": route_with_bias,
     "exaone_moe": rotate_with_windows,
     "falcon_h1": correct_falcon_h1,
@@ -343,37 +365,5 @@ CORRECTIONS: dict[str, Callable[[nn.Module], None]] = {
     "minicpm3": scale_tied_logits,
     "nemotron_h": limit_time_steps,
     "phimoe": route_to_two,
+    "youtu_llm": zero_padding_row,
 }
-
-
-# --- Biases -------------------------------------------------------------------------------------
-
-WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
-
-
-def take_biases(model: nn.Module, theirs: PretrainedConfig | None) -> None:
-    """Let linear layers and norms have a bias where the folder has one for them.
-
-    Which ones have is a setting in transformers that mlx-lm's models often do not know. One that
-    the folder lacks is left out where some such setting is False, and else missing.
-    """
-    settings = theirs.to_dict() if theirs else {}
-    may_lack = any(n.endswith("bias") and value is False for n, value in settings.items())
-
-    def taking(original: type) -> type:
-        class Taking(original):
-            def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True):
-                modules = dict(self.named_modules())
-                for name, array in weights:
-                    path, _, last = name.rpartition(".")
-                    if last == "bias" and isinstance(modules.get(path), WITH_BIAS):
-                        modules[path].bias = array
-                given = {name for name, _ in weights}
-                for path, module in modules.items() if may_lack else ():
-                    if isinstance(module, WITH_BIAS) and f"{path}.bias" not in given:
-                        module.pop("bias", None)
-                return super().load_weights(weights, strict)
-
-        return Taking
-
-    become([model], taking)

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from transformers import PretrainedConfig
 
 
 def become(modules: Iterable[nn.Module], make: Callable[[type], type]) -> None:
@@ -38,3 +40,36 @@ def parameters_of(kind: type) -> list[str]:
 def arguments(kind: type, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
     """What a module of a class is called with, by name."""
     return dict(zip(parameters_of(kind), args, strict=False)) | options
+
+
+# --- Biases -------------------------------------------------------------------------------------
+
+WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
+
+
+def take_biases(model: nn.Module, theirs: PretrainedConfig | None) -> None:
+    """Let linear layers and norms have a bias where the folder has one for them.
+
+    Which ones have is a setting in transformers that mlx-lm's models often do not know. One that
+    the folder lacks is left out where some such setting is False, and else missing.
+    """
+    settings = theirs.to_dict() if theirs else {}
+    may_lack = any(n.endswith("bias") and value is False for n, value in settings.items())
+
+    def taking(original: type) -> type:
+        class Taking(original):
+            def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True):
+                modules = dict(self.named_modules())
+                for name, array in weights:
+                    path, _, last = name.rpartition(".")
+                    if last == "bias" and isinstance(modules.get(path), WITH_BIAS):
+                        modules[path].bias = array
+                given = {name for name, _ in weights}
+                for path, module in modules.items() if may_lack else ():
+                    if isinstance(module, WITH_BIAS) and f"{path}.bias" not in given:
+                        module.pop("bias", None)
+                return super().load_weights(weights, strict)
+
+        return Taking
+
+    become([model], taking)
