@@ -177,6 +177,23 @@ def model_classes(
     return corrected(Model, arguments, config, theirs), arguments
 
 
+def as_loaded(folder: Path, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The parameters of the model in a folder, by mlx-lm's names, from arrays such as it has."""
+
+    def build(words: dict[str, Any]) -> tuple[nn.Module, None]:
+        model_class, arguments = model_classes(words, theirs)
+        return model_class(arguments.from_dict(words)), None
+
+    with contextlib.chdir(folder):
+        config = load_config(Path())
+        theirs = pytorch_settings(config)
+        if not is_untied(config) and has_own_head(read_weights(Path())):
+            config["tie_word_embeddings"] = False
+    model, _ = rope_correction.load(build, in_mlx_words(config), config)
+    # Copies, since some are changed in place.
+    return model.sanitize({name: array.astype(array.dtype) for name, array in arrays.items()})
+
+
 def dequantized_bytes(model: nn.Module) -> int:
     """Bytes that the quantized weights of a model have dequantized; 0 where there are none."""
     quantized = [module for module in model.modules() if "scales" in module]

@@ -14,6 +14,7 @@ import models
 from lora_finetune import model_folder
 from lora_finetune.command_line import UserError, warn
 from lora_finetune.files import atomic_write
+from lora_finetune.transformers_names import paths_by_name
 from models import attention_projections, is_linear, linear_shape, natural_order, router_projections
 
 import mlx.core as mx
@@ -341,9 +342,7 @@ def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
     Raises:
         UserError: some of it has not; names the first few.
     """
-    shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
-    shapes |= dict([*attention_projections(model), *router_projections(model)])
-    wrong = []
+    shapes, wrong = adaptable(model), []
     for path, (a, b) in adapter.items():
         if path not in shapes:
             wrong.append(f"there is no linear layer {path}")
@@ -357,6 +356,23 @@ def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{file} is not for this model: {'; '.join(wrong[:3])}{more}")
+
+
+def adaptable(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """What of a model can be adapted, and its (d_out, d_in)."""
+    shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
+    return shapes | dict([*attention_projections(model), *router_projections(model)])
+
+
+def under_our_names(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The same adapter by the paths of a model, if it has transformers' names for them."""
+    paths = adaptable(model)
+    if adapter.keys() <= paths.keys():
+        return adapter
+    for found in paths_by_name(paths):
+        if adapter.keys() <= found.keys():
+            return {found[name]: pair for name, pair in adapter.items()}
+    return adapter
 
 
 def adapt(
@@ -378,6 +394,7 @@ def adapt(
     Raises:
         UserError: the adapter is not for this model, or reaches outside those layers.
     """
+    adapter = under_our_names(adapter, model)
     check_adapter(source, adapter, model)
     adapter = by_parts(model, adapter)
     ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -11,16 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import models
-from lora_finetune import adapters, model_folder
+from lora_finetune import adapters, base_arrays, merging, transformers_names
 from lora_finetune.command_line import UserError, abbreviated, hint, raising_signals
+from lora_finetune.model_folder import read_object
+from lora_finetune.model_weights import read_weights
 
-import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import safetensors
-from mlx.utils import tree_unflatten
+import safetensors.numpy
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
-from mlx_lm.utils import dequantize_model, save_config, save_model
+from mlx_lm.utils import dequantize_model
 
 
 class Export(NamedTuple):
@@ -84,43 +84,73 @@ def why_not_mlx_lm(model: nn.Module, base: Path) -> str | None:
 
 
 def why_not_peft(model: nn.Module, base: Path) -> str | None:
-    """Why PEFT would not find an adapted layer under its name here, or not as a linear layer.
-
-    The checkpoint's names are those of transformers' modules.
-    """
-    shapes = dict(weight_shapes(base))
-    for path, module in models.lora_modules(model).items():
-        if isinstance(module, models.LoRARouter):
-            return f"PEFT has no LoRA for {path}, which is no plain linear layer"
-        shape = shapes.get(f"{path}.weight")
-        if shape is None:
-            return f"the weights in {base} have no {path}, which is a name of MLX's own"
-        if f"{path}.scales" not in shapes and shape != list(models.linear_shape(module.frozen)):
-            return f"the weights in {base} have another layout of {path} than MLX"
+    """Why it is not known what an adapted layer is in transformers, or PEFT cannot adapt it."""
+    try:
+        peft_names(model, base)
+    except ValueError as error:
+        return str(error)
     return None
 
 
+def peft_names(model: nn.Module, base: Path) -> dict[str, str]:
+    """What the adapted layers are called in transformers, whose modules PEFT adapts.
+
+    Where transformers has no such model in its own code, these are the names of the checkpoint.
+
+    Raises:
+        ValueError: that is not known, or PEFT's LoRA has no effect there; says of what.
+    """
+    model_type, paths = read_object(base / "config.json")["model_type"], models.lora_modules(model)
+    for path in paths:
+        if not transformers_names.is_called(model_type, path):
+            raise ValueError(f"in PEFT LoRA of {path} has no effect: transformers never calls it")
+    if model_type in transformers_names.MODEL_TYPES.split():
+        return {path: transformers_names.module_name(model_type, path) for path in paths}
+    if base_arrays.is_written_by_mlx(base):
+        raise ValueError(f"{base} has MLX's names, and those of transformers are not known")
+    arrays, names = read_weights(base), {}
+    for path, found in base_arrays.sources(base, arrays, list(paths)).items():
+        name = min(found)
+        if len(found) > 1 or arrays[name].shape != models.linear_shape(paths[path].frozen):
+            raise ValueError(f"the weights in {base} have another layout of {path} than MLX")
+        names[path] = name.removesuffix(".weight")
+    return names
+
+
 def why_not_merged(model: nn.Module, base: Path) -> str | None:
-    """Why LoRA cannot be merged: a layer is quantized in a way of its own."""
+    """Why LoRA cannot be merged: a layer is quantized, or computed, in a way of its own."""
     for path, module in models.lora_modules(model).items():
         if not models.can_merge(module.frozen):
             return f"LoRA cannot be merged into {path}, which is quantized in a way of its own"
+    try:
+        if not merging.is_rebuilt(base, dequantize=False):
+            arrays = read_weights(base)
+            base_arrays.sources(base, arrays, list(models.lora_modules(model)))
+    except ValueError as error:
+        return str(error)
     return None
 
 
 def why_not_dequantized(model: nn.Module, base: Path) -> str | None:
-    """Why a model cannot be dequantized: mlx-lm does so with these kinds of layers only."""
+    """Why the float weights are not known: of these kinds of layers, or for transformers."""
     kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
     others = [p for p, m in model.named_modules() if "scales" in m and not isinstance(m, kinds)]
-    return f"mlx-lm cannot dequantize {abbreviated(others)}" if others else None
-
-
-def weight_shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """The names and shapes of the arrays in a model's folder."""
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safetensors.safe_open(file, "numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                yield name, opened.get_slice(name).get_shape()
+    if others:
+        return f"mlx-lm cannot dequantize {abbreviated(others)}"
+    if not merging.is_rebuilt(base, dequantize=True):
+        return None
+    config = read_object(base / "config.json")
+    if "text_config" in config:
+        return (
+            f"mlx-lm reads only the language model of {base}, and transformers wants the rest too"
+        )
+    stored = dequantize_model(models.load_as_stored(base)[0])
+    weights = dict(tree_flatten(stored.parameters()))
+    try:
+        base_arrays.in_checkpoint(base, weights, config["model_type"])
+    except ValueError as error:
+        return f"{base} is as MLX has it, and how transformers has {error} is not known"
+    return None
 
 
 # --- Writing ------------------------------------------------------------------------------------
@@ -138,17 +168,21 @@ def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) ->
         UserError: it cannot be written, or a merged model does not do what the adapted one does.
     """
     config, adapter = adapters.mlx_lm_config(model), adapters.whole_pairs(model)
-    is_merged = any(form.startswith("merged") for form, _ in exports)
-    behaviour = Behaviour.of(model) if is_merged else None
+    forms = {form for form, _ in exports}
+    names = peft_names(model, base) if "peft" in forms else {}
+    if names and base_arrays.is_written_by_mlx(base):
+        hint(f"in PEFT take the original model in the place of {name}, which has MLX's layout")
+    is_merged = forms & {"merged", "merged-float"}
+    behaviour = merging.Behaviour.of(model) if is_merged else None
     model.clear()  # merging loads it again, and there may be no memory for two
     for form, folder in exports:
         with raising_signals(f"{folder} is not made"), whole_folder(folder) as part:
             if form == "mlx-lm":
                 write_mlx_lm(part, adapter, config | {"model": name})
             elif form == "peft":
-                write_peft(part, adapter, name)
+                write_peft(part, {names[path]: pair for path, pair in adapter.items()}, name)
             else:
-                write_merged(part, base, adapter, behaviour, form == "merged-float")
+                merging.write_merged(part, base, adapter, behaviour, form == "merged-float")
         print(f"Exported as {form} to {folder}.", flush=True)
 
 
@@ -223,169 +257,3 @@ def write_peft(folder: Path, adapter: adapters.Adapter, base: str) -> None:
     content = adapters.safetensors_content(arrays, "pt")
     (folder / "adapter_model.safetensors").write_bytes(content)
     adapters.write_config(folder, config)
-
-
-# --- Merged -------------------------------------------------------------------------------------
-
-
-def write_merged(
-    folder: Path, base: Path, adapter: adapters.Adapter, behaviour: Behaviour, dequantize: bool
-) -> None:
-    """A whole model with the adapter in its weights, compared with the model that has it beside.
-
-    The base is loaded again as it is in its files. Only the adapted layers change: where they were
-    quantized, they are dequantized.
-
-    Args:
-        behaviour: what it is to do.
-        dequantize: whether the rest is dequantized too.
-
-    Raises:
-        UserError: it does something else.
-    """
-    model, config = models.load_as_stored(base)
-    adapters.adapt(model, adapter, base, None)
-    adapted = models.lora_modules(model)
-    lost = rounding(adapted)
-    merged = {path: module.merged() for path, module in adapted.items()}
-    if not write_changed(
-        folder, base, config, {f"{p}.weight": m.weight for p, m in merged.items()}
-    ):
-        model.update_modules(tree_unflatten(list(merged.items())))
-        if dequantize:
-            model = dequantize_model(model)
-        mark_dequantized(config, list(adapted), dequantize)
-        save_model(folder, model, donate_model=True)
-        has_images = "vision_tower" in getattr(model, "model", {})
-        save_config(config, folder / "config.json", keep_vision_config=has_images)
-        tell_names(base, folder)
-    copy_tokenizer(base, folder)
-    behaviour.check(models.load(folder)[0], lost)
-
-
-def write_changed(folder: Path, base: Path, config: dict, changed: dict[str, mx.array]) -> bool:
-    """Write the files of a base with these weights changed, as transformers has them.
-
-    Returns:
-        False, and nothing is written, if the base is quantized, or MLX has other names or layouts.
-    """
-    shapes = dict(weight_shapes(base))
-    if {"quantization", "quantization_config"} & config.keys() or any(
-        shapes.get(name) != list(weight.shape) for name, weight in changed.items()
-    ):
-        return False
-    for file in base.glob("model*.safetensors"):
-        arrays, metadata = mx.load(str(file), return_metadata=True)
-        arrays |= {name: changed[name] for name in arrays.keys() & changed.keys()}
-        mx.save_safetensors(str(folder / file.name), arrays, metadata)
-    for file in (base / "config.json", *base.glob("model*.index.json")):
-        shutil.copyfile(file, folder / file.name)
-    return True
-
-
-# Tokens to compare two models on, and how far apart, as a share of what they are, their logits may
-# be by the rounding of what they compute with.
-SAMPLE = mx.arange(1, 17)[None]
-NOISE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 4e-2}
-
-
-class Behaviour(NamedTuple):
-    """What a model with an adapter does with SAMPLE, to compare a merged model with.
-
-    Attributes:
-        logits: as `sample_logits` has them.
-        change: how far those without the adapter are from them.
-        noise: how far apart rounding alone may bring them.
-    """
-
-    logits: np.ndarray
-    change: float
-    noise: float
-
-    @staticmethod
-    def of(model: nn.Module) -> Behaviour:
-        """The behaviour of a model, from which the adapter is then taken away."""
-        logits, adapted = sample_logits(model), models.lora_modules(model)
-        frozen = [(path, module.frozen) for path, module in adapted.items()]
-        model.update_modules(tree_unflatten(frozen))
-        noise = max(NOISE[models.float_weight(module)[1]] for _, module in frozen)
-        return Behaviour(logits, difference(sample_logits(model), logits), noise)
-
-    def check(self, model: nn.Module, lost: float) -> None:
-        """Raise UserError where a merged model does not do the same.
-
-        Args:
-            lost: the share of the change that rounding took of its weights.
-        """
-        error = difference(sample_logits(model), self.logits)
-        if not error <= self.noise + (0.05 + 2 * lost) * self.change:
-            raise UserError(
-                "the merged model does not do what the adapted one does (its logits differ by "
-                f"{error:.1%}), so it was not kept; please report this with the name of the model"
-            )
-
-
-def sample_logits(model: nn.Module) -> np.ndarray:
-    """The logits of a model for SAMPLE, in float32 and less their mean; (tokens, vocabulary)."""
-    model.eval()
-    logits = model(SAMPLE)[0].astype(mx.float32)
-    logits = mx.where(mx.isfinite(logits), logits, 0)  # some are −∞, for tokens that never come
-    return np.array(logits - logits.mean(axis=-1, keepdims=True))
-
-
-def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """How far logits are from others, as a share of how far these are from their mean.
-
-    The median over the tokens, for some of which a router may choose another expert.
-    """
-    distance = np.square(found - expected).mean(axis=-1) / np.square(expected).mean(axis=-1)
-    return float(np.sqrt(np.median(distance)))
-
-
-def rounding(adapted: dict[str, nn.Module]) -> float:
-    """How much of an update is lost where the sums are rounded; more than 1 % is told.
-
-    Returns:
-        The root mean square of what is lost, as a share of that of the update.
-    """
-    lost, size, names = 0.0, 0.0, set()
-    for module in adapted.values():
-        weight, dtype = models.float_weight(module.frozen)
-        names.add(str(dtype).removeprefix("mlx.core."))
-        a, b = module.pair()
-        exact = weight + models.SCALE * (a @ b).T
-        lost += mx.square(exact - exact.astype(dtype).astype(mx.float32)).sum().item()
-        size += mx.square(exact - weight).sum().item()
-    share = math.sqrt(lost / size) if size else 0.0
-    if share > 0.01:
-        hint(
-            f"rounded to {' and '.join(sorted(names))}, the merged weights are off by {share:.0%} "
-            "of their change (root mean square); the adapter itself is exact"
-        )
-    return share
-
-
-def mark_dequantized(config: dict, paths: list[str], dequantize: bool) -> None:
-    """Say in a model's configuration that these layers are not quantized, or none is."""
-    for name in ("quantization", "quantization_config"):
-        if dequantize:
-            config.pop(name, None)
-        elif isinstance(config.get(name), dict):
-            config[name] |= dict.fromkeys(paths, False)
-
-
-def copy_tokenizer(base: Path, folder: Path) -> None:
-    """Copy the files of the tokenizer, and how it generates; never code."""
-    for file in {file for pattern in model_folder.TOKENIZER_FILES for file in base.glob(pattern)}:
-        if file.is_file() and file.suffix != ".py":
-            shutil.copyfile(file, folder / file.name)
-
-
-def tell_names(base: Path, folder: Path) -> None:
-    """Tell where weights have other names than in the base, under which transformers has them."""
-    names = {name for name, _ in weight_shapes(folder)} - {name for name, _ in weight_shapes(base)}
-    if names:
-        hint(
-            f"the merged model is for mlx-lm: transformers does not know MLX's names of "
-            f"{abbreviated(sorted(names))}"
-        )

@@ -1,0 +1,144 @@
+"""What is exported has the names, layouts and files that transformers and PEFT want.
+
+reference/modules.json has what transformers calls in memory what it calls otherwise in its files;
+reference/make_modules.py makes it. Each model below was exported and loaded there.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import models
+import tiny
+from conftest import Run
+from lora_finetune import adapters, base_arrays, export
+from test_export import make_adapter, make_base, randomize
+from test_model_config import REFERENCE, write_folder
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import save_config, save_model
+
+MODULES = json.loads((Path(__file__).parent / "reference/modules.json").read_text("utf-8"))
+
+# As MLX has them, mlx-lm has left out what transformers needs, or nobody has found the way back.
+ONE_WAY = {name for name, entry in REFERENCE.items() if "text_config" in entry["config"]}
+ONE_WAY |= {"gpt_oss", "llama4_text", "longcat_flash", "olmo_hybrid"}
+
+
+def adapted_in(folder: Path) -> nn.Module:
+    """The model of a folder with random LoRA in its last two layers."""
+    model, _ = models.load(folder)
+    models.add_lora(model, dict.fromkeys(models.find_targets(model, 2), 8))
+    randomize(model)
+    return model
+
+
+def written_by_mlx(folder: Path, base: Path) -> Path:
+    """A folder as mlx-community has them, made from one of transformers."""
+    model, _ = models.load_as_stored(base)
+    save_model(folder, model)
+    save_config(json.loads((base / "config.json").read_text()), folder / "config.json")
+    tiny.build_tokenizer(appends_eos=False).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_peft_is_given_the_names_of_transformers_modules(name: str, tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", REFERENCE[name])
+    model = adapted_in(base)
+    if name == "longcat_flash":
+        assert "has no effect" in export.why_not_peft(model, base)
+        return
+    paths, arrays = list(models.lora_modules(model)), models.read_weights(base)
+    expected = {path: min(n) for path, n in base_arrays.sources(base, arrays, paths).items()}
+    expected = {path: MODULES.get(name, {}).get(array, array) for path, array in expected.items()}
+    for folder in (base, written_by_mlx(tmp_path / "mlx", base)):
+        found = export.peft_names(model, folder)
+        assert {path: f"{module}.weight" for path, module in found.items()} == expected
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_a_folder_of_mlx_goes_back_to_the_arrays_of_transformers(name: str, tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", REFERENCE[name])
+    folder = written_by_mlx(tmp_path / "mlx", base)
+    reason = export.why_not_dequantized(adapted_in(folder), folder)
+    if name in ONE_WAY:
+        assert "transformers" in reason
+        return
+    assert reason is None
+    weights = dict(tree_flatten(models.load_as_stored(folder)[0].parameters()))
+    found = base_arrays.in_checkpoint(folder, weights, REFERENCE[name]["config"]["model_type"])
+    assert {array: list(found[array].shape) for array in found} == REFERENCE[name]["shapes"]
+    for array, expected in models.read_weights(base).items():
+        np.testing.assert_allclose(found[array], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "gpt_neox", "mixtral", "gemma3", "qwen3_5_text", "qwen3_vl", "deepseek_v3"]
+)
+def test_a_merged_float_model_is_its_base_but_for_the_adapted_arrays(
+    call: Run, name: str, tmp_path: Path
+) -> None:
+    base = write_folder(tmp_path / "base", REFERENCE[name])
+    make_adapter(tmp_path / "a.npz", base)
+    flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
+    ended = call(*flags, "--export", "merged-float", tmp_path / "out")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    before, after = models.read_weights(base), models.read_weights(tmp_path / "out")
+    assert {n: a.shape for n, a in after.items()} == {n: a.shape for n, a in before.items()}
+    changed = {n for n, array in before.items() if not mx.array_equal(array, after[n])}
+    adapter = adapters.read_adapter(tmp_path / "a.npz")
+    paths = {re.sub(r"\.[qv]$", "", path) for path in adapter}
+    sources = base_arrays.sources(base, before, sorted(paths)).values()
+    assert changed == set().union(*sources)
+    assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_all_files_of_the_base_come_along_but_weights_and_programs(
+    call: Run, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base", "llama", bits=4)
+    make_adapter(tmp_path / "a.npz", base)
+    taken = ["preprocessor_config.json", "chat_template.json", "additional_chat_templates/a.jinja"]
+    taken += ["processor_config.json", "generation_config.json", "LICENSE"]
+    left = ["modeling.py", "pytorch_model.bin", "old.PTH", "x.gguf", ".cache/a.json", "a.npz"]
+    left += ["onnx/model.onnx", "onnx/config.json", "hf_quant_config.json.bak/a.ckpt"]
+    for name in (*taken, *left):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("{}")
+    flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
+    for form in ("merged", "merged-float"):
+        assert call(*flags, "--export", form, tmp_path / form).returncode == 0
+        files = {str(f.relative_to(tmp_path / form)) for f in (tmp_path / form).rglob("*.*")}
+        files |= {f.name for f in (tmp_path / form).iterdir()}
+        assert set(taken) <= files and not files & set(left)
+    config = json.loads((tmp_path / "merged-float/config.json").read_text())
+    own = json.loads((base / "config.json").read_text())
+    assert config == {name: own[name] for name in own if not name.startswith("quantization")}
+
+
+def test_a_model_that_transformers_does_not_know_has_the_names_of_its_files_in_peft(
+    tmp_path: Path,
+) -> None:
+    """Its modules are of code that comes with it."""
+    base = make_base(tmp_path / "base", "internlm2")
+    mx.save_safetensors(
+        str(base / "model.safetensors"), models.read_weights(base), {"format": "pt"}
+    )
+    names = export.peft_names(adapted_in(base), base)
+    assert names == {path: path for path in names} and len(names) == 2
+
+
+def test_where_mlx_wrote_the_base_peft_is_for_the_original(call: Run, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "mixtral", bits=4)
+    make_adapter(tmp_path / "a.npz", base)
+    flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
+    ended = call(*flags, "--export", "peft", tmp_path / "out")
+    assert ended.returncode == 0 and "in the place of" in ended.stderr
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert "model.layers.3.mlp.gate.weight" in config["target_parameters"]
+    assert not any("block_sparse_moe" in name for name in config["target_modules"])
