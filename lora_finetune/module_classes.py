@@ -65,7 +65,7 @@ def take_biases(model: nn.Module, theirs: PretrainedConfig | None) -> None:
                     if last == "bias" and isinstance(modules.get(path), WITH_BIAS):
                         modules[path].bias = array
                 given = {name for name, _ in weights}
-                for path, module in modules.items() if may_lack else ():
+                for path, module in modules.items() if may_lack and strict else ():
                     if isinstance(module, WITH_BIAS) and f"{path}.bias" not in given:
                         module.pop("bias", None)
                 return super().load_weights(weights, strict)

@@ -142,3 +142,12 @@ def test_where_mlx_wrote_the_base_peft_is_for_the_original(call: Run, tmp_path: 
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert "model.layers.3.mlp.gate.weight" in config["target_parameters"]
     assert not any("block_sparse_moe" in name for name in config["target_modules"])
+
+
+def test_an_adapter_put_into_a_model_takes_no_bias_away(tmp_path: Path) -> None:
+    """Nor does any part of the weights that is loaded alone."""
+    base = make_base(tmp_path / "base", "jamba")
+    model = adapted_in(base)
+    before = {n for n, _ in tree_flatten(model.parameters())}
+    adapters.load_adapter(model, adapters.whole_pairs(model))
+    assert {n for n, _ in tree_flatten(model.parameters())} == before
