@@ -73,8 +73,10 @@ def test_a_folder_of_mlx_goes_back_to_the_arrays_of_transformers(name: str, tmp_
     weights = dict(tree_flatten(models.load_as_stored(folder)[0].parameters()))
     found = base_arrays.in_checkpoint(folder, weights, REFERENCE[name]["config"]["model_type"])
     assert {array: list(found[array].shape) for array in found} == REFERENCE[name]["shapes"]
-    for array, expected in models.read_weights(base).items():
-        np.testing.assert_allclose(found[array], expected, atol=1e-6)
+    own = models.read_weights(base).items()
+    other = {array for array, numbers in own if not np.allclose(found[array], numbers, atol=1e-6)}
+    # Where transformers loads Youtu's embedding, it zeroes the row of the padding.
+    assert other == ({"model.embed_tokens.weight"} if name == "youtu" else set())
 
 
 @pytest.mark.parametrize(
