@@ -6,6 +6,7 @@ The lines named are those of mlx-lm 0.32.2, in mlx_lm/models; what is right is w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,11 +44,12 @@ def corrected(
         return model_class(with_a_full_layer(family, args_class.from_dict(config)))
 
     def put_right(args: Any) -> nn.Module:
-        check_is_same(family, config, args)
+        check_is_same(model_class, config, args)
         model = model_class(with_a_full_layer(family, args))
         if family in CORRECTIONS:
             CORRECTIONS[family](model, theirs)
         if theirs:
+            set_latent_norms(model)
             put_activations(model, theirs)
             put_windows(model, build, config, theirs)
         take_biases(model, theirs)
@@ -61,11 +63,12 @@ def corrected(
 MEANT = {"minimax": "MiniMaxM2"}
 
 
-def check_is_same(family: str, config: dict[str, Any], args: Any) -> None:
+def check_is_same(model_class: type, config: dict[str, Any], args: Any) -> None:
     """Raise UserError where mlx-lm's model of a type is not the one that was saved.
 
     minimax.py is MiniMax-M2; transformers' minimax is MiniMax-Text-01, with lightning attention.
     """
+    family = model_class.__module__.rpartition(".")[2]
     named = [str(name) for name in config.get("architectures") or ()]
     if family in MEANT and named and not any(name.startswith(MEANT[family]) for name in named):
         raise UserError(
@@ -73,6 +76,8 @@ def check_is_same(family: str, config: dict[str, Any], args: Any) -> None:
             f"({MEANT[family]}), which would not compute what it was trained to; take another model"
         )
     what, is_so = REFUSED.get(family, ("", lambda _: False))
+    if normalizes_one(model_class, args):
+        what, is_so = "norm_topk_prob for a single expert", lambda _: True
     if is_so(args):
         raise UserError(
             f"this model has {what}, which mlx-lm's {family} does not compute as PyTorch does; "
@@ -91,6 +96,19 @@ REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "falcon_h1": ("biases", lambda args: any(getattr(args, name) for name in FALCON_BIASES)),
     "gpt_bigcode": ("multi_query = False", lambda args: not args.multi_query),
 }
+
+
+def normalizes_one(model_class: type, args: Any) -> bool:
+    """Whether the score of a single expert is to be made 1: such routers do so from two on.
+
+    deepseek_v3.py:222 for one; it is the same in all that have a `group_expert_select`.
+    """
+    modules = [sys.modules[kind.__module__] for kind in model_class.__mro__]
+    if not any(hasattr(module, "group_expert_select") for module in modules):
+        return False
+    return args.num_experts_per_tok == 1 and args.norm_topk_prob
+
+
 FALCON_BIASES = ("attention_bias", "mlp_bias", "mamba_proj_bias", "projectors_bias")
 
 
@@ -328,6 +346,16 @@ def limit_time_steps(model: nn.Module, _: PretrainedConfig | None) -> None:
     for layer in model.layers:
         if least is not None and hasattr(layer.mixer, "time_step_limit"):
             layer.mixer.time_step_limit = (least, float("inf"))
+
+
+def set_latent_norms(model: nn.Module) -> None:
+    """Norms of latent queries and keys have an epsilon of 1e-6 in all of transformers' models.
+
+    Some of mlx-lm's take `rms_norm_eps` (youtu_llm.py:63) or 1e-5 (longcat_flash.py:73).
+    """
+    for path, module in model.named_modules():
+        if path.endswith(("q_a_layernorm", "kv_a_layernorm")):
+            module.eps = 1e-6
 
 
 def zero_padding_row(model: nn.Module, theirs: PretrainedConfig | None) -> None:

@@ -73,6 +73,8 @@ def in_mlx_layout(weights: Weights, model: nn.Module, settings: dict[str, Any]) 
             continue
         if any(re.search(p, name) for p in swapped) and is_swapped(name, array, settings):
             array = mx.swapaxes(array, -1, -2)
+        if is_routing_bias(new_name, settings):
+            array = array - mx.minimum(array.min(), 0)
         found[new_name] = array
     if family == "olmo_hybrid":
         found |= dict(cut_again(found, settings))
@@ -108,6 +110,16 @@ def is_swapped(name: str, array: mx.array, settings: dict[str, Any]) -> bool:
         return True
     hidden = settings["hidden_size"]
     return array.shape[-2:] == ((2 * inner, hidden) if "gate_up" in name else (hidden, inner))
+
+
+def is_routing_bias(name: str, settings: dict[str, Any]) -> bool:
+    """Whether an array holds the biases by which a router chooses experts out of groups.
+
+    mlx-lm gives those outside the chosen groups a score of 0, transformers −∞: the same once no
+    bias is negative. One number that is added to all of them changes no choice.
+    """
+    groups = settings.get("n_group") or settings.get("num_expert_group") or 1
+    return groups > 1 and name.endswith(("e_score_correction_bias", ".expert_bias"))
 
 
 def cut_again(weights: Weights, settings: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
