@@ -109,10 +109,10 @@ def test_every_form_says_what_the_adapter_says(
     for form in ("mlx-lm", "peft"):
         assert relative(logits(adapted(base, tmp_path / form)), expected) < 1e-5
     theirs, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "mlx-lm"))
-    assert relative(logits(theirs), expected) < 1e-4
+    assert relative(logits(theirs), expected) < 1e-3  # GPT-NeoX's GELU is the other form there
     for form in ("merged", "merged-float"):
         merged, _ = mlx_lm.load(str(tmp_path / form))
-        assert relative(logits(merged), expected) < 1e-4
+        assert relative(logits(merged), expected) < 1e-3
     quantized = {form: quantized_layers(tmp_path / form) for form in ("merged", "merged-float")}
     changed = {f"{path}.weight" for path in models.lora_modules(adapted(base, tmp_path / "peft"))}
     assert quantized["merged"] == quantized_layers(base) - changed
