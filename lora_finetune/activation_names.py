@@ -85,7 +85,8 @@ def function_of(layer: nn.Module) -> str | None:
     if known or inner is not layer:
         return known or MODULES.get(kind.__name__)
     code = getattr(kind.__call__, "__code__", None)
-    found = [CALLED[name] for name in code.co_names if name in CALLED] if code else []
+    names = code.co_names if code else ()
+    found = [CALLED.get(name) for name in names if name in CALLED or "elu" in name]
     return found[0] if len(found) == 1 else None
 
 

@@ -46,6 +46,8 @@ def corrected(
     def put_right(args: Any) -> nn.Module:
         check_is_same(model_class, config, args)
         model = model_class(with_a_full_layer(family, args))
+        if any(map(normalizes_one, model.modules())):
+            raise refusal("a normalized score for a single expert", family)
         if family in CORRECTIONS:
             CORRECTIONS[family](model, theirs)
         if theirs:
@@ -76,13 +78,15 @@ def check_is_same(model_class: type, config: dict[str, Any], args: Any) -> None:
             f"({MEANT[family]}), which would not compute what it was trained to; take another model"
         )
     what, is_so = REFUSED.get(family, ("", lambda _: False))
-    if normalizes_one(model_class, args):
-        what, is_so = "norm_topk_prob for a single expert", lambda _: True
     if is_so(args):
-        raise UserError(
-            f"this model has {what}, which mlx-lm's {family} does not compute as PyTorch does; "
-            "take another model"
-        )
+        raise refusal(what, family)
+
+
+def refusal(what: str, family: str) -> UserError:
+    return UserError(
+        f"this model has {what}, which mlx-lm's {family} does not compute as PyTorch does; take "
+        "another model"
+    )
 
 
 # By the name of mlx-lm's module, what its model can be told to have and computes otherwise: keys of
@@ -98,15 +102,15 @@ REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def normalizes_one(model_class: type, args: Any) -> bool:
-    """Whether the score of a single expert is to be made 1: such routers do so from two on.
+def normalizes_one(router: nn.Module) -> bool:
+    """Whether the score of a single expert is to be made 1, which mlx-lm does from two on.
 
-    deepseek_v3.py:222 for one; it is the same in all that have a `group_expert_select`.
+    deepseek_v3.py:222 and all else that has a `group_expert_select`, and afmoe.py:228.
     """
-    modules = [sys.modules[kind.__module__] for kind in model_class.__mro__]
-    if not any(hasattr(module, "group_expert_select") for module in modules):
-        return False
-    return args.num_experts_per_tok == 1 and args.norm_topk_prob
+    number = getattr(router, "top_k", getattr(router, "num_experts_per_tok", 0))
+    of_group = hasattr(sys.modules[type(router).__module__], "group_expert_select")
+    is_normed = of_group and getattr(router, "norm_topk_prob", False)
+    return number == 1 and (is_normed or getattr(router, "route_norm", False))
 
 
 FALCON_BIASES = ("attention_bias", "mlp_bias", "mamba_proj_bias", "projectors_bias")
