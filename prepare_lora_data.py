@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import signal
-import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -435,24 +434,9 @@ def assign_split(topic: str, seed: int, shares: dict[str, float]) -> str:
     return "train"
 
 
-class Seen:
-    """What has come before, by its digest. It goes to disk as it grows, so that memory does not."""
-
-    def __init__(self) -> None:
-        self.database = sqlite3.connect("")  # a private one, gone with this object
-        self.database.execute("PRAGMA journal_mode = OFF")
-        self.database.execute("PRAGMA cache_size = -64000")  # KB
-        self.database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY, note) WITHOUT ROWID")
-
-    def setdefault(self, text: str, note: int | str) -> int | str:
-        """The note with which a text came first: this one where it is new."""
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        insert = "INSERT OR IGNORE INTO seen VALUES (?, ?)"
-        if self.database.execute(insert, (digest, note)).rowcount:
-            return note
-        return self.database.execute(
-            "SELECT note FROM seen WHERE digest = ?", (digest,)
-        ).fetchone()[0]
+def digest(text: str) -> bytes:
+    """What stands for a text among all that have come before: 16 bytes, whatever its length."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 # --- The three sets -----------------------------------------------------------------------------
@@ -499,7 +483,8 @@ def prepare(
     Raises:
         UserError: a file cannot be read.
     """
-    lines, questions = Seen(), Seen()
+    lines: dict[bytes, int] = {}
+    questions: dict[bytes, str] = {}
     counts, taken = Counter(), Counter()
     with tqdm(None, "Preparing", limit, False, unit=" rows", disable=None) as progress:
         for file, source in sources:
@@ -513,9 +498,9 @@ def prepare(
                 split = draw(topic) if source == "train" else source
                 if not line:
                     counts["empty"] += 1
-                elif lines.setdefault(line, counts["read"]) != counts["read"]:
+                elif lines.setdefault(digest(line), counts["read"]) != counts["read"]:
                     counts["duplicate"] += 1
-                elif questions.setdefault(question, split) != split:
+                elif questions.setdefault(digest(question), split) != split:
                     counts["elsewhere"] += 1
                 else:
                     taken[source] += 1
@@ -588,11 +573,7 @@ def main(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # leave nothing half-written then
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        return run_and_report_errors(partial(run, args), "the output")
-    except sqlite3.Error as error:
-        print(f"error: the temporary folder cannot be written: {error}", file=sys.stderr)
-        return 2
+    return run_and_report_errors(partial(run, args), "the output")
 
 
 if __name__ == "__main__":

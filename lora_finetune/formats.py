@@ -78,11 +78,15 @@ def breaks_off(text: str) -> bool:
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
-        unfinished = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated")
-        return bool(newline) and unfinished
+        return bool(newline) and cut_short(error)
     except (ValueError, RecursionError):
         pass
     return False
+
+
+def cut_short(error: json.JSONDecodeError) -> bool:
+    """Whether what is wrong with JSON is that it ends too early."""
+    return error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
 
 
 TOO_MUCH = "is not JSON that can be read: too deep, or too long a number"

@@ -9,11 +9,19 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_finetune.command_line import UserError, abbreviated, first_line
-from lora_finetune.formats import SEPARATORS, check_format, find_separator, looks_like, parse_json
-from lora_finetune.json_stream import JsonStream
+from lora_finetune.formats import (
+    SEPARATORS,
+    TOO_MUCH,
+    check_format,
+    cut_short,
+    find_separator,
+    looks_like,
+    parse_json,
+    why_not_json,
+)
 
 import datasets
 import pyarrow.parquet as pq
@@ -180,17 +188,69 @@ def read_json(file: Path, wanted: Wanted, remark: Remark) -> Iterator[Batch]:
     encoding, guess = find_encoding(file)
     if guess:
         remark(f"read as {guess}")
-    with file.open(encoding=encoding, errors="replace", newline="") as stream:
-        first = JsonStream(file, stream).peek()
-    if first == "[":
-        rows = read_list(file, encoding)
-    elif first == "{" and (key := find_list(file, encoding, wanted)) is not None:
-        rows = read_list(file, encoding, key)
-    else:
-        rows = read_lines(file, encoding)
+    rows = read_lines(file, encoding) if is_lines(file, encoding) else read_whole(file, encoding)
+    if isinstance(rows, dict):
+        rows = find_rows(file, rows, wanted)
     for run, kind in in_runs(file, rows, wanted):
         names = dict.fromkeys(name for row in run for name in row) | dict.fromkeys(kind)
         yield {name: [row.get(name) for row in run if name in wanted.columns] for name in names}
+
+
+def is_lines(file: Path, encoding: str) -> bool:
+    """Whether a file is JSON Lines: not a list, and its first line is not all of it, nor cut."""
+    with file.open(encoding=encoding, errors="replace", newline="\n") as stream:
+        lines = filter(None, map(str.strip, stream))
+        first, more = next(lines, ""), next(lines, None)
+    if first.startswith("["):
+        return False
+    try:
+        json.loads(first)
+    except json.JSONDecodeError as error:
+        return not (first.startswith("{") and (more is None or cut_short(error)))
+    except (ValueError, RecursionError):
+        return more is not None
+    return more is not None
+
+
+def read_whole(file: Path, encoding: str) -> Any:
+    """What a JSON file holds, all of it; raises UserError that names the line where it is none."""
+    try:
+        return json.loads(file.read_text(encoding))
+    except json.JSONDecodeError as error:
+        what, line = why_not_json(error, error.colno - 1), error.lineno
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError):
+        what, line = TOO_MUCH, 1
+    raise UserError(f"{file}, line {line}: {what}")
+
+
+def find_rows(file: Path, content: dict[str, Any], wanted: Wanted) -> list[Any]:
+    """The rows in the object that fills a file: itself, or those of its only list of objects.
+
+    Raises:
+        UserError: there are several such lists, or nothing but other objects by their keys.
+    """
+    if any(content.keys() >= set(names) for names in wanted.sets):
+        return [content]
+    lists = [
+        name
+        for name, value in content.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    if len(lists) > 1:
+        raise UserError(
+            f"{file} holds several lists of objects ({abbreviated(lists)}); write the one with the "
+            f"rows to a file of its own (jq '.[\"{lists[0]}\"]' does)"
+        )
+    if lists:
+        return content[lists[0]]
+    if content and all(isinstance(value, list | dict) for value in content.values()):
+        raise UserError(
+            f"{file} is one object that holds others by their keys ({abbreviated(content)}); make "
+            "it a list of rows: [{…}, {…}]"
+        )
+    return [content]
 
 
 def in_runs(
@@ -235,53 +295,6 @@ def read_lines(file: Path, encoding: str) -> Iterator[object]:
             except ValueError as error:
                 looks = looks_like(file) if number == 1 and lines is stream else ""
                 raise UserError(f"{file}, line {number}: {error}{looks}") from None
-
-
-def read_list(file: Path, encoding: str, key: str | None = None) -> Iterator[object]:
-    """The values of the list that a JSON file is, or that an object has by a key."""
-    with file.open(encoding=encoding, newline="") as stream:
-        json_stream = JsonStream(file, stream)
-        if key is None:
-            yield from json_stream.items()
-        else:
-            for name in json_stream.members():
-                if name == key:
-                    yield from json_stream.items()
-                else:
-                    json_stream.skip()
-        json_stream.end()
-
-
-def find_list(file: Path, encoding: str, wanted: Wanted) -> str | None:
-    """The key by which the object that fills a file has its only list of objects.
-
-    None where a file begins with a row, or with an object that is not all there is.
-
-    Raises:
-        UserError: there are several such lists, or nothing but other objects by their keys.
-    """
-    found = {}
-    with file.open(encoding=encoding, errors="replace", newline="") as stream:
-        json_stream = JsonStream(file, stream)
-        for name in json_stream.members():
-            found[name] = ""
-            if any(found.keys() >= set(names) for names in wanted.sets):
-                return None
-            found[name] = json_stream.skip()
-        if json_stream.peek():
-            return None
-    lists = [name for name, opening in found.items() if opening == "[{"]
-    if len(lists) > 1:
-        raise UserError(
-            f"{file} holds several lists of objects ({abbreviated(lists)}); write the one with the "
-            f"rows to a file of its own (jq '.[\"{lists[0]}\"]' does)"
-        )
-    if not lists and found and all(opening[0] in "[{" for opening in found.values()):
-        raise UserError(
-            f"{file} is one object that holds others by their keys ({abbreviated(found)}); make it "
-            "a list of rows: [{…}, {…}]"
-        )
-    return lists[0] if lists else None
 
 
 # What can be read, by the suffix.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 import resource
@@ -21,13 +20,13 @@ from pathlib import Path
 
 import prepare_lora_data
 from conftest import ROOT, Ended, Run, listing, one_error
-from lora_finetune import dataset, json_stream
+from lora_finetune import dataset
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 Fails = Callable[..., str]
@@ -1008,14 +1007,14 @@ def test_json_may_hold_what_python_writes(
 
 BAD_JSON = {
     "a control character": ('[\n{"question": "a\tb"}]', "line 2: is not JSON: Invalid control"),
-    "no comma": ('[{"a": 1}\n\n {"a": 2}]', "line 3: is not JSON: Expecting ',' at character 2"),
-    "an end too early": ('{"data": [\n{"a": 1}', "line 2: is not JSON: Expecting ',' at character"),
+    "no comma": ('[{"a": 1}\n\n {"a": 2}]', "line 3: is not JSON: Expecting ',' delimiter"),
+    "an end too early": ('{"data": [\n{"a": 1}', "line 2: is not JSON: Expecting ',' delimiter at"),
     "half a row": ('[{"a": 1},\n {"a": "b', "line 2: is not JSON: Unterminated string starting"),
     "half a word": ('[{"a": nul', "line 1: is not JSON: Expecting value at character 8"),
     "more after it": ('[{"text": "a"}]\n{}', "line 2: is not JSON: Extra data at character 1"),
     "more after an object": ('{"data": [{"text": "a"}]}\n]', "line 2"),
-    "no key": ('{1: [{"text": "a"}]}', "line 1: is not JSON: Expecting '\"' at character 2"),
-    "no colon": ('{"data" [{"text": "a"}]}', "line 1: is not JSON: Expecting ':' at character 9"),
+    "no key": ('{1: [{"text": "a"}]}', "line 1: is not JSON: Expecting property name"),
+    "no colon": ('{"data" [{"text": "a"}]}', "line 1: is not JSON: Expecting ':' delimiter"),
     "UTF-16 without its mark": ("{\0}\0", "line 1: is not text in UTF-8; save the file as UTF-8"),
     "a surrogate": ('[{"text": "\\ud83e"}]', "the column text holds half a character, an unpaired"),
     "too long a number": (f'[{{"text": {"1" * 5000}}}]', "line 1: is not JSON that can be read"),
@@ -1038,30 +1037,6 @@ def test_json_that_cannot_be_taken_is_reported_with_its_line(
     content, reason = BAD_JSON[how]
     (tmp_path / "a.json").write_text(content)
     fails(tmp_path / "a.json", mentions=("a.json", reason))
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 7, 40])
-@properties(30)
-@given(st.lists(st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)), st.sampled_from([None, 1]), st.booleans())  # fmt: skip
-@example([0.0], None, False)
-def test_json_is_the_same_however_little_of_it_is_read_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, values: list, indent: int | None,
-    ascii: bool,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(json_stream, "CHUNK", chunk)
-    text = json.dumps(values, indent=indent, ensure_ascii=ascii)
-    with io.StringIO(text, newline="") as stream:
-        found = list(json_stream.JsonStream(tmp_path, stream).items())
-    assert repr(found) == repr(values)
-    with io.StringIO(f'{{"a": {text}, "b": {text}}}', newline="") as stream:
-        whole = json_stream.JsonStream(tmp_path, stream)
-        assert [(key, repr(whole.value())) for key in whole.members()] == [
-            ("a", repr(values)), ("b", repr(values))
-        ]  # fmt: skip
-        whole.end()
 
 
 @pytest.mark.parametrize(
@@ -1087,26 +1062,14 @@ def test_an_object_with_columns_named_by_hand_is_a_row(takes: Takes, tmp_path: P
     assert takes(file, *named)[0] == ["### 질문:\n가\n\n### 답변:\n나"]
 
 
-@pytest.mark.parametrize(
-    ("encoding", "start", "between", "end"),
-    [
-        ("utf-8", "[", ",\n", "]"),
-        ("utf-8", '{"notes": [1, 2], "data": [', ", ", "]}"),
-        ("cp949", "", "\n", "\n"),
-    ],
-)
-def test_json_is_read_a_part_at_a_time(
-    tmp_path: Path, encoding: str, start: str, between: str, end: str
-) -> None:
-    """Of 50 MB, in one line or many, never more than 20 MB are in memory."""
+@pytest.mark.parametrize("encoding", ["utf-8", "cp949"])
+def test_json_lines_are_read_a_part_at_a_time(tmp_path: Path, encoding: str) -> None:
+    """Of 50 MB never more than 20 MB are in memory."""
     answer = "물은 산소와 수소로 이루어져 있다. " * 20
     rows = 50_000_000 // len(answer.encode(encoding))
     with (tmp_path / "a.json").open("w", encoding=encoding) as stream:
-        stream.write(start)
         for number in range(rows):
-            row = f'{{"question": "질문 {number}?", "answer": "{answer}"}}'
-            stream.write(between * (number > 0) + row)
-        stream.write(end)
+            stream.write(f'{{"question": "질문 {number}?", "answer": "{answer}"}}\n')
     args, notes = prepare_lora_data.parse_arguments([]), prepare_lora_data.Notes()
     examples = prepare_lora_data.read_examples(tmp_path / "a.json", args, notes)
     tracemalloc.start()
@@ -1121,11 +1084,9 @@ def test_json_is_read_a_part_at_a_time(
 def test_long_articles_are_read_a_few_at_a_time(tmp_path: Path, column: str) -> None:
     """As in KorQuAD 2.0; of 60 MB never more than half are in memory."""
     with (tmp_path / "a.json").open("w") as stream:
-        stream.write('{"data": [{"qas": []}')
         for number in range(300):
             article = {column: "글" * 100_000, "qas": [{"question": f"{number}?", "answer": "나"}]}
-            stream.write(", " + json.dumps(article, ensure_ascii=False))
-        stream.write("]}")
+            stream.write(json.dumps(article, ensure_ascii=False) + "\n")
     args, notes = prepare_lora_data.parse_arguments([]), prepare_lora_data.Notes()
     examples = prepare_lora_data.read_examples(tmp_path / "a.json", args, notes)
     tracemalloc.start()
@@ -1541,7 +1502,7 @@ def test_columns_that_are_missing_are_reported_with_those_there_are(
         ("a.arrow", "<!DOCTYPE html>", "looks like a web page: download the file itself"),
         ("a.jsonl", "PAR1\x15", "looks like Parquet: name it .parquet for"),
         ("a.json", json.dumps({"data": {"question": "q"}}), "others by their keys (data); make"),
-        ("a.json", json.dumps({"question": "q"}, indent=1), "one JSON object over several lines"),
+        ("a.json", json.dumps({"question": "q"}, indent=1), "it has question, of which"),
         ("a.jsonl", "question,answer\nq,a\n", "looks like CSV with commas"),
         (
             "a.json",
