@@ -63,12 +63,6 @@ def files_of_run(adapter_file: Path) -> RunPaths:
     return RunPaths(adapter_file, *(file(adapter_file) for file in others))
 
 
-def legacy_files_of_run(adapter_file: Path) -> RunPaths:
-    """As they were named in earlier versions: without the ending of the adapter's name."""
-    endings = [".state.npz", f".best{adapter_file.suffix}", ".log.jsonl", ".png"]
-    return RunPaths(adapter_file, *map(adapter_file.with_suffix, endings))
-
-
 # --- Progress -----------------------------------------------------------------------------------
 
 
@@ -248,10 +242,8 @@ def read(adapter_file: Path) -> State | None:
     Raises:
         UserError: the state file is damaged.
     """
-    for file in dict.fromkeys([state_file(adapter_file), legacy_files_of_run(adapter_file).state]):
-        if file.is_file() and (state := read_state(file, adapter_file)):
-            return state
-    return None
+    file = state_file(adapter_file)
+    return read_state(file, adapter_file) if file.is_file() else None
 
 
 def read_or_none(adapter_file: Path) -> State | None:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 from contextlib import suppress
@@ -17,15 +16,7 @@ from typing import Any
 
 import models
 from lora_finetune import adapters, checkpoint, outcome
-from lora_finetune.checkpoint import (
-    Progress,
-    RunPaths,
-    State,
-    best_file,
-    files_of_run,
-    log_file,
-    state_file,
-)
+from lora_finetune.checkpoint import Progress, State, best_file, files_of_run, log_file, state_file
 from lora_finetune.command_line import UserError, warn
 from lora_finetune.files import atomic_write, file_size, same_file
 
@@ -90,11 +81,8 @@ class RunFiles:
         in_place = source is not None and (
             source == self.adapter or same_file(source, self.adapter)
         )
-        old = existing_names(source, state) if source else None
+        old = files_of_run(source) if source else None
         if in_place and unchanged:
-            for file, new in zip(old, files_of_run(self.adapter), strict=True):
-                if file != new and file.is_file():
-                    shutil.copyfile(file, new)
             self.pending_best = state.best
             log = committed_log(self.log, progress.log_size)
             self.write_log(log if state.log is None else state.log)  # a kill cut its save short
@@ -276,13 +264,6 @@ def check_config(adapter_file: Path) -> None:
         )
 
 
-def existing_names(adapter_file: Path, state: State | None) -> RunPaths:
-    """The files of a run under the names that they have, as its state shows."""
-    is_old = state is not None and state.file != state_file(adapter_file)
-    names = checkpoint.legacy_files_of_run if is_old else files_of_run
-    return names(adapter_file)
-
-
 def best_of(file: Path) -> dict[str, np.ndarray]:
     """The arrays of a best adapter, none where they cannot be read."""
     try:
@@ -301,7 +282,7 @@ def iterations_of(adapter_file: Path) -> float | None:
 
 def copy_run(adapter_file: Path, target: Path) -> None:
     """Copy all that a run has left under another name, in place of what has it."""
-    there = existing_names(adapter_file, checkpoint.read_or_none(adapter_file))
+    there = files_of_run(adapter_file)
     copies = dict(zip(there, files_of_run(target), strict=True))
     existing = [file for file in there if file_size(file)]
     with atomic_write(*(copies[file] for file in existing)) as streams:

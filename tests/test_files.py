@@ -261,42 +261,6 @@ def test_names_that_would_share_a_state_are_refused(
     one_error(call(*args, "--adapter-file", "a"), "a.npz", "would share a.state.npz")
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "best"),
-    [
-        ("v1.5", ("v1.state.npz", "v1.best.5", "v1.log.jsonl"), "v1.5.best.npz"),
-        (
-            "b.safetensors",
-            ("b.state.npz", "b.best.safetensors", "b.log.jsonl"),
-            "b.safetensors.best.safetensors",
-        ),
-    ],
-)
-def test_a_run_under_legacy_names_resumes_as_if_it_had_never_stopped(
-    call: Run,
-    args: list[object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    old: tuple[str, ...],
-    best: str,
-) -> None:
-    files = [name, f"{name}.state.npz", best, f"{name}.log.jsonl"]
-    for folder in (tmp_path / "as before", tmp_path / "whole"):
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        call(*args, "--adapter-file", name, "--iters", 5)
-        if folder.name == "as before":
-            for file, old_name in zip(files[1:], old, strict=True):
-                Path(file).rename(old_name)
-        resume = ["--adapter-file", name, "--resume-adapter-file", name, "--iters", 8]
-        ended = call(*args, *resume)
-        assert (ended.returncode, ended.stderr) == (0, "")
-    for file in (name, best):
-        assert (tmp_path / "as before" / file).read_bytes() == Path(file).read_bytes()
-    assert losses(tmp_path / "as before" / files[3]) == losses(Path(files[3]))
-
-
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_link_stays_one_and_what_it_leads_to_is_written(
     call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
