@@ -60,9 +60,6 @@ SAME = {
     "max_position_embeddings": "model_max_length",
 }
 
-# Modules of mlx-lm that read `rope_scaling` without a look at whether there is any.
-READ_UNSEEN = ("deepseek_v2", "minicpm3")
-
 
 def in_mlx_words(config: Settings) -> Settings:
     """The settings of a config.json as mlx-lm has them; those in the older words are left alone.
@@ -79,11 +76,11 @@ def in_mlx_words(config: Settings) -> Settings:
         return config
     text = config.get("text_config")
     if not isinstance(text, dict):
-        return translated(config, [module.ModelArgs], theirs, module)
+        return translated(config, [module.ModelArgs], theirs)
     if "tie_word_embeddings" in config:  # there transformers ties by the outer one
         text["tie_word_embeddings"] = config["tie_word_embeddings"]
     inner = theirs.get_text_config() if theirs else None
-    config["text_config"] = text = translated(text, text_classes(module, text), inner, module)
+    config["text_config"] = text = translated(text, text_classes(module, text), inner)
     return text | config
 
 
@@ -192,13 +189,11 @@ def is_required(field: dataclasses.Field) -> bool:
 
 
 def translated(
-    settings: Settings, classes: list[type], theirs: PretrainedConfig | None, module: ModuleType
+    settings: Settings, classes: list[type], theirs: PretrainedConfig | None
 ) -> Settings:
     """Text settings with what mlx-lm wants to be told."""
     fields = named_fields(classes)
     settings = settings | rotary(settings)
-    if settings.get("rope_scaling") is None and module.__name__.endswith(READ_UNSEEN):
-        settings["rope_scaling"] = neutral_scaling(settings)
     settings |= sizes(settings, fields) | kinds_of_layers(settings, fields)
     for name, field in fields.items():
         if settings.get(name) is not None:
@@ -240,13 +235,6 @@ def rotary(settings: Settings) -> Settings:
     is_scaled = kind != "default" or "mrope_section" in full
     found["rope_scaling"] = rest | {"type": kind, "rope_type": kind} if is_scaled else None
     return found
-
-
-def neutral_scaling(settings: Settings) -> Settings:
-    """A scaling that changes nothing."""
-    length = settings.get("max_position_embeddings", 4096)
-    scaling = {"factor": 1.0, "original_max_position_embeddings": length}
-    return scaling | {"type": "yarn", "rope_type": "yarn"}
 
 
 def sizes(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:

@@ -29,9 +29,7 @@ NOT_OF_TEXT = re.compile(
 # are applied in turn.
 NAMES = [
     ("gpt2", r"^transformer\.", ""),
-    ("gemma3n", r"^model\.(?!(language_model|vision_tower|audio_tower|embed_)\b)",
-     "model.language_model."),
-    ("gemma3n", r"^model\.embed_(tokens|tokens_per_layer)\.", r"model.language_model.embed_\1."),
+    ("gemma3n", r"^model\.(?!language_model\.)", "model.language_model."),
     ("lfm2-vl", r"^model\.language_model\.", "language_model.model."),
     ("llama4", r"^(model|lm_head)\.", r"language_model.\1."),
     ("nanochat", r"^model\.embed_tokens\.", "transformer.wte."),
