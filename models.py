@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -31,12 +32,7 @@ from lora_finetune.model_folder import (
     read_object,
     shortened,
 )
-from lora_finetune.model_settings import (
-    pytorch_settings,
-    reads_recorded,
-    unread_so_far,
-    warn_of_unread,
-)
+from lora_finetune.model_settings import reads_recorded, unread_so_far, warn_of_unread
 from lora_finetune.model_weights import (
     check_head,
     has_own_head,
@@ -94,9 +90,9 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     read: set[str] = set()
     try:
         with reads_recorded(read):
-            model, config = load_as_stored(folder)
+            model, config, theirs = built(folder, with_weights)
             find_limits(model)  # what is wrong with some settings shows only in a call
-        warn_of_unread(model, config, read)
+        warn_of_unread(model, theirs, read)
         if mx.default_device() == mx.cpu:
             model = dequantize_model(model)
             model.set_dtype(mx.float32)
@@ -130,27 +126,43 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
 
 
 def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A model as it is in its folder, not evaluated yet, and its configuration there.
+    """A model as it is in its folder, not evaluated yet, and its configuration there."""
+    return built(folder, with_weights)[:2]
+
+
+def with_weights(words: dict[str, Any], classes: Callable) -> tuple[nn.Module, dict[str, Any]]:
+    return load_model(Path(), lazy=True, model_config=words, get_model_classes=classes)
+
+
+def without_weights(words: dict[str, Any], classes: Callable) -> tuple[nn.Module, dict[str, Any]]:
+    model_class, arguments = classes(words)
+    return model_class(arguments.from_dict(words)), {}
+
+
+def built(
+    folder: Path, build: Callable[..., tuple[nn.Module, dict[str, Any]]]
+) -> tuple[nn.Module, dict[str, Any], PretrainedConfig | None]:
+    """A model of mlx-lm that computes what PyTorch's does, its configuration, and transformers'.
 
     Configuration and weights may be as transformers 5 saves them; mlx-lm is given its own words and
     layouts.
+
+    Args:
+        build: `with_weights` or `without_weights`.
     """
-    # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit.
-    with contextlib.chdir(folder):
+    # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit. What
+    # its modules print is not always so: phi3 says that it leaves out a scaling that is put right.
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         config = load_config(Path())
-        classes = partial(model_classes, theirs=pytorch_settings(config))
         if own_head := not is_untied(config) and has_own_head(read_weights(Path())):
             config["tie_word_embeddings"] = False
-        model, used = rope_correction.load(
-            lambda words: load_model(
-                Path(), lazy=True, model_config=words, get_model_classes=classes
-            ),
-            in_mlx_words(config),
-            config,
-        )
+        theirs = rope_correction.read_settings(config)
+        classes = partial(model_classes, theirs=theirs)
+        words = in_mlx_words(config, theirs)
+        model, used = rope_correction.load(partial(build, classes=classes), words, theirs)
     check_head(model, own_head)
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
-    return model, config | quantization
+    return model, config | quantization, theirs
 
 
 def model_classes(
@@ -179,17 +191,7 @@ def model_classes(
 
 def as_loaded(folder: Path, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
     """The parameters of the model in a folder, by mlx-lm's names, from arrays such as it has."""
-
-    def build(words: dict[str, Any]) -> tuple[nn.Module, None]:
-        model_class, arguments = model_classes(words, theirs)
-        return model_class(arguments.from_dict(words)), None
-
-    with contextlib.chdir(folder):
-        config = load_config(Path())
-        theirs = pytorch_settings(config)
-        if not is_untied(config) and has_own_head(read_weights(Path())):
-            config["tie_word_embeddings"] = False
-    model, _ = rope_correction.load(build, in_mlx_words(config), config)
+    model, *_ = built(folder, without_weights)
     # Copies, since some are changed in place.
     return model.sanitize({name: array.astype(array.dtype) for name, array in arrays.items()})
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import json
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from lora_finetune.command_line import UserError
 
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 Settings = dict[str, Any]
 
@@ -61,15 +62,40 @@ SAME = {
 }
 
 
-def in_mlx_words(config: Settings) -> Settings:
+def pytorch_settings(config: Settings) -> PretrainedConfig | None:
+    """The settings of the text model as transformers has them; None for a type it does not know.
+
+    It knows the default of every kind of model, and older names of the same. Only its own classes
+    read the configuration: no code comes from the model.
+
+    Args:
+        config: of config.json, in its own words.
+
+    Raises:
+        Exception: of any kind, whatever its checks have against the configuration.
+    """
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return None
+    # "su" is what longrope was called at first; transformers looks for its length too early.
+    text = json.dumps(config).replace('"su"', '"longrope"')
+    whole = AutoConfig.for_model(**json.loads(text))
+    theirs = whole.get_text_config(decoder=True)
+    if hasattr(whole, "tie_word_embeddings"):  # transformers ties by the outer one
+        theirs.tie_word_embeddings = whole.tie_word_embeddings
+    return theirs
+
+
+def in_mlx_words(config: Settings, theirs: PretrainedConfig | None = None) -> Settings:
     """The settings of a config.json as mlx-lm has them; those in the older words are left alone.
 
     Nothing is taken away: settings are added under the names that mlx-lm reads, and replaced where
     `rope_parameters` say otherwise.
+
+    Args:
+        theirs: its `pytorch_settings`, from which what it leaves out is taken.
     """
     if not is_of_transformers_5(config):
         return config
-    theirs = transformers_config(config)
     config = with_model_type(copy.deepcopy(config))
     module = mlx_module(config)
     if module is None:
@@ -79,8 +105,7 @@ def in_mlx_words(config: Settings) -> Settings:
         return translated(config, [module.ModelArgs], theirs)
     if "tie_word_embeddings" in config:  # there transformers ties by the outer one
         text["tie_word_embeddings"] = config["tie_word_embeddings"]
-    inner = theirs.get_text_config() if theirs else None
-    config["text_config"] = text = translated(text, text_classes(module, text), inner)
+    config["text_config"] = text = translated(text, text_classes(module, text), theirs)
     return text | config
 
 
@@ -143,17 +168,6 @@ def mlx_module(config: Settings) -> ModuleType | None:
     try:
         return importlib.import_module(module_name(config))
     except (Exception, SystemExit):  # mlx-lm will say why; olmo's exits
-        return None
-
-
-def transformers_config(config: Settings) -> PretrainedConfig | None:
-    """The configuration as transformers has it, with its aliases; None where it does not know it.
-
-    Only its own classes read it: no code comes from the model.
-    """
-    try:
-        return AutoConfig.for_model(**copy.deepcopy(config))
-    except Exception:  # whatever its checks have against a configuration
         return None
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lora_finetune.activation_names import SETTINGS, has_activations
 from lora_finetune.command_line import warn
-from lora_finetune.model_config import SAME, in_mlx_words, module_name, transformers_config
+from lora_finetune.model_config import SAME, module_name, pytorch_settings, with_model_type
 
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
@@ -56,22 +56,8 @@ def reads_recorded(names: set[str]) -> Iterator[None]:
         del BaseModelArgs.__getattribute__
 
 
-def pytorch_settings(config: dict[str, Any]) -> PretrainedConfig | None:
-    """The settings of the text model as transformers has them; None where it knows no such model.
-
-    Args:
-        config: of config.json, in its own words.
-    """
-    whole = transformers_config(config)
-    theirs = whole.get_text_config(decoder=True) if whole else None
-    if theirs and hasattr(whole, "tie_word_embeddings"):  # transformers ties by the outer one
-        theirs.tie_word_embeddings = whole.tie_word_embeddings
-    return theirs
-
-
-def warn_of_unread(model: nn.Module, config: dict[str, Any], read: set[str]) -> None:
+def warn_of_unread(model: nn.Module, theirs: PretrainedConfig | None, read: set[str]) -> None:
     """Say in one line which settings make PyTorch's model another one than mlx-lm's."""
-    theirs = pytorch_settings(config)
     if theirs and has_activations(model, theirs):
         read = read.union(SETTINGS)
     unread = unread_settings(theirs, read) if theirs else {}
@@ -84,8 +70,10 @@ def unread_so_far(config: dict[str, Any], read: set[str]) -> str:
 
     What a model reads only when it is called is not in `read` yet, so its program is looked at.
     """
-    theirs = pytorch_settings(config)
-    program = find_spec(module_name(in_mlx_words(config)))
+    theirs = program = None
+    with suppress(Exception):  # whatever transformers' checks have against it
+        theirs = pytorch_settings(config)
+        program = find_spec(module_name(with_model_type(config)))
     if theirs is None or program is None:
         return ""
     words = re.findall(r"\w+", Path(program.origin).read_text("utf-8"))

@@ -6,7 +6,6 @@ seen by calling it, so that one rule serves all.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -14,12 +13,13 @@ from contextlib import suppress
 from typing import Any
 
 from lora_finetune.command_line import first_line, warn
+from lora_finetune.model_config import pytorch_settings
 from lora_finetune.rope import Rope, Rotary, yarn_mscale
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import PretrainedConfig
 
 # Where nanochat keeps its periods, negative ones since it turns the other way.
 PERIODS = "_rope_freqs"
@@ -28,7 +28,7 @@ PERIODS = "_rope_freqs"
 def load(
     build: Callable[[dict[str, Any]], tuple[nn.Module, Any]],
     words: dict[str, Any],
-    settings: dict[str, Any],
+    theirs: PretrainedConfig | None,
 ) -> tuple[nn.Module, Any]:
     """A model that mlx-lm builds, with positions as PyTorch computes them.
 
@@ -38,20 +38,19 @@ def load(
     Args:
         build: makes a model, and something else that is returned, of a configuration.
         words: the configuration as mlx-lm has it.
-        settings: as in the model's folder.
+        theirs: the settings of the text model as transformers has them, None where it has none.
 
     Raises:
         ValueError: the rope_type is not known.
     """
-    config = read_config(settings)
-    if config is None:
+    if not getattr(theirs, "rope_parameters", None):
         return build(words)
     scaling, found = str(scalings(words)), None
     if "'alpha'" in scaling or not re.search("'(longrope|su|dynamic)'", scaling):
         with suppress(Exception):
             found = build(words)
     found = found or build(without_scaling(words))
-    correct(found[0], config)
+    correct(found[0], theirs)
     return found
 
 
@@ -127,27 +126,17 @@ def correct_module(attention: nn.Module, name: str, rotary: Rotary, pairs: bool 
     return True
 
 
-def read_config(settings: dict[str, Any]) -> Any:
-    """A text model's configuration as transformers reads it; None where it has no rope, or fails.
-
-    It knows the default of every kind of model, and both words for the same: `rope_parameters`, and
-    rope_theta, rope_scaling, partial_rotary_factor, rotary_pct … before. No code of the model runs.
-    """
-    if settings.get("model_type") not in CONFIG_MAPPING:
-        return None
-    try:  # "su" is what longrope was called at first; transformers looks for its length too early
-        config = AutoConfig.for_model(
-            **json.loads(json.dumps(settings).replace('"su"', '"longrope"'))
-        )
-        config = config.get_text_config(decoder=True)
+def read_settings(config: dict[str, Any]) -> PretrainedConfig | None:
+    """As `pytorch_settings`, None too where it fails; with a warning if positions are scaled."""
+    try:
+        return pytorch_settings(config)
     except Exception as error:  # transformers may raise anything
-        if any(scalings(settings)):
+        if any(scalings(config)):
             warn(
                 f"transformers cannot read this model's config.json ({first_line(error)}), so "
                 "nothing tells whether mlx-lm scales positions as the model was trained with"
             )
         return None
-    return config if getattr(config, "rope_parameters", None) else None
 
 
 def of_layer(config: Any, layer: int, kind: str | None) -> Rotary | None:
