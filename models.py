@@ -40,6 +40,7 @@ from lora_finetune.model_weights import (
     read_weights,
     with_tied_head,
 )
+from lora_finetune.module_classes import intercepted
 from lora_finetune.tokenizer import load as load_tokenizer
 
 import mlx.core as mx
@@ -246,21 +247,6 @@ def find_limits(model: nn.Module) -> Limits:
     by_id = [rows for rows, indices in lookups if (indices == unknown).all()]
     by_position = [rows - int(i[0]) for rows, i in lookups if (np.diff(i) == 1).all()]
     return Limits(min([logits.shape[-1], *by_id]), min(by_position, default=math.inf))
-
-
-@contextlib.contextmanager
-def intercepted(
-    module: nn.Module, reply: Callable[..., Any], method: str = "__call__"
-) -> Iterator[None]:
-    """While it lasts, `reply` answers in place of a module's method, with the same arguments."""
-    original = type(module)
-    replaced = {method: lambda _, *args, **options: reply(*args, **options)}
-    module.__class__ = replacing = type(original.__name__, (original,), replaced)
-    try:
-        yield
-    finally:
-        module.__class__ = original
-        delattr(replacing, method)  # Python frees a class late, and with it what reply refers to
 
 
 # --- LoRA ---------------------------------------------------------------------------------------

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import FunctionType, SimpleNamespace
 
-from lora_finetune.module_classes import become, parameters_of
+from lora_finetune.module_classes import parameters_of, subclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,7 +48,7 @@ def put_activations(model: nn.Module, theirs: PretrainedConfig) -> None:
             if "activation" in layer:
                 layer.activation = Activation(wanted)
             else:
-                become([layer], partial(with_function, wanted=wanted))
+                layer.__class__ = with_function(type(layer), wanted)
 
 
 def has_activations(model: nn.Module, theirs: PretrainedConfig) -> bool:
@@ -113,4 +112,4 @@ def with_function(original: type, wanted: str) -> type:
     copied = FunctionType(
         call.__code__, call.__globals__ | names, call.__name__, call.__defaults__, call.__closure__
     )
-    return type(original.__name__, (original,), {"__call__": copied, "function_name": wanted})
+    return subclass(original, __call__=copied, function_name=wanted)

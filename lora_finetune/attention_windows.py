@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from lora_finetune.command_line import UserError
-from lora_finetune.module_classes import arguments, become, parameters_of
+from lora_finetune.module_classes import arguments, parameters_of, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,7 +56,7 @@ def put_windows(
     window = window_of(theirs)
     layers = [layer for layer, keys in zip(model.layers, wanted, strict=True) if keys == SLIDING]
     attentions = [attention for layer in layers for attention in attention_modules(layer)]
-    become(attentions, lambda original: windowed(original, window))
+    replace(attentions, partial(windowed, window))
 
 
 def window_of(theirs: PretrainedConfig) -> int | None:
@@ -95,22 +95,18 @@ def keys_seen(model: nn.Module) -> list[int | None]:
             seen[layer_now] = keys_in(mask, keys.shape[2])
         return attend(queries, keys, values, scale=scale, mask=mask, **options)
 
-    def noting(number: int, original: type) -> type:
-        class Noting(original):
-            def __call__(self, *args, **options):
-                nonlocal layer_now
-                layer_now = number
-                given = arguments(original, args, options)
-                seen[number] = keys_in(given.get("mask"), PROBE_LENGTH)
-                try:
-                    return super().__call__(*args, **options)
-                finally:
-                    layer_now = None
-
-        return Noting
+    def noting(number: int, original: Callable, module: nn.Module, *args, **options):
+        nonlocal layer_now
+        layer_now = number
+        given = arguments(type(module), args, options)
+        seen[number] = keys_in(given.get("mask"), PROBE_LENGTH)
+        try:
+            return original(module, *args, **options)
+        finally:
+            layer_now = None
 
     for number, layer in enumerate(model.layers):
-        become(attention_modules(layer), partial(noting, number))
+        replace(attention_modules(layer), partial(noting, number))
     mx.fast.scaled_dot_product_attention = note
     try:
         model(mx.zeros((1, PROBE_LENGTH), mx.int32))
@@ -135,16 +131,11 @@ def attention_modules(layer: nn.Module) -> list[nn.Module]:
     ]
 
 
-def windowed(original: type, window: int) -> type:
-    """A kind of attention with a window; texts that fit into it are given the mask they had."""
-
-    class Windowed(original):
-        def __call__(self, *args, **options):
-            given = arguments(original, args, options)
-            x, cache = next(iter(given.values())), given.get("cache")
-            length = x.shape[1] + getattr(cache, "offset", 0)
-            if not isinstance(length, int) or length > window:
-                given["mask"] = base.create_attention_mask(x, cache, window, return_array=True)
-            return super().__call__(**given)
-
-    return Windowed
+def windowed(window: int, original: Callable, attention: nn.Module, *args, **options):
+    """A call of an attention with a window; texts that fit into it are given the mask they had."""
+    given = arguments(type(attention), args, options)
+    x, cache = next(iter(given.values())), given.get("cache")
+    length = x.shape[1] + getattr(cache, "offset", 0)
+    if not isinstance(length, int) or length > window:
+        given["mask"] = base.create_attention_mask(x, cache, window, return_array=True)
+    return original(attention, **given)
