@@ -329,7 +329,7 @@ def by_parts(model: nn.Module, adapter: Adapter) -> Adapter:
 
 
 def own_part(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A and B without the directions that B makes nothing of, unless it is nothing of all."""
+    """A and B without the ranks whose row of B is zero; all of them where B is zero throughout."""
     used = b.any(axis=1) if b.any() else slice(None)
     return np.ascontiguousarray(a[:, used]), np.ascontiguousarray(b[used])
 

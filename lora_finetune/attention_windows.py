@@ -31,14 +31,15 @@ def put_windows(
     """Give layers the windows that transformers' have and mlx-lm's have not.
 
     mlx-lm 0.32.2 computes none in gemma2 (gemma2.py:176), qwen2, qwen3, phi3, starcoder2, dots1 and
-    others. Which layers have one is looked up in what a model of this kind does, one with a window
-    of four tokens, which is built for it and of which nothing but masks is computed.
+    others. Which layers of mlx-lm's have one is measured: a model of the same configuration with
+    windows of four tokens is built and called, lazily, so that only its masks are computed.
 
     Args:
         build: makes a model of a configuration in mlx-lm's words, as `config` is.
 
     Raises:
-        UserError: mlx-lm has windows, but in other layers, which differ in more than that.
+        UserError: mlx-lm has windows, but in other layers; such layers differ in more than the
+            mask.
     """
     wanted = keys_seen_in_pytorch(theirs, len(model.layers))
     if set(wanted) <= {None, WHOLE}:
@@ -66,9 +67,9 @@ def window_of(theirs: PretrainedConfig) -> int | None:
 
 
 def keys_seen_in_pytorch(theirs: PretrainedConfig, num_layers: int) -> list[int | None]:
-    """Of how many keys the last token of the probe's text sees in each of transformers' layers.
+    """How many keys the probe's last token sees in each of transformers' layers.
 
-    None where there is no attention of this kind. Without `layer_types`, all layers are alike.
+    None for layers of another kind, such as linear attention. Without `layer_types` all are alike.
     """
     kinds = getattr(theirs, "layer_types", None) or ["sliding" if window_of(theirs) else "full"]
     seen = {"full": WHOLE, "attention": WHOLE, "sliding": SLIDING, "chunked": CHUNKED}
@@ -85,7 +86,7 @@ def with_small_windows(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def keys_seen(model: nn.Module) -> list[int | None]:
-    """Of how many keys the last token of the probe's text sees in each layer, None if none say."""
+    """How many keys the probe's last token sees in each layer of mlx-lm; None without attention."""
     seen: dict[int, int] = {}
     layer_now = None
     attend = mx.fast.scaled_dot_product_attention
@@ -116,7 +117,7 @@ def keys_seen(model: nn.Module) -> list[int | None]:
 
 
 def keys_in(mask: str | mx.array | None, keys: int) -> int:
-    """Of how many of so many keys a mask lets the last query see."""
+    """How many of the keys a mask lets the last query see."""
     if not isinstance(mask, mx.array):
         return keys
     last = np.array(mask[..., -1, :].astype(mx.float32)).reshape(-1, mask.shape[-1])[0]

@@ -1,4 +1,4 @@
-"""Out into the world: an adapter in the forms of other tools, or merged into a whole model."""
+"""Export: an adapter in the forms of other tools, or merged into a whole model."""
 
 from __future__ import annotations
 

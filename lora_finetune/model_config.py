@@ -1,4 +1,4 @@
-"""A config.json in the words of transformers 5, put into those of mlx-lm.
+"""A config.json of transformers 5, translated into the settings that mlx-lm reads.
 
 transformers 5 saves rotary settings as `rope_parameters`, the kinds of layers as `layer_types` and
 `mlp_layer_types`, and many settings under other names than before. mlx-lm 0.32 mostly reads the
@@ -23,12 +23,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 Settings = dict[str, Any]
 
-# What mlx-lm calls a model type of transformers, where it is not the same, nor without its `_text`.
+# mlx-lm's names for model types of transformers, where they differ by more than a final `_text`.
 # Ministral is a Llama with windows, as mlx-lm's llama is.
 MODEL_TYPES = {"youtu": "youtu_llm", "lfm2_vl": "lfm2-vl", "ministral": "llama"}
 ARCHITECTURES = {"bailing_hybrid": "BailingMoeV3ForCausalLM"}
 
-# What transformers has in its code, and so does not save, while mlx-lm wants to be told.
+# Settings that mlx-lm requires and transformers does not save: constants in its code.
 CONSTANTS = {
     "mlp_bias": False, "post_norm": False, "qk_norm": True,
     "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False,
@@ -39,10 +39,10 @@ CONSTANTS = {
     "rope_theta": 10000.0,
 }  # fmt: skip
 
-# What mlx-lm takes to be there where nothing is said of it, while such a model has none of it.
+# Settings whose default in mlx-lm adds a part to models that do not name it, since they lack it.
 NOT_THERE = {"hidden_size_per_layer_input": 0}
 
-# Other names of the same, where transformers' own configuration has no such alias.
+# mlx-lm's name: transformers' name of the same setting, where its configuration has no alias.
 SAME = {
     "rotary_emb_base": "rope_theta",
     "rotary_pct": "partial_rotary_factor",
@@ -205,7 +205,12 @@ def is_required(field: dataclasses.Field) -> bool:
 def translated(
     settings: Settings, classes: list[type], theirs: PretrainedConfig | None
 ) -> Settings:
-    """Text settings with what mlx-lm wants to be told."""
+    """Text settings with those that mlx-lm reads and transformers does not save under their names.
+
+    Args:
+        classes: mlx-lm's dataclasses that may read them.
+        theirs: the settings as transformers has them, None where it has none.
+    """
     fields = named_fields(classes)
     settings = settings | rotary(settings)
     settings |= sizes(settings, fields) | kinds_of_layers(settings, fields)
@@ -227,8 +232,8 @@ def translated(
 def rotary(settings: Settings) -> Settings:
     """`rope_parameters` as `rope_theta`, `partial_rotary_factor` and `rope_scaling`.
 
-    They may be by kind of layer. Then those are of the layers with full attention, and the others'
-    theta is `rope_local_base_freq`.
+    Where `rope_parameters` differ by kind of layer, those of full attention are taken, and the
+    theta of the others becomes `rope_local_base_freq`.
     """
     parameters = settings.get("rope_parameters")
     if not isinstance(parameters, dict) or not parameters:
@@ -301,7 +306,7 @@ def kinds_of_layers(settings: Settings, fields: dict[str, dataclasses.Field]) ->
     return found
 
 
-# Every so many layers one has full attention: the last of them.
+# Settings that say every how many layers one has full attention, the last of each group.
 PERIODS = ("full_attention_interval", "sliding_window_pattern")
 
 

@@ -1,7 +1,7 @@
-"""Models of mlx-lm that compute something else than transformers' of the same folder, put right.
+"""Corrections of mlx-lm's models that compute something else than transformers' for a folder.
 
-The lines named are those of mlx-lm 0.32.2, in mlx_lm/models; what is right is what transformers
-5.24.0 computes. Models that are right already are left as they are.
+The lines named are those of mlx-lm 0.32.2, in mlx_lm/models; the reference is transformers 5.24.0.
+Models that agree with it are left as they are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def corrected(
     config: dict[str, Any],
     theirs: PretrainedConfig | None,
 ) -> Callable[[Any], nn.Module]:
-    """What makes a model of its arguments, for mlx-lm's `load_model`; it is put right when made.
+    """A function that builds a corrected model from its arguments, for mlx-lm's `load_model`.
 
     Args:
         config: in mlx-lm's words.
@@ -85,9 +85,9 @@ def check_is_same(model_class: type, config: dict[str, Any], args: Any) -> None:
         )
 
 
-# By the name of mlx-lm's module, what its model can be told to have and computes otherwise: keys of
-# all heads behind the queries of all (gpt_bigcode.py:65), scores that always add up to 1
-# (dbrx.py:145), and multipliers in the weights, but not in the biases (falcon_h1.py:460).
+# By the name of mlx-lm's module, settings with which it computes something else than PyTorch: it
+# expects the keys of all heads behind all queries (gpt_bigcode.py:65), always normalizes the
+# experts' scores to 1 (dbrx.py:145), and multiplies weights, but not biases (falcon_h1.py:460).
 REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "dbrx": (
         "moe_normalize_expert_weights other than 1",
@@ -99,9 +99,9 @@ REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def normalizes_one(model_class: type, args: Any) -> bool:
-    """Whether the score of a single expert is to be made 1: such routers do so from two on.
+    """Whether the score of a single expert is to be normalized to 1, which mlx-lm does not do.
 
-    deepseek_v3.py:222 for one; it is the same in all that have a `group_expert_select`.
+    Its routers with a `group_expert_select` (deepseek_v3.py:222) normalize from two experts on.
     """
     modules = [sys.modules[kind.__module__] for kind in model_class.__mro__]
     if not any(hasattr(module, "group_expert_select") for module in modules):
@@ -113,7 +113,10 @@ FALCON_BIASES = ("attention_bias", "mlp_bias", "mamba_proj_bias", "projectors_bi
 
 
 def with_a_full_layer(family: str, args: Any) -> Any:
-    """llama.py:179 looks for a layer without a window; where none is, all are made so at first."""
+    """llama.py:179 needs a layer without a window; where there is none, all are built without.
+
+    put_windows gives them their windows afterwards.
+    """
     if family == "llama" and "full_attention" not in args.layer_types:
         args.layer_types = ["full_attention"] * args.num_hidden_layers
     return args
@@ -200,7 +203,7 @@ def correct_granite_hybrid(model: nn.Module, _: PretrainedConfig | None) -> None
 
 
 def rotate_with_windows(model: nn.Module, _: PretrainedConfig | None) -> None:
-    """EXAONE MoE: where there is a window, layers without one are not rotated, though all be such.
+    """EXAONE MoE: with `sliding_window` set, layers of full attention are never rotated.
 
     exaone_moe.py:192 rotates all where no layer has the window.
     """
@@ -216,7 +219,7 @@ def route_to_two(model: nn.Module, _: PretrainedConfig | None) -> None:
 
 
 def norm_by_groups(model: nn.Module, name: str, groups: int) -> None:
-    """Let the gated norms of that name work on each of some groups of channels on its own."""
+    """Make the gated norms of that class norm each group of channels on its own."""
 
     def by_groups(_: Callable, norm: nn.Module, hidden_states: mx.array, gate=None) -> mx.array:
         gates_first = not getattr(norm, "norm_before_gate", False)
@@ -266,7 +269,7 @@ def route_with_bias(model: nn.Module, _: PretrainedConfig | None) -> None:
 
 
 def best_scores(scores: mx.array, by: mx.array, number: int) -> tuple[mx.array, mx.array]:
-    """The scores of the experts with the most of another number, and which they are."""
+    """The scores of the experts that rank highest by another number, and their indices."""
     chosen = mx.argpartition(-by, kth=number - 1, axis=-1)[..., :number]
     chosen = mx.stop_gradient(chosen)
     return mx.take_along_axis(scores, chosen, axis=-1), chosen

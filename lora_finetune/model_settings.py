@@ -18,9 +18,9 @@ import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from transformers import PretrainedConfig
 
-# What does not change what a model computes, or shows in the shapes and names of its weights, so
-# that a model without it cannot be loaded; or is looked at elsewhere: rotary embeddings, and which
-# layers have a window (attention_windows.py).
+# Settings that do not change what a model computes; or that determine the shapes and names of its
+# weights, so that loading fails where they are not read; or that are corrected elsewhere: rotary
+# embeddings (rope_correction.py), and windows (attention_windows.py).
 WITHOUT_EFFECT = re.compile(
     # in training and of the form of outputs
     r".*dropout.*|.*_drop|.*pdrop|initializer.*|init_.*|.*_init_std|.*_init_variance.*|rescale_.*|"
@@ -43,7 +43,7 @@ READ_BY_PYTORCH = re.compile(r"\bconfig\.(\w+)|getattr\(\s*(?:self\.)?config,\s*
 
 @contextmanager
 def reads_recorded(names: set[str]) -> Iterator[None]:
-    """While it lasts, the names of the settings that mlx-lm's models read are put into a set."""
+    """While it lasts, the names of the settings that mlx-lm's models read are added to `names`."""
 
     def get(args: BaseModelArgs, name: str) -> Any:
         names.add(name)
@@ -66,9 +66,10 @@ def warn_of_unread(model: nn.Module, theirs: PretrainedConfig | None, read: set[
 
 
 def unread_so_far(config: dict[str, Any], read: set[str]) -> str:
-    """What to say where loading has failed, perhaps because of a setting that mlx-lm does not know.
+    """What to add to the error where loading failed, perhaps for a setting mlx-lm does not know.
 
-    What a model reads only when it is called is not in `read` yet, so its program is looked at.
+    Settings that a model reads only when called are not in `read` yet, so the words of mlx-lm's
+    source count as read too.
     """
     theirs = program = None
     with suppress(Exception):  # whatever transformers' checks have against it
@@ -89,8 +90,8 @@ def described(unread: dict[str, Any]) -> str:
 def unread_settings(theirs: PretrainedConfig, read: set[str]) -> dict[str, Any]:
     """The settings that PyTorch's model reads, mlx-lm's does not, and that are no defaults.
 
-    A default counts as known: mlx-lm's models were made for it. What other settings are by default
-    can depend on the sizes of the model.
+    A setting at transformers' default counts as known, since mlx-lm's models were written for it.
+    Defaults can depend on other settings, so they are those of a configuration with the known ones.
 
     Args:
         theirs: the settings of the text model as transformers has them.
@@ -118,12 +119,12 @@ def unread_settings(theirs: PretrainedConfig, read: set[str]) -> dict[str, Any]:
 
 
 def with_aliases(names: set[str], pairs: list[tuple[str, str]]) -> set[str]:
-    """Names and others of the same."""
+    """Names, and their aliases by `pairs`."""
     return names.union(*({a, b} for a, b in pairs if a in names or b in names))
 
 
 def names_in_pytorch(theirs: PretrainedConfig) -> set[str]:
-    """The settings that transformers' model reads, by the text of its program, which is not run."""
+    """The settings that transformers' model reads, found in its source text, which is not run."""
     file = Path(inspect.getfile(type(theirs)))
     program = file.with_name(file.name.replace("configuration_", "modeling_"))
     if not program.exists():  # such models, exaone for one, are Llama's

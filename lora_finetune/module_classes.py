@@ -63,12 +63,12 @@ def modules_named(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def parameters_of(kind: type) -> list[str]:
-    """The names of what a module of a class is called with."""
+    """The names of the parameters of a class's `__call__`, without self."""
     return list(inspect.signature(kind.__call__).parameters)[1:]
 
 
 def arguments(kind: type, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
-    """What a module of a class is called with, by name."""
+    """The arguments of a call of a module of a class, by name."""
     return dict(zip(parameters_of(kind), args, strict=False)) | options
 
 
@@ -78,10 +78,11 @@ WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
 
 
 def take_biases(model: nn.Module, theirs: PretrainedConfig | None) -> None:
-    """Let linear layers and norms have a bias where the folder has one for them.
+    """Give linear layers and norms a bias where the folder has one, when weights are loaded.
 
-    Which ones have is a setting in transformers that mlx-lm's models often do not know. One that
-    the folder lacks is left out where some such setting is False, and else missing.
+    Which layers have one is a setting in transformers that mlx-lm's models often do not know. A
+    bias of mlx-lm's model that the folder lacks is removed where some setting `…bias` is False;
+    otherwise loading reports it as missing.
     """
     settings = theirs.to_dict() if theirs else {}
     may_lack = any(n.endswith("bias") and value is False for n, value in settings.items())
