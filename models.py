@@ -73,10 +73,8 @@ logging.set_verbosity_error()  # its warnings are for programmers
 def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model and its tokenizer from a folder or a Hugging Face repository.
 
-    No code that comes with a model is run: no remote code, no pickle. On the CPU the weights become
-    float32, quantized ones too: MLX's CPU products of other types are 40 and more times slower.
-    On CUDA quantized ones are dequantized where that leaves half of the memory free, since training
-    takes three times as long with them. Elsewhere they stay as they are.
+    No code that comes with a model is run: no remote code, no pickle. The weights get the types
+    that the device is fast with.
 
     Args:
         path_or_repo: a folder with `config.json`, `model*.safetensors` and a tokenizer, or a
@@ -94,14 +92,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             model, config, theirs = built(folder, with_weights)
             find_limits(model)  # what is wrong with some settings shows only in a call
         warn_of_unread(model, theirs, read)
-        if mx.default_device() == mx.cpu:
-            model = dequantize_model(model)
-            model.set_dtype(mx.float32)
-        elif mx.cuda.is_available() and 0 < dequantized_bytes(model) <= memory.available() // 2:
-            size = dequantized_bytes(model) / 1e9
-            hint(f"the weights are dequantized to {size:.1f} GB, with which CUDA is faster")
-            model = dequantize_model(model)
-        mx.eval(model.parameters())
+        model = in_fast_types(model)
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
@@ -126,16 +117,36 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     return model, tokenizer
 
 
+def in_fast_types(model: nn.Module) -> nn.Module:
+    """A model with weights of the types that the device is fast with, evaluated.
+
+    On the CPU they become float32, quantized ones too: MLX's CPU products of other types are 40 and
+    more times slower. On CUDA quantized ones are dequantized where that leaves half of the memory
+    free, since training takes three times as long with them. Elsewhere they stay as they are.
+    """
+    if mx.default_device() == mx.cpu:
+        model = dequantize_model(model)
+        model.set_dtype(mx.float32)
+    elif mx.cuda.is_available() and 0 < dequantized_bytes(model) <= memory.available() // 2:
+        size = dequantized_bytes(model) / 1e9
+        hint(f"the weights are dequantized to {size:.1f} GB for speed on CUDA")
+        model = dequantize_model(model)
+    mx.eval(model.parameters())
+    return model
+
+
 def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A model as it is in its folder, not evaluated yet, and its configuration there."""
     return built(folder, with_weights)[:2]
 
 
 def with_weights(words: dict[str, Any], classes: Callable) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in the working directory by a configuration, which is returned as it was used."""
     return load_model(Path(), lazy=True, model_config=words, get_model_classes=classes)
 
 
 def without_weights(words: dict[str, Any], classes: Callable) -> tuple[nn.Module, dict[str, Any]]:
+    """A model by a configuration alone, not quantized."""
     model_class, arguments = classes(words)
     return model_class(arguments.from_dict(words)), {}
 
@@ -143,13 +154,14 @@ def without_weights(words: dict[str, Any], classes: Callable) -> tuple[nn.Module
 def built(
     folder: Path, build: Callable[..., tuple[nn.Module, dict[str, Any]]]
 ) -> tuple[nn.Module, dict[str, Any], PretrainedConfig | None]:
-    """A model of mlx-lm that computes what PyTorch's does, its configuration, and transformers'.
-
-    Configuration and weights may be as transformers 5 saves them; mlx-lm is given its own words and
-    layouts.
+    """A model of mlx-lm for a folder, which may be as transformers 5 saves it.
 
     Args:
         build: `with_weights` or `without_weights`.
+
+    Returns:
+        The model, which computes what PyTorch's does; the configuration in the folder; and the
+        settings of the text model as transformers has them, None where it has none.
     """
     # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit. What
     # its modules print is not always so: phi3 says that it leaves out a scaling that is put right.
