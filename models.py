@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -31,12 +32,7 @@ from lora_finetune.model_folder import (
     read_object,
     shortened,
 )
-from lora_finetune.model_settings import (
-    pytorch_settings,
-    reads_recorded,
-    unread_so_far,
-    warn_of_unread,
-)
+from lora_finetune.model_settings import reads_recorded, unread_so_far, warn_of_unread
 from lora_finetune.model_weights import (
     check_head,
     has_own_head,
@@ -44,6 +40,7 @@ from lora_finetune.model_weights import (
     read_weights,
     with_tied_head,
 )
+from lora_finetune.module_classes import intercepted
 from lora_finetune.tokenizer import load as load_tokenizer
 
 import mlx.core as mx
@@ -76,10 +73,8 @@ logging.set_verbosity_error()  # its warnings are for programmers
 def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model and its tokenizer from a folder or a Hugging Face repository.
 
-    No code that comes with a model is run: no remote code, no pickle. On the CPU the weights become
-    float32, quantized ones too: MLX's CPU products of other types are 40 and more times slower.
-    On CUDA quantized ones are dequantized where that leaves half of the memory free, since training
-    takes three times as long with them. Elsewhere they stay as they are.
+    No code that comes with a model is run: no remote code, no pickle. The weights get the types
+    that the device is fast with.
 
     Args:
         path_or_repo: a folder with `config.json`, `model*.safetensors` and a tokenizer, or a
@@ -94,17 +89,10 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     read: set[str] = set()
     try:
         with reads_recorded(read):
-            model, config = load_as_stored(folder)
+            model, config, theirs = built(folder, with_weights)
             find_limits(model)  # what is wrong with some settings shows only in a call
-        warn_of_unread(model, config, read)
-        if mx.default_device() == mx.cpu:
-            model = dequantize_model(model)
-            model.set_dtype(mx.float32)
-        elif mx.cuda.is_available() and 0 < dequantized_bytes(model) <= memory.available() // 2:
-            size = dequantized_bytes(model) / 1e9
-            hint(f"the weights are dequantized to {size:.1f} GB, with which CUDA is faster")
-            model = dequantize_model(model)
-        mx.eval(model.parameters())
+        warn_of_unread(model, theirs, read)
+        model = in_fast_types(model)
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
@@ -129,28 +117,64 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     return model, tokenizer
 
 
-def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A model as it is in its folder, not evaluated yet, and its configuration there.
+def in_fast_types(model: nn.Module) -> nn.Module:
+    """A model with weights of the types that the device is fast with, evaluated.
 
-    Configuration and weights may be as transformers 5 saves them; mlx-lm is given its own words and
-    layouts.
+    On the CPU they become float32, quantized ones too: MLX's CPU products of other types are 40 and
+    more times slower. On CUDA quantized ones are dequantized where that leaves half of the memory
+    free, since training takes three times as long with them. Elsewhere they stay as they are.
     """
-    # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit.
-    with contextlib.chdir(folder):
+    if mx.default_device() == mx.cpu:
+        model = dequantize_model(model)
+        model.set_dtype(mx.float32)
+    elif mx.cuda.is_available() and 0 < dequantized_bytes(model) <= memory.available() // 2:
+        size = dequantized_bytes(model) / 1e9
+        hint(f"the weights are dequantized to {size:.1f} GB for speed on CUDA")
+        model = dequantize_model(model)
+    mx.eval(model.parameters())
+    return model
+
+
+def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as it is in its folder, not evaluated yet, and its configuration there."""
+    return built(folder, with_weights)[:2]
+
+
+def with_weights(words: dict[str, Any], classes: Callable) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in the working directory by a configuration, which is returned as it was used."""
+    return load_model(Path(), lazy=True, model_config=words, get_model_classes=classes)
+
+
+def without_weights(words: dict[str, Any], classes: Callable) -> tuple[nn.Module, dict[str, Any]]:
+    """A model by a configuration alone, not quantized."""
+    model_class, arguments = classes(words)
+    return model_class(arguments.from_dict(words)), {}
+
+
+def built(
+    folder: Path, build: Callable[..., tuple[nn.Module, dict[str, Any]]]
+) -> tuple[nn.Module, dict[str, Any], PretrainedConfig | None]:
+    """A model of mlx-lm for a folder, which may be as transformers 5 saves it.
+
+    Args:
+        build: `with_weights` or `without_weights`.
+
+    Returns:
+        The model, which computes what PyTorch's does; the configuration in the folder; and the
+        settings of the text model as transformers has them, None where it has none.
+    """
+    # From within the folder, since mlx-lm takes a path for a pattern: [8bit] for one of 8bit. What
+    # its modules print is not always so: phi3 says that it leaves out a scaling that is put right.
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         config = load_config(Path())
-        classes = partial(model_classes, theirs=pytorch_settings(config))
-        if own_head := not is_untied(config) and has_own_head(read_weights(Path())):
+        if not is_untied(config) and has_own_head(read_weights(Path())):
             config["tie_word_embeddings"] = False
-        model, used = rope_correction.load(
-            lambda words: load_model(
-                Path(), lazy=True, model_config=words, get_model_classes=classes
-            ),
-            in_mlx_words(config),
-            config,
-        )
-    check_head(model, own_head)
+        theirs = rope_correction.read_settings(config)
+        classes = partial(model_classes, theirs=theirs)
+        words = in_mlx_words(config, theirs)
+        model, used = rope_correction.load(partial(build, classes=classes), words, theirs)
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
-    return model, config | quantization
+    return model, config | quantization, theirs
 
 
 def model_classes(
@@ -169,6 +193,8 @@ def model_classes(
         __module__ = base.__module__  # which tells the family
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            if settings.get("tie_word_embeddings") is False:
+                check_head(self, weights)
             weights = in_mlx_layout(weights, self, settings)
             if hasattr(base, "sanitize"):
                 weights = super().sanitize(weights)
@@ -179,17 +205,7 @@ def model_classes(
 
 def as_loaded(folder: Path, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
     """The parameters of the model in a folder, by mlx-lm's names, from arrays such as it has."""
-
-    def build(words: dict[str, Any]) -> tuple[nn.Module, None]:
-        model_class, arguments = model_classes(words, theirs)
-        return model_class(arguments.from_dict(words)), None
-
-    with contextlib.chdir(folder):
-        config = load_config(Path())
-        theirs = pytorch_settings(config)
-        if not is_untied(config) and has_own_head(read_weights(Path())):
-            config["tie_word_embeddings"] = False
-    model, _ = rope_correction.load(build, in_mlx_words(config), config)
+    model, *_ = built(folder, without_weights)
     # Copies, since some are changed in place.
     return model.sanitize({name: array.astype(array.dtype) for name, array in arrays.items()})
 
@@ -244,21 +260,6 @@ def find_limits(model: nn.Module) -> Limits:
     by_id = [rows for rows, indices in lookups if (indices == unknown).all()]
     by_position = [rows - int(i[0]) for rows, i in lookups if (np.diff(i) == 1).all()]
     return Limits(min([logits.shape[-1], *by_id]), min(by_position, default=math.inf))
-
-
-@contextlib.contextmanager
-def intercepted(
-    module: nn.Module, reply: Callable[..., Any], method: str = "__call__"
-) -> Iterator[None]:
-    """While it lasts, `reply` answers in place of a module's method, with the same arguments."""
-    original = type(module)
-    replaced = {method: lambda _, *args, **options: reply(*args, **options)}
-    module.__class__ = replacing = type(original.__name__, (original,), replaced)
-    try:
-        yield
-    finally:
-        module.__class__ = original
-        delattr(replacing, method)  # Python frees a class late, and with it what reply refers to
 
 
 # --- LoRA ---------------------------------------------------------------------------------------

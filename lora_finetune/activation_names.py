@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import FunctionType, SimpleNamespace
 
-from lora_finetune.module_classes import become, parameters_of
+from lora_finetune.module_classes import parameters_of, subclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from transformers import PretrainedConfig
 
-# What the activation of the feed-forward layers is called in configurations, the first that is
-# given; some have an older name beside it that is not read.
+# Names of the activation's setting; the first that is given counts, since some configurations have
+# an older one beside it that is not read.
 SETTINGS = ("hidden_activation", "mlp_hidden_act", "hidden_act", "activation_function")
 
 # transformers' names, and those of mlx.nn for the same function.
@@ -30,12 +29,12 @@ CALLED = {name: name for name in FUNCTIONS.values()}
 CALLED |= {"swiglu": "silu", "relu_squared": "relu2"}
 MODULES = {"SwiGLU": "silu", "GeGLU": "gelu_approx", "ReLU2": "relu2"}
 
-# What is the last linear layer of a feed-forward layer.
+# Names of the last linear layer of a feed-forward layer.
 DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
 
 
 def put_activations(model: nn.Module, theirs: PretrainedConfig) -> None:
-    """Let feed-forward layers use the function that the configuration names, where it is known how.
+    """Make feed-forward layers use the activation that the configuration names, if it is known.
 
     mlx-lm 0.32.2 has one function in the code of most models, whatever `hidden_act` says, and in
     gemma.py:98, starcoder2.py:82 and gpt_bigcode.py:99 the exact GELU where transformers has the
@@ -49,7 +48,7 @@ def put_activations(model: nn.Module, theirs: PretrainedConfig) -> None:
             if "activation" in layer:
                 layer.activation = Activation(wanted)
             else:
-                become([layer], partial(with_function, wanted=wanted))
+                layer.__class__ = with_function(type(layer), wanted)
 
 
 def has_activations(model: nn.Module, theirs: PretrainedConfig) -> bool:
@@ -114,4 +113,4 @@ def with_function(original: type, wanted: str) -> type:
     copied = FunctionType(
         call.__code__, call.__globals__ | names, call.__name__, call.__defaults__, call.__closure__
     )
-    return type(original.__name__, (original,), {"__call__": copied, "function_name": wanted})
+    return subclass(original, __call__=copied, function_name=wanted)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
-import math
-import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import models
-from lora_finetune import model_folder
+from lora_finetune import adapter_configs, model_folder
 from lora_finetune.command_line import UserError, warn
 from lora_finetune.files import atomic_write
 from lora_finetune.transformers_names import paths_by_name
@@ -91,6 +88,32 @@ def rescaled(adapter: Adapter, old: float, new: float) -> Adapter:
     return {path: (a, b * np.float32(old / new)) for path, (a, b) in adapter.items()}
 
 
+def mlx_lm_config(model: nn.Module) -> dict[str, Any]:
+    """What mlx-lm needs to know of the adapter of a model, for files of scale 20.
+
+    It adapts the modules of certain names in so many layers from the last. `alpha` is for Ollama,
+    which knows no scale.
+    """
+    adapted, layers = models.lora_modules(model), models.layer_paths(model)
+    rank = max(module.pair()[0].shape[1] for module in adapted.values())
+    keys, num_layers = set(), 0
+    for path in adapted:
+        place = next((n for n, layer in enumerate(layers) if path.startswith(f"{layer}.")), None)
+        keys.add(path if place is None else path.removeprefix(f"{layers[place]}."))
+        num_layers = max(num_layers, 0 if place is None else len(layers) - place)
+    return {
+        "fine_tune_type": "lora",
+        "num_layers": num_layers,
+        "lora_parameters": {
+            "rank": rank,
+            "scale": models.SCALE,
+            "alpha": models.SCALE * rank,
+            "dropout": 0.0,
+            "keys": sorted(keys, key=natural_order),
+        },
+    }
+
+
 def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the arrays of an adapter, whole or not at all."""
     with atomic_write(file) as [stream]:
@@ -130,151 +153,14 @@ def read_adapter(file: Path) -> Adapter:
     arrays = read_arrays(file)
     if file.suffix != ".safetensors":
         return pair_arrays(file, arrays)
-    config = read_config(file)
+    config = adapter_configs.read_config(file)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error
-        if any(PEFT_NAME.fullmatch(name) for name in arrays):
-            arrays = from_peft(file, arrays, config)
+        if any(adapter_configs.PEFT_NAME.fullmatch(name) for name in arrays):
+            arrays = adapter_configs.from_peft(file, arrays, config)
         else:
-            scale = np.float32(mlx_lm_scale(file, config) / models.SCALE)
+            scale = np.float32(adapter_configs.mlx_lm_scale(file, config) / models.SCALE)
             arrays = {n: a * scale if n.endswith(".lora_b") else a for n, a in arrays.items()}
     return pair_arrays(file, arrays)
-
-
-# --- The configurations of other tools ----------------------------------------------------------
-
-CONFIG = "adapter_config.json"
-
-
-def read_config(file: Path) -> dict[str, Any] | None:
-    """The adapter_config.json beside an adapter, None where there is none."""
-    config = file.with_name(CONFIG)
-    if not config.is_file():
-        return None
-    try:
-        return dict(json.loads(config.read_bytes()))
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{config} is not a whole JSON object; copy it again") from None
-
-
-def mlx_lm_config(model: nn.Module) -> dict[str, Any]:
-    """What mlx-lm needs to know of the adapter of a model, for files of scale 20.
-
-    It adapts the modules of certain names in so many layers from the last. `alpha` is for Ollama,
-    which knows no scale.
-    """
-    adapted, layers = models.lora_modules(model), models.layer_paths(model)
-    rank = max(module.pair()[0].shape[1] for module in adapted.values())
-    keys, num_layers = set(), 0
-    for path in adapted:
-        place = next((n for n, layer in enumerate(layers) if path.startswith(f"{layer}.")), None)
-        keys.add(path if place is None else path.removeprefix(f"{layers[place]}."))
-        num_layers = max(num_layers, 0 if place is None else len(layers) - place)
-    return {
-        "fine_tune_type": "lora",
-        "num_layers": num_layers,
-        "lora_parameters": {
-            "rank": rank,
-            "scale": models.SCALE,
-            "alpha": models.SCALE * rank,
-            "dropout": 0.0,
-            "keys": sorted(keys, key=natural_order),
-        },
-    }
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write the configuration of the adapter in a folder."""
-    with atomic_write(folder / CONFIG) as [stream]:
-        stream.write(json.dumps(config, indent=2, ensure_ascii=False).encode())
-
-
-def mlx_lm_scale(file: Path, config: dict[str, Any] | None) -> float:
-    """The scale by the configuration of mlx_lm.lora; 20, with a warning, where there is none."""
-    if config is None:
-        warn(f"there is no {CONFIG} beside {file}, so its scale is taken to be {models.SCALE:g}")
-        return models.SCALE
-    kind = config.get("fine_tune_type", "lora")
-    if kind != "lora":
-        raise UserError(f"{file} is of mlx-lm's fine-tune type {kind!r}; only lora can be read")
-    try:
-        return float(config["lora_parameters"]["scale"])
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(
-            f"{file.with_name(CONFIG)} names no scale under lora_parameters, as mlx-lm's does"
-        ) from None
-
-
-# How PEFT names A and B, in some versions with the name of the adapter, "default".
-PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(\.default)?\.weight")
-
-# Settings of PEFT under which an adapter is more, or something else, than A and B.
-PEFT_OTHER = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save")
-PEFT_OTHER += ("layer_replication", "alora_invocation_tokens", "trainable_token_indices")
-PEFT_OTHER += ("kasa_config", "monteclora_config", "arrow_config")
-PEFT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def from_peft(
-    file: Path, arrays: dict[str, np.ndarray], config: dict[str, Any] | None
-) -> dict[str, np.ndarray]:
-    """The arrays of an adapter of PEFT, as mlx-lm names and shapes them, for scale 20.
-
-    Its A is (r, d_in) and its B (d_out, r); its scale is lora_alpha / r, with rsLoRA
-    lora_alpha / sqrt(r).
-
-    Raises:
-        UserError: it is something other than LoRA, or no configuration tells its scale.
-    """
-    if config is None:
-        raise UserError(f"there is no {CONFIG} beside {file}, which tells the scale of PEFT's LoRA")
-    where = file.with_name(CONFIG)
-    found = {}
-    try:
-        check_peft(where, config)
-        for name, array in arrays.items():
-            match = PEFT_NAME.fullmatch(name)
-            if not match or array.ndim != 2:
-                raise UserError(f"{file} holds {name}, which is not LoRA of a linear layer")
-            path, which = match[1], match[2].lower()
-            if which == "b":
-                scale = peft_scale(path, array.shape[1], config)
-                array = array * np.float32(scale / models.SCALE)
-            found[f"{path}.lora_{which}"] = array.T
-    except (TypeError, ValueError, AttributeError, ArithmeticError, re.error):
-        raise UserError(f"{where} is not as PEFT writes it; copy it again") from None
-    return found
-
-
-def check_peft(where: Path, config: dict[str, Any]) -> None:
-    """Raise UserError where a configuration of PEFT is of more, or of something else, than LoRA."""
-    if (kind := config.get("peft_type")) != "LORA":
-        raise UserError(f"{where} has peft_type {kind!r}; only LORA can be read")
-    for name in PEFT_OTHER:
-        if config.get(name):
-            raise UserError(f"{where} has {name}, which is more than plain LoRA; it cannot be read")
-    if config.get("bias") not in (None, "none"):
-        raise UserError(f"{where} has bias {config['bias']!r}; biases cannot be read")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(PEFT_CHANGES_BASE):
-        raise UserError(
-            f"{where} has init_lora_weights {start!r}, for which PEFT changed the base weights; "
-            "convert it to plain LoRA there (path_initial_model_for_weight_conversion)"
-        )
-    if alone := set(config.get("rank_pattern") or {}) - set(config.get("alpha_pattern") or {}):
-        raise UserError(f"{where} has a rank_pattern without its alpha_pattern: {min(alone)}")
-    for pattern in config.get("alpha_pattern") or {}:
-        if len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
-            raise UserError(f"{where} has the alpha_pattern {pattern!r}, too involved to be read")
-    if type(config.get("lora_alpha")) not in (int, float):
-        raise UserError(f"{where} has no lora_alpha, which tells the scale")
-
-
-def peft_scale(path: str, rank: int, config: dict[str, Any]) -> float:
-    """The scale of one layer, whose lora_alpha a pattern may set."""
-    patterns = config.get("alpha_pattern") or {}
-    fitting = (a for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
-    alpha = next(fitting, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 # --- The arrays ---------------------------------------------------------------------------------
@@ -443,7 +329,7 @@ def by_parts(model: nn.Module, adapter: Adapter) -> Adapter:
 
 
 def own_part(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A and B without the directions that B makes nothing of, unless it is nothing of all."""
+    """A and B without the ranks whose row of B is zero; all of them where B is zero throughout."""
     used = b.any(axis=1) if b.any() else slice(None)
     return np.ascontiguousarray(a[:, used]), np.ascontiguousarray(b[used])
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from lora_finetune.command_line import UserError
-from lora_finetune.module_classes import arguments, become, parameters_of
+from lora_finetune.module_classes import arguments, parameters_of, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,14 +31,15 @@ def put_windows(
     """Give layers the windows that transformers' have and mlx-lm's have not.
 
     mlx-lm 0.32.2 computes none in gemma2 (gemma2.py:176), qwen2, qwen3, phi3, starcoder2, dots1 and
-    others. Which layers have one is looked up in what a model of this kind does, one with a window
-    of four tokens, which is built for it and of which nothing but masks is computed.
+    others. Which layers of mlx-lm's have one is measured: a model of the same configuration with
+    windows of four tokens is built and called, lazily, so that only its masks are computed.
 
     Args:
         build: makes a model of a configuration in mlx-lm's words, as `config` is.
 
     Raises:
-        UserError: mlx-lm has windows, but in other layers, which differ in more than that.
+        UserError: mlx-lm has windows, but in other layers; such layers differ in more than the
+            mask.
     """
     wanted = keys_seen_in_pytorch(theirs, len(model.layers))
     if set(wanted) <= {None, WHOLE}:
@@ -49,14 +50,13 @@ def put_windows(
         return
     if set(found) - {None, WHOLE}:
         raise UserError(
-            "in this model's configuration (layer_types) other layers have a sliding window than "
-            "in mlx-lm's model of this kind, which would compute something else than PyTorch; "
-            "take another model"
+            "in PyTorch other layers of this model have a sliding window than in mlx-lm's model of "
+            "this kind, which would compute something else; take another model"
         )
     window = window_of(theirs)
     layers = [layer for layer, keys in zip(model.layers, wanted, strict=True) if keys == SLIDING]
     attentions = [attention for layer in layers for attention in attention_modules(layer)]
-    become(attentions, lambda original: windowed(original, window))
+    replace(attentions, partial(windowed, window))
 
 
 def window_of(theirs: PretrainedConfig) -> int | None:
@@ -66,9 +66,9 @@ def window_of(theirs: PretrainedConfig) -> int | None:
 
 
 def keys_seen_in_pytorch(theirs: PretrainedConfig, num_layers: int) -> list[int | None]:
-    """Of how many keys the last token of the probe's text sees in each of transformers' layers.
+    """How many keys the probe's last token sees in each of transformers' layers.
 
-    None where there is no attention of this kind. Without `layer_types`, all layers are alike.
+    None for layers of another kind, such as linear attention. Without `layer_types` all are alike.
     """
     kinds = getattr(theirs, "layer_types", None) or ["sliding" if window_of(theirs) else "full"]
     seen = {"full": WHOLE, "attention": WHOLE, "sliding": SLIDING, "chunked": CHUNKED}
@@ -85,7 +85,7 @@ def with_small_windows(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def keys_seen(model: nn.Module) -> list[int | None]:
-    """Of how many keys the last token of the probe's text sees in each layer, None if none say."""
+    """How many keys the probe's last token sees in each layer of mlx-lm; None without attention."""
     seen: dict[int, int] = {}
     layer_now = None
     attend = mx.fast.scaled_dot_product_attention
@@ -95,22 +95,18 @@ def keys_seen(model: nn.Module) -> list[int | None]:
             seen[layer_now] = keys_in(mask, keys.shape[2])
         return attend(queries, keys, values, scale=scale, mask=mask, **options)
 
-    def noting(number: int, original: type) -> type:
-        class Noting(original):
-            def __call__(self, *args, **options):
-                nonlocal layer_now
-                layer_now = number
-                given = arguments(original, args, options)
-                seen[number] = keys_in(given.get("mask"), PROBE_LENGTH)
-                try:
-                    return super().__call__(*args, **options)
-                finally:
-                    layer_now = None
-
-        return Noting
+    def noting(number: int, original: Callable, module: nn.Module, *args, **options):
+        nonlocal layer_now
+        layer_now = number
+        given = arguments(type(module), args, options)
+        seen[number] = keys_in(given.get("mask"), PROBE_LENGTH)
+        try:
+            return original(module, *args, **options)
+        finally:
+            layer_now = None
 
     for number, layer in enumerate(model.layers):
-        become(attention_modules(layer), partial(noting, number))
+        replace(attention_modules(layer), partial(noting, number))
     mx.fast.scaled_dot_product_attention = note
     try:
         model(mx.zeros((1, PROBE_LENGTH), mx.int32))
@@ -120,7 +116,7 @@ def keys_seen(model: nn.Module) -> list[int | None]:
 
 
 def keys_in(mask: str | mx.array | None, keys: int) -> int:
-    """Of how many of so many keys a mask lets the last query see."""
+    """How many of the keys a mask lets the last query see."""
     if not isinstance(mask, mx.array):
         return keys
     last = np.array(mask[..., -1, :].astype(mx.float32)).reshape(-1, mask.shape[-1])[0]
@@ -135,16 +131,11 @@ def attention_modules(layer: nn.Module) -> list[nn.Module]:
     ]
 
 
-def windowed(original: type, window: int) -> type:
-    """A kind of attention with a window; texts that fit into it are given the mask they had."""
-
-    class Windowed(original):
-        def __call__(self, *args, **options):
-            given = arguments(original, args, options)
-            x, cache = next(iter(given.values())), given.get("cache")
-            length = x.shape[1] + getattr(cache, "offset", 0)
-            if not isinstance(length, int) or length > window:
-                given["mask"] = base.create_attention_mask(x, cache, window, return_array=True)
-            return super().__call__(**given)
-
-    return Windowed
+def windowed(window: int, original: Callable, attention: nn.Module, *args, **options):
+    """A call of an attention with a window; texts that fit into it are given the mask they had."""
+    given = arguments(type(attention), args, options)
+    x, cache = next(iter(given.values())), given.get("cache")
+    length = x.shape[1] + getattr(cache, "offset", 0)
+    if not isinstance(length, int) or length > window:
+        given["mask"] = base.create_attention_mask(x, cache, window, return_array=True)
+    return original(attention, **given)

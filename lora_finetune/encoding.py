@@ -14,7 +14,7 @@ from lora_finetune.command_line import warn
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
 
 
 def encode(
@@ -27,7 +27,7 @@ def encode(
     in parallel.
     """
     if is_plain(tokenizer):
-        ids = encode_plainly(tokenizer, texts, templated)
+        ids = encode_plainly(tokenizer.backend_tokenizer, texts, templated)
     else:
         ids = [tokenizer.encode(text, add_special_tokens=not templated) for text in texts]
     if not templated:
@@ -39,11 +39,8 @@ def encode(
     return ids
 
 
-def encode_plainly(
-    tokenizer: TokenizerWrapper, texts: list[str], templated: bool
-) -> list[list[int]]:
+def encode_plainly(backend: Tokenizer, texts: list[str], templated: bool) -> list[list[int]]:
     """The tokens of texts as `tokenizers` has them, with the special ones around them."""
-    backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     encodings = backend.encode_batch_fast(texts, add_special_tokens=not templated)
@@ -69,7 +66,11 @@ def warn_of_other_tokens(tokenizer: TokenizerWrapper, texts: list[str], template
     if as_built is None:
         return
     texts = [text[:COMPARED] for text in texts]
-    if as_built(texts, not templated) != encode_plainly(tokenizer, texts, templated):
+    if hasattr(as_built, "encode_batch_fast"):
+        theirs = encode_plainly(as_built, texts, templated)
+    else:
+        theirs = [as_built.encode(text, add_special_tokens=not templated) for text in texts]
+    if theirs != encode_plainly(tokenizer.backend_tokenizer, texts, templated):
         forget_what_was_built(tokenizer)
         warn(
             f"{Path(tokenizer.name_or_path) / 'tokenizer.json'} makes other tokens of these texts "

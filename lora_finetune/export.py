@@ -1,4 +1,4 @@
-"""Out into the world: an adapter in the forms of other tools, or merged into a whole model."""
+"""Export: an adapter in the forms of other tools, or merged into a whole model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import models
-from lora_finetune import adapters, base_arrays, merging, transformers_names
+from lora_finetune import adapter_configs, adapters, base_arrays, merging, transformers_names
 from lora_finetune.command_line import UserError, abbreviated, hint, raising_signals
 from lora_finetune.model_folder import read_object
 from lora_finetune.model_weights import read_weights
@@ -218,7 +218,7 @@ def write_mlx_lm(folder: Path, adapter: adapters.Adapter, config: dict) -> None:
     arrays = adapters.named(adapters.widened(adapter))
     content = adapters.safetensors_content(arrays)
     (folder / "adapters.safetensors").write_bytes(content)
-    adapters.write_config(folder, config)
+    adapter_configs.write_config(folder, config)
 
 
 def write_peft(folder: Path, adapter: adapters.Adapter, base: str) -> None:
@@ -256,4 +256,4 @@ def write_peft(folder: Path, adapter: adapters.Adapter, base: str) -> None:
     }
     content = adapters.safetensors_content(arrays, "pt")
     (folder / "adapter_model.safetensors").write_bytes(content)
-    adapters.write_config(folder, config)
+    adapter_configs.write_config(folder, config)

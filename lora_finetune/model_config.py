@@ -1,4 +1,4 @@
-"""A config.json in the words of transformers 5, put into those of mlx-lm.
+"""A config.json of transformers 5, translated into the settings that mlx-lm reads.
 
 transformers 5 saves rotary settings as `rope_parameters`, the kinds of layers as `layer_types` and
 `mlp_layer_types`, and many settings under other names than before. mlx-lm 0.32 mostly reads the
@@ -10,7 +10,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import inspect
+import json
+import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,16 +22,16 @@ from lora_finetune.command_line import UserError
 
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 Settings = dict[str, Any]
 
-# What mlx-lm calls a model type of transformers, where it is not the same, nor without its `_text`.
+# mlx-lm's names for model types of transformers, where they differ by more than a final `_text`.
 # Ministral is a Llama with windows, as mlx-lm's llama is.
 MODEL_TYPES = {"youtu": "youtu_llm", "lfm2_vl": "lfm2-vl", "ministral": "llama"}
 ARCHITECTURES = {"bailing_hybrid": "BailingMoeV3ForCausalLM"}
 
-# What transformers has in its code, and so does not save, while mlx-lm wants to be told.
+# Settings that mlx-lm requires and transformers does not save: constants in its code.
 CONSTANTS = {
     "mlp_bias": False, "post_norm": False, "qk_norm": True,
     "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False,
@@ -38,10 +42,10 @@ CONSTANTS = {
     "rope_theta": 10000.0,
 }  # fmt: skip
 
-# What mlx-lm takes to be there where nothing is said of it, while such a model has none of it.
+# Settings whose default in mlx-lm adds a part to models that do not name it, since they lack it.
 NOT_THERE = {"hidden_size_per_layer_input": 0}
 
-# Other names of the same, where transformers' own configuration has no such alias.
+# mlx-lm's name: transformers' name of the same setting, where its configuration has no alias.
 SAME = {
     "rotary_emb_base": "rope_theta",
     "rotary_pct": "partial_rotary_factor",
@@ -60,30 +64,75 @@ SAME = {
     "max_position_embeddings": "model_max_length",
 }
 
-# Modules of mlx-lm that read `rope_scaling` without a look at whether there is any.
-READ_UNSEEN = ("deepseek_v2", "minicpm3")
+
+def pytorch_settings(config: Settings) -> PretrainedConfig | None:
+    """The settings of the text model as transformers has them; None for a type it does not know.
+
+    It knows the default of every kind of model, and older names of the same. Only its own classes
+    read the configuration: no code comes from the model.
+
+    Args:
+        config: of config.json, in its own words.
+
+    Raises:
+        Exception: of any kind, whatever its checks have against the configuration.
+    """
+    if is_minimax_m2(config):
+        config = config | {"model_type": "minimax_m2"}
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return None
+    # "su" is what longrope was called at first; transformers looks for its length too early.
+    text = json.dumps(config).replace('"su"', '"longrope"')
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are for programmers
+        whole = AutoConfig.for_model(**json.loads(text))
+    theirs = whole.get_text_config(decoder=True)
+    if isinstance(theirs, dict):  # Pixtral's
+        return pytorch_settings(theirs)
+    said = (config.get("text_config") or config).get("hidden_size")
+    if said not in (None, getattr(theirs, "hidden_size", said)):
+        return None  # text settings that stand where transformers does not look for them
+    if hasattr(whole, "tie_word_embeddings"):  # transformers ties by the outer one
+        theirs.tie_word_embeddings = whole.tie_word_embeddings
+    return theirs
 
 
-def in_mlx_words(config: Settings) -> Settings:
+def is_minimax_m2(config: Settings) -> bool:
+    """Whether a `minimax` is mlx-lm's, MiniMax-M2, and not transformers', MiniMax-Text-01."""
+    names = config.get("architectures") or ["MiniMaxM2ForCausalLM"]
+    return config.get("model_type") == "minimax" and str(names[0]).startswith("MiniMaxM2")
+
+
+def pytorch_program(theirs: PretrainedConfig) -> str:
+    """The source text of transformers' model, which is looked at and not run."""
+    file = Path(inspect.getfile(type(theirs)))
+    program = file.with_name(file.name.replace("configuration_", "modeling_"))
+    if not program.exists():  # such models, exaone for one, are Llama's
+        program = file.parents[1] / "llama" / "modeling_llama.py"
+    return program.read_text("utf-8")
+
+
+def in_mlx_words(config: Settings, theirs: PretrainedConfig | None = None) -> Settings:
     """The settings of a config.json as mlx-lm has them; those in the older words are left alone.
 
     Nothing is taken away: settings are added under the names that mlx-lm reads, and replaced where
     `rope_parameters` say otherwise.
+
+    Args:
+        theirs: its `pytorch_settings`, from which what it leaves out is taken.
     """
     if not is_of_transformers_5(config):
         return config
-    theirs = transformers_config(config)
     config = with_model_type(copy.deepcopy(config))
     module = mlx_module(config)
     if module is None:
         return config
     text = config.get("text_config")
     if not isinstance(text, dict):
-        return translated(config, [module.ModelArgs], theirs, module)
+        return translated(config, [module.ModelArgs], theirs)
     if "tie_word_embeddings" in config:  # there transformers ties by the outer one
         text["tie_word_embeddings"] = config["tie_word_embeddings"]
-    inner = theirs.get_text_config() if theirs else None
-    config["text_config"] = text = translated(text, text_classes(module, text), inner, module)
+    config["text_config"] = text = translated(text, text_classes(module, text), theirs)
     return text | config
 
 
@@ -149,17 +198,6 @@ def mlx_module(config: Settings) -> ModuleType | None:
         return None
 
 
-def transformers_config(config: Settings) -> PretrainedConfig | None:
-    """The configuration as transformers has it, with its aliases; None where it does not know it.
-
-    Only its own classes read it: no code comes from the model.
-    """
-    try:
-        return AutoConfig.for_model(**copy.deepcopy(config))
-    except Exception:  # whatever its checks have against a configuration
-        return None
-
-
 # --- What mlx-lm reads --------------------------------------------------------------------------
 
 
@@ -192,13 +230,16 @@ def is_required(field: dataclasses.Field) -> bool:
 
 
 def translated(
-    settings: Settings, classes: list[type], theirs: PretrainedConfig | None, module: ModuleType
+    settings: Settings, classes: list[type], theirs: PretrainedConfig | None
 ) -> Settings:
-    """Text settings with what mlx-lm wants to be told."""
+    """Text settings with those that mlx-lm reads and transformers does not save under their names.
+
+    Args:
+        classes: mlx-lm's dataclasses that may read them.
+        theirs: the settings as transformers has them, None where it has none.
+    """
     fields = named_fields(classes)
     settings = settings | rotary(settings)
-    if settings.get("rope_scaling") is None and module.__name__.endswith(READ_UNSEEN):
-        settings["rope_scaling"] = neutral_scaling(settings)
     settings |= sizes(settings, fields) | kinds_of_layers(settings, fields)
     for name, field in fields.items():
         if settings.get(name) is not None:
@@ -218,8 +259,8 @@ def translated(
 def rotary(settings: Settings) -> Settings:
     """`rope_parameters` as `rope_theta`, `partial_rotary_factor` and `rope_scaling`.
 
-    They may be by kind of layer. Then those are of the layers with full attention, and the others'
-    theta is `rope_local_base_freq`.
+    Where `rope_parameters` differ by kind of layer, those of full attention are taken, and the
+    theta of the others becomes `rope_local_base_freq`.
     """
     parameters = settings.get("rope_parameters")
     if not isinstance(parameters, dict) or not parameters:
@@ -240,13 +281,6 @@ def rotary(settings: Settings) -> Settings:
     is_scaled = kind != "default" or "mrope_section" in full
     found["rope_scaling"] = rest | {"type": kind, "rope_type": kind} if is_scaled else None
     return found
-
-
-def neutral_scaling(settings: Settings) -> Settings:
-    """A scaling that changes nothing."""
-    length = settings.get("max_position_embeddings", 4096)
-    scaling = {"factor": 1.0, "original_max_position_embeddings": length}
-    return scaling | {"type": "yarn", "rope_type": "yarn"}
 
 
 def sizes(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:
@@ -299,7 +333,7 @@ def kinds_of_layers(settings: Settings, fields: dict[str, dataclasses.Field]) ->
     return found
 
 
-# Every so many layers one has full attention: the last of them.
+# Settings that say every how many layers one has full attention, the last of each group.
 PERIODS = ("full_attention_interval", "sliding_window_pattern")
 
 

@@ -1,7 +1,7 @@
-"""Models of mlx-lm that compute something else than transformers' of the same folder, put right.
+"""Corrections of mlx-lm's models that compute something else than transformers' for a folder.
 
-The lines named are those of mlx-lm 0.32.2, in mlx_lm/models; what is right is what transformers
-5.24.0 computes. Models that are right already are left as they are.
+The lines named are those of mlx-lm 0.32.2, in mlx_lm/models; the reference is transformers 5.24.0.
+Models that agree with it are left as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lora_finetune.activation_names import put_activations
 from lora_finetune.activations import swiglu
 from lora_finetune.attention_windows import put_windows
 from lora_finetune.command_line import UserError
-from lora_finetune.module_classes import become, modules_named, take_biases
+from lora_finetune.module_classes import modules_named, replace, take_biases
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +29,7 @@ def corrected(
     config: dict[str, Any],
     theirs: PretrainedConfig | None,
 ) -> Callable[[Any], nn.Module]:
-    """What makes a model of its arguments, for mlx-lm's `load_model`; it is put right when made.
+    """A function that builds a corrected model from its arguments, for mlx-lm's `load_model`.
 
     Args:
         config: in mlx-lm's words.
@@ -89,9 +89,9 @@ def refusal(what: str, family: str) -> UserError:
     )
 
 
-# By the name of mlx-lm's module, what its model can be told to have and computes otherwise: keys of
-# all heads behind the queries of all (gpt_bigcode.py:65), scores that always add up to 1
-# (dbrx.py:145), and multipliers in the weights, but not in the biases (falcon_h1.py:460).
+# By the name of mlx-lm's module, settings with which it computes something else than PyTorch: it
+# expects the keys of all heads behind all queries (gpt_bigcode.py:65), always normalizes the
+# experts' scores to 1 (dbrx.py:145), and multiplies weights, but not biases (falcon_h1.py:460).
 REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "dbrx": (
         "moe_normalize_expert_weights other than 1",
@@ -103,9 +103,10 @@ REFUSED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def normalizes_one(router: nn.Module) -> bool:
-    """Whether the score of a single expert is to be made 1, which mlx-lm does from two on.
+    """Whether the score of a single expert is to be normalized to 1, which mlx-lm does not do.
 
-    deepseek_v3.py:222 and all else that has a `group_expert_select`, and afmoe.py:228.
+    deepseek_v3.py:222 and all else with a `group_expert_select`, and afmoe.py:228, normalize from
+    two experts on.
     """
     number = getattr(router, "top_k", getattr(router, "num_experts_per_tok", 0))
     of_group = hasattr(sys.modules[type(router).__module__], "group_expert_select")
@@ -117,7 +118,10 @@ FALCON_BIASES = ("attention_bias", "mlp_bias", "mamba_proj_bias", "projectors_bi
 
 
 def with_a_full_layer(family: str, args: Any) -> Any:
-    """llama.py:179 looks for a layer without a window; where none is, all are made so at first."""
+    """llama.py:179 needs a layer without a window; where there is none, all are built without.
+
+    put_windows gives them their windows afterwards.
+    """
     if family == "llama" and "full_attention" not in args.layer_types:
         args.layer_types = ["full_attention"] * args.num_hidden_layers
     return args
@@ -135,16 +139,12 @@ def share_keys_and_values(model: nn.Module, _: PretrainedConfig | None) -> None:
     """
     language_model = model.model.language_model
 
-    def sharing(original: type) -> type:
-        class Sharing(original):
-            def __call__(self, inputs=None, cache=None, input_embeddings=None):
-                if cache is None:
-                    cache = [KeysAndValues() for _ in range(self.first_kv_shared_layer_idx)]
-                return super().__call__(inputs, cache, input_embeddings)
+    def sharing(original: Callable, model, inputs=None, cache=None, input_embeddings=None):
+        if cache is None:
+            cache = [KeysAndValues() for _ in range(model.first_kv_shared_layer_idx)]
+        return original(model, inputs, cache, input_embeddings)
 
-        return Sharing
-
-    become([language_model], sharing)
+    replace([language_model], sharing)
     dropped = []
     for number, layer in enumerate(model.layers):
         if layer.self_attn.is_kv_shared_layer:
@@ -152,15 +152,11 @@ def share_keys_and_values(model: nn.Module, _: PretrainedConfig | None) -> None:
                 del layer.self_attn[name]
                 dropped.append(f"language_model.layers.{number}.self_attn.{name}.")
 
-    def dropping(original: type) -> type:
-        class Dropping(original):
-            def sanitize(self, weights: Weights) -> Weights:
-                weights = super().sanitize(weights)
-                return {n: a for n, a in weights.items() if not any(name in n for name in dropped)}
+    def dropping(original: Callable, model: nn.Module, weights: Weights) -> Weights:
+        weights = original(model, weights)
+        return {n: a for n, a in weights.items() if not any(name in n for name in dropped)}
 
-        return Dropping
-
-    become([model], dropping)
+    replace([model], dropping, "sanitize")
 
 
 class KeysAndValues:
@@ -184,20 +180,16 @@ def correct_falcon_h1(model: nn.Module, _: PretrainedConfig | None) -> None:
     the scores, since the weights may come from a folder that mlx-lm has converted.
     """
     args, attentions = model.args, [layer.self_attn for layer in model.layers]
-
-    def multiplied(original: type) -> type:
-        class Multiplied(original):
-            def __call__(self, *args, **options) -> mx.array:
-                return super().__call__(*args, **options) * factor
-
-        return Multiplied
-
     for attention in attentions:
         attention.scale *= args.key_multiplier
-    factor = args.attention_in_multiplier
-    if factor != 1:  # what attention puts out is linear in the values
-        become(attentions, multiplied)
+    if args.attention_in_multiplier != 1:  # what attention puts out is linear in the values
+        replace(attentions, multiplied_by(args.attention_in_multiplier))
     norm_by_groups(model, "FalconH1RMSNormGated", args.mamba_n_groups)
+
+
+def multiplied_by(factor: float) -> Callable:
+    """A method whose result is that of the original, times a factor."""
+    return lambda original, *args, **options: original(*args, **options) * factor
 
 
 def correct_mamba2(model: nn.Module, _: PretrainedConfig | None) -> None:
@@ -216,7 +208,7 @@ def correct_granite_hybrid(model: nn.Module, _: PretrainedConfig | None) -> None
 
 
 def rotate_with_windows(model: nn.Module, _: PretrainedConfig | None) -> None:
-    """EXAONE MoE: where there is a window, layers without one are not rotated, though all be such.
+    """EXAONE MoE: with `sliding_window` set, layers of full attention are never rotated.
 
     exaone_moe.py:192 rotates all where no layer has the window.
     """
@@ -232,24 +224,20 @@ def route_to_two(model: nn.Module, _: PretrainedConfig | None) -> None:
 
 
 def norm_by_groups(model: nn.Module, name: str, groups: int) -> None:
-    """Let the gated norms of that name work on each of some groups of channels on its own."""
+    """Make the gated norms of that class norm each group of channels on its own."""
 
-    def by_groups(original: type) -> type:
-        class ByGroups(original):
-            def __call__(self, hidden_states: mx.array, gate: mx.array | None = None) -> mx.array:
-                gates_first = not getattr(self, "norm_before_gate", False)
-                x = hidden_states
-                if gate is not None and gates_first:
-                    x = swiglu(gate, x)
-                eps = getattr(self, "variance_epsilon", None) or self.eps
-                normed = mx.fast.rms_norm(x.reshape(*x.shape[:-1], groups, -1), None, eps)
-                x = normed.reshape(x.shape) * self.weight
-                return x if gate is None or gates_first else swiglu(gate, x)
-
-        return ByGroups
+    def by_groups(_: Callable, norm: nn.Module, hidden_states: mx.array, gate=None) -> mx.array:
+        gates_first = not getattr(norm, "norm_before_gate", False)
+        x = hidden_states
+        if gate is not None and gates_first:
+            x = swiglu(gate, x)
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        normed = mx.fast.rms_norm(x.reshape(*x.shape[:-1], groups, -1), None, eps)
+        x = normed.reshape(x.shape) * norm.weight
+        return x if gate is None or gates_first else swiglu(gate, x)
 
     if groups > 1:
-        become(modules_named(model, name), by_groups)
+        replace(modules_named(model, name), by_groups)
 
 
 def route_with_bias(model: nn.Module, _: PretrainedConfig | None) -> None:
@@ -259,43 +247,34 @@ def route_with_bias(model: nn.Module, _: PretrainedConfig | None) -> None:
     """
     name = "e_score_correction_bias"
 
-    def with_bias(original: type) -> type:
-        class WithBias(original):
-            def __call__(self, x: mx.array) -> mx.array:
-                gates = self.gate_act(self.gate(x).astype(mx.float32))
-                biased = gates + self.moe_statics[name].astype(mx.float32).flatten()
-                scores, chosen = best_scores(gates, biased, self.k)
-                scores = scores / mx.maximum(scores.sum(axis=-1, keepdims=True), 1e-12)
-                y = self.switch_mlp(x, chosen)
-                y = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
-                return y if self.shared_experts is None else y + self.shared_experts(x)
+    def with_bias(_: Callable, moe: nn.Module, x: mx.array) -> mx.array:
+        gates = moe.gate_act(moe.gate(x).astype(mx.float32))
+        biased = gates + moe.moe_statics[name].astype(mx.float32).flatten()
+        scores, chosen = best_scores(gates, biased, moe.k)
+        scores = scores / mx.maximum(scores.sum(axis=-1, keepdims=True), 1e-12)
+        y = moe.switch_mlp(x, chosen)
+        y = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
+        return y if moe.shared_experts is None else y + moe.shared_experts(x)
 
-        return WithBias
-
-    def keeping_bias(original: type) -> type:
-        class KeepingBias(original):
-            def sanitize(self, weights: Weights) -> Weights:
-                kept = {n: a for n, a in weights.items() if n.endswith(f".mlp.moe_statics.{name}")}
-                if len(kept) < len(routed):
-                    raise UserError(
-                        "the weights of this ERNIE lack the biases of its routers "
-                        f"({name}), which mlx-lm drops when it converts a model; take the folder "
-                        "that it was converted from"
-                    )
-                return super().sanitize(weights) | kept
-
-        return KeepingBias
+    def keeping_bias(original: Callable, model: nn.Module, weights: Weights) -> Weights:
+        kept = {n: a for n, a in weights.items() if n.endswith(f".mlp.moe_statics.{name}")}
+        if len(kept) < len(routed):
+            raise UserError(
+                f"the weights of this ERNIE lack the biases of its routers ({name}), which mlx-lm "
+                "drops when it converts a model; take the folder that it was converted from"
+            )
+        return original(model, weights) | kept
 
     routed = modules_named(model, "Ernie4_5_MoeMLP")
     for layer in routed:
         layer.moe_statics = nn.Module()
         layer.moe_statics[name] = mx.zeros((1, layer.gate.weight.shape[0]))
-    become(routed, with_bias)
-    become([model], keeping_bias)
+    replace(routed, with_bias)
+    replace([model], keeping_bias, "sanitize")
 
 
 def best_scores(scores: mx.array, by: mx.array, number: int) -> tuple[mx.array, mx.array]:
-    """The scores of the experts with the most of another number, and which they are."""
+    """The scores of the experts that rank highest by another number, and their indices."""
     chosen = mx.argpartition(-by, kth=number - 1, axis=-1)[..., :number]
     chosen = mx.stop_gradient(chosen)
     return mx.take_along_axis(scores, chosen, axis=-1), chosen
@@ -304,32 +283,19 @@ def best_scores(scores: mx.array, by: mx.array, number: int) -> tuple[mx.array, 
 def route_by_all(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Jamba: the scores are the softmax over all experts; jamba.py:244 has it over the chosen."""
 
-    def by_all(original: type) -> type:
-        class ByAll(original):
-            def __call__(self, x: mx.array) -> mx.array:
-                gates = mx.softmax(self.router(x).astype(mx.float32), axis=-1, precise=True)
-                scores, chosen = best_scores(gates, gates, self.num_experts_per_tok)
-                y = self.switch_mlp(x, chosen)
-                return (y * scores[..., None].astype(y.dtype)).sum(axis=-2)
+    def by_all(_: Callable, moe: nn.Module, x: mx.array) -> mx.array:
+        gates = mx.softmax(moe.router(x).astype(mx.float32), axis=-1, precise=True)
+        scores, chosen = best_scores(gates, gates, moe.num_experts_per_tok)
+        y = moe.switch_mlp(x, chosen)
+        return (y * scores[..., None].astype(y.dtype)).sum(axis=-2)
 
-        return ByAll
-
-    become(modules_named(model, "JambaSparseMoeBlock"), by_all)
+    replace(modules_named(model, "JambaSparseMoeBlock"), by_all)
 
 
 def scale_tied_logits(model: nn.Module, _: PretrainedConfig | None) -> None:
     """MiniCPM3: tied logits are scaled as others are, which minicpm3.py:245 leaves out."""
-
-    def scaling(original: type) -> type:
-        class Scaling(original):
-            def __call__(self, *args, **options) -> mx.array:
-                factor = self.args.dim_model_base / self.args.hidden_size
-                return super().__call__(*args, **options) * factor
-
-        return Scaling
-
     if model.args.tie_word_embeddings:
-        become([model], scaling)
+        replace([model], multiplied_by(model.args.dim_model_base / model.args.hidden_size))
 
 
 def norm_where_rotated(model: nn.Module, _: PretrainedConfig | None) -> None:
@@ -368,20 +334,16 @@ def zero_padding_row(model: nn.Module, theirs: PretrainedConfig | None) -> None:
     Where the output is tied, so is the logit.
     """
 
-    def zeroing(original: type) -> type:
-        class Zeroing(original):
-            def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True):
-                loaded = super().load_weights(weights, strict)
-                table = self.model.embed_tokens
-                if "scales" not in table:
-                    is_padding = mx.arange(len(table.weight))[:, None] == theirs.pad_token_id
-                    table.weight = mx.where(is_padding, 0, table.weight).astype(table.weight.dtype)
-                return loaded
-
-        return Zeroing
+    def zeroing(original: Callable, model: nn.Module, weights: list, strict: bool = True):
+        loaded = original(model, weights, strict)
+        table = model.model.embed_tokens
+        if "scales" not in table:
+            is_padding = mx.arange(len(table.weight))[:, None] == theirs.pad_token_id
+            table.weight = mx.where(is_padding, 0, table.weight).astype(table.weight.dtype)
+        return loaded
 
     if theirs and theirs.pad_token_id is not None:
-        become([model], zeroing)
+        replace([model], zeroing, "load_weights")
 
 
 # By the name of mlx-lm's module.

@@ -5,22 +5,28 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lora_finetune.activation_names import SETTINGS, has_activations
 from lora_finetune.command_line import warn
-from lora_finetune.model_config import SAME, in_mlx_words, module_name, transformers_config
+from lora_finetune.model_config import (
+    SAME,
+    module_name,
+    pytorch_program,
+    pytorch_settings,
+    with_model_type,
+)
 
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from transformers import PretrainedConfig
 
-# What does not change what a model computes, or shows in the shapes and names of its weights, so
-# that a model without it cannot be loaded; or is looked at elsewhere: rotary embeddings, and which
-# layers have a window (attention_windows.py).
+# Settings that do not change what a model computes; or that determine the shapes and names of its
+# weights, so that loading fails where they are not read; or that are corrected elsewhere: rotary
+# embeddings (rope_correction.py), and windows (attention_windows.py).
 WITHOUT_EFFECT = re.compile(
     # in training and of the form of outputs
     r".*dropout.*|.*_drop|.*pdrop|initializer.*|init_.*|.*_init_std|.*_init_variance.*|rescale_.*|"
@@ -32,7 +38,7 @@ WITHOUT_EFFECT = re.compile(
     r"time_step_(min|max|floor|scale|rank|init_scheme)|"
     # sizes
     r"(.*_)?(size|dim|rank|layers|num_heads|attention_heads|key_value_heads|bias)|per_layer_config|"
-    r"n_(layer|embd|inner|positions)|d_model|"
+    r"n_(layer|embd|inner|positions)|d_model|.*_size_per_layer_input|"
     # elsewhere
     r"rope_(interleave|theta|scaling|parameters|local_base_freq)|partial_rotary_factor|rotary_.*|"
     r"(original_)?max_position_embeddings|max_seq_len|"
@@ -43,7 +49,7 @@ READ_BY_PYTORCH = re.compile(r"\bconfig\.(\w+)|getattr\(\s*(?:self\.)?config,\s*
 
 @contextmanager
 def reads_recorded(names: set[str]) -> Iterator[None]:
-    """While it lasts, the names of the settings that mlx-lm's models read are put into a set."""
+    """While it lasts, the names of the settings that mlx-lm's models read are added to `names`."""
 
     def get(args: BaseModelArgs, name: str) -> Any:
         names.add(name)
@@ -56,22 +62,11 @@ def reads_recorded(names: set[str]) -> Iterator[None]:
         del BaseModelArgs.__getattribute__
 
 
-def pytorch_settings(config: dict[str, Any]) -> PretrainedConfig | None:
-    """The settings of the text model as transformers has them; None where it knows no such model.
-
-    Args:
-        config: of config.json, in its own words.
-    """
-    whole = transformers_config(config)
-    theirs = whole.get_text_config(decoder=True) if whole else None
-    if theirs and hasattr(whole, "tie_word_embeddings"):  # transformers ties by the outer one
-        theirs.tie_word_embeddings = whole.tie_word_embeddings
-    return theirs
-
-
-def warn_of_unread(model: nn.Module, config: dict[str, Any], read: set[str]) -> None:
+def warn_of_unread(model: nn.Module, theirs: PretrainedConfig | None, read: set[str]) -> None:
     """Say in one line which settings make PyTorch's model another one than mlx-lm's."""
-    theirs = pytorch_settings(config)
+    for kind in type(model).__mro__:  # of weights that MLX has converted, it reads no settings
+        if "sanitize" in vars(kind):
+            read = read.union(re.findall(r"\.(\w+)", inspect.getsource(kind.sanitize)))
     if theirs and has_activations(model, theirs):
         read = read.union(SETTINGS)
     unread = unread_settings(theirs, read) if theirs else {}
@@ -80,12 +75,15 @@ def warn_of_unread(model: nn.Module, config: dict[str, Any], read: set[str]) -> 
 
 
 def unread_so_far(config: dict[str, Any], read: set[str]) -> str:
-    """What to say where loading has failed, perhaps because of a setting that mlx-lm does not know.
+    """What to add to the error where loading failed, perhaps for a setting mlx-lm does not know.
 
-    What a model reads only when it is called is not in `read` yet, so its program is looked at.
+    Settings that a model reads only when called are not in `read` yet, so the words of mlx-lm's
+    source count as read too.
     """
-    theirs = pytorch_settings(config)
-    program = find_spec(module_name(in_mlx_words(config)))
+    theirs = program = None
+    with suppress(Exception):  # whatever transformers' checks have against it
+        theirs = pytorch_settings(config)
+        program = find_spec(module_name(with_model_type(config)))
     if theirs is None or program is None:
         return ""
     words = re.findall(r"\w+", Path(program.origin).read_text("utf-8"))
@@ -101,8 +99,8 @@ def described(unread: dict[str, Any]) -> str:
 def unread_settings(theirs: PretrainedConfig, read: set[str]) -> dict[str, Any]:
     """The settings that PyTorch's model reads, mlx-lm's does not, and that are no defaults.
 
-    A default counts as known: mlx-lm's models were made for it. What other settings are by default
-    can depend on the sizes of the model.
+    A setting at transformers' default counts as known, since mlx-lm's models were written for it.
+    Defaults can depend on other settings, so they are those of a configuration with the known ones.
 
     Args:
         theirs: the settings of the text model as transformers has them.
@@ -130,15 +128,11 @@ def unread_settings(theirs: PretrainedConfig, read: set[str]) -> dict[str, Any]:
 
 
 def with_aliases(names: set[str], pairs: list[tuple[str, str]]) -> set[str]:
-    """Names and others of the same."""
+    """Names, and their aliases by `pairs`."""
     return names.union(*({a, b} for a, b in pairs if a in names or b in names))
 
 
 def names_in_pytorch(theirs: PretrainedConfig) -> set[str]:
-    """The settings that transformers' model reads, by the text of its program, which is not run."""
-    file = Path(inspect.getfile(type(theirs)))
-    program = file.with_name(file.name.replace("configuration_", "modeling_"))
-    if not program.exists():  # such models, exaone for one, are Llama's
-        program = file.parents[1] / "llama" / "modeling_llama.py"
-    found = READ_BY_PYTORCH.findall(program.read_text("utf-8"))
+    """The settings that transformers' model reads, found in its source text."""
+    found = READ_BY_PYTORCH.findall(pytorch_program(theirs))
     return {name for both in found for name in both if name}

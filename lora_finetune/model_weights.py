@@ -1,7 +1,7 @@
-"""Weights in the names and layouts of transformers 5, put into those that mlx-lm 0.32 reads.
+"""Weights in the names and layouts of transformers 5, converted to those that mlx-lm 0.32 reads.
 
-transformers saves most models as they stand on the hub, which mlx-lm knows. The tables have what is
-otherwise, by the module of mlx-lm that reads it; what fits already passes through unchanged.
+transformers saves most models in the layout of the hub, which mlx-lm knows. The tables hold the
+exceptions, by the module of mlx-lm that reads them; what fits already passes through unchanged.
 """
 
 from __future__ import annotations
@@ -25,13 +25,10 @@ NOT_OF_TEXT = re.compile(
     r"|multi_modal_projector)\."
 )
 
-# Module of mlx-lm, the beginning of a name or what is in it, and what takes its place. All that fit
-# are applied in turn.
+# (mlx-lm's module, a pattern in a name, its replacement); all that match are applied in turn.
 NAMES = [
     ("gpt2", r"^transformer\.", ""),
-    ("gemma3n", r"^model\.(?!(language_model|vision_tower|audio_tower|embed_)\b)",
-     "model.language_model."),
-    ("gemma3n", r"^model\.embed_(tokens|tokens_per_layer)\.", r"model.language_model.embed_\1."),
+    ("gemma3n", r"^model\.(?!language_model\.)", "model.language_model."),
     ("lfm2-vl", r"^model\.language_model\.", "language_model.model."),
     ("llama4", r"^(model|lm_head)\.", r"language_model.\1."),
     ("nanochat", r"^model\.embed_tokens\.", "transformer.wte."),
@@ -47,7 +44,7 @@ NAMES = [
     ("gpt_oss", r"\.experts\.(gate_up|down)_proj$", r".experts.\1_proj.weight"),
 ]  # fmt: skip
 
-# Arrays (…, in, out) where mlx-lm reads (…, out, in), or the other way round.
+# (mlx-lm's module, a pattern in a name): arrays whose last two axes may be the other way round.
 SWAPPED = [
     ("gpt_oss", r"\.experts\.(gate_up|down)_proj$"),
     ("lfm2-vl", r"\.conv\.conv\.weight$"),
@@ -88,7 +85,7 @@ def renamed(name: str, family: str, weights: Weights, settings: dict[str, Any]) 
     for module, pattern, replacement in NAMES:
         if module == family:
             name = re.sub(pattern, replacement, name)
-    # LongCat's experts that pass on their input are saved too, with no numbers of any use.
+    # LongCat's identity experts ("zero experts") are saved too, with weights that nothing reads.
     expert = re.search(r"\.experts\.(\d+)\.", name)
     if family == "longcat_flash" and expert and int(expert[1]) >= settings["n_routed_experts"]:
         return None
@@ -115,8 +112,8 @@ def is_swapped(name: str, array: mx.array, settings: dict[str, Any]) -> bool:
 def is_routing_bias(name: str, settings: dict[str, Any]) -> bool:
     """Whether an array holds the biases by which a router chooses experts out of groups.
 
-    mlx-lm gives those outside the chosen groups a score of 0, transformers −∞: the same once no
-    bias is negative. One number that is added to all of them changes no choice.
+    mlx-lm gives experts outside the chosen groups a score of 0, transformers −∞: the same choice
+    as long as no bias is negative. Adding one number to all biases does not change the choice.
     """
     groups = settings.get("n_group") or settings.get("num_expert_group") or 1
     return groups > 1 and name.endswith(("e_score_correction_bias", ".expert_bias"))
@@ -152,15 +149,16 @@ def stacked_experts(weights: Weights) -> Weights:
 
 # --- Heads --------------------------------------------------------------------------------------
 
-# What the embedding of the tokens is called, after the last point but one.
+# Names of the token embedding, as in `model.embed_tokens.weight`.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+HEADS = ("lm_head.weight", "embed_out.weight")
 PARTS = ("weight", "scales", "biases")  # of a quantized layer
 
 
 def has_own_head(weights: Weights) -> bool:
-    """Whether there is a head whose numbers are not those of the embedding.
+    """Whether the weights have an lm_head that differs from the embedding.
 
-    Such a head counts for transformers 5, whatever `tie_word_embeddings` says.
+    transformers 5 uses such a head whatever `tie_word_embeddings` says.
     """
     heads = [array for name, array in weights.items() if name.endswith("lm_head.weight")]
     tables = [weights[name] for name in weights if is_embedding(name)]
@@ -175,9 +173,9 @@ def is_embedding(name: str) -> bool:
 
 
 def with_tied_head(model: nn.Module, weights: Weights) -> Weights:
-    """The weights with the embedding as head, where a module of mlx-lm cannot tie them itself."""
+    """The weights with a copy of the embedding as lm_head, where mlx-lm's model cannot tie them."""
     wanted = dict(tree_flatten(model.parameters()))
-    heads = [name for name in wanted if name.endswith("lm_head.weight") and name not in weights]
+    heads = [name for name in wanted if name.endswith(HEADS) and name not in weights]
     tables = [name.removesuffix("weight") for name in weights if is_embedding(name)]
     if len(heads) != 1 or len(tables) != 1:
         return weights
@@ -186,18 +184,18 @@ def with_tied_head(model: nn.Module, weights: Weights) -> Weights:
     return weights | tied
 
 
-def check_head(model: nn.Module, own_head: bool) -> None:
-    """Raise UserError where a head of its own has found no place in the model."""
+def check_head(model: nn.Module, weights: Weights) -> None:
+    """Raise UserError where weights with an untied head are to go into a model without a head."""
     names = dict(tree_flatten(model.parameters()))
-    if own_head and not any("lm_head." in name for name in names):
+    if not any("lm_head." in name for name in names) and has_own_head(weights):
         raise UserError(
-            "the weights have an lm_head that differs from the embedding, and mlx-lm takes this "
-            "kind of model without one: it would be another model; take another"
+            "the weights have an lm_head that differs from the embedding, and mlx-lm always ties "
+            "the two in this kind of model, so it would compute something else; take another model"
         )
 
 
 def read_weights(folder: Path) -> Weights:
-    """The arrays in the weights of a folder, not read yet."""
+    """The arrays of a folder's weights by name; MLX reads their numbers only when they are used."""
     weights = {}
     for file in folder.glob("model*.safetensors"):
         weights |= mx.load(str(file))

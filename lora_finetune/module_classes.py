@@ -1,30 +1,60 @@
-"""Modules whose class gives way to another one that stands for it."""
+"""Methods of single modules of a model, replaced: for good, or while something lasts."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from transformers import PretrainedConfig
 
 
-def become(modules: Iterable[nn.Module], make: Callable[[type], type]) -> None:
-    """Give each module, in the place of its class, a subclass of the same name.
+def replace(modules: Iterable[nn.Module], method: Callable, name: str = "__call__") -> None:
+    """Let `method(original, module, …)` answer in the place of a method of each module.
+
+    Each gets, in the place of its class, a subclass of the same name, one for all of a class.
 
     Args:
-        make: makes the subclass of a class, of which it is made once.
+        method: `original` is the function that it replaces, to be called with the module first.
     """
     made: dict[type, type] = {}
     for module in modules:
-        original = type(module)
-        if original not in made:
-            made[original] = make(original)
-            made[original].__name__ = original.__name__
-            made[original].__module__ = original.__module__
-        module.__class__ = made[original]
+        kind = type(module)
+        if kind not in made:
+            made[kind] = subclass(kind, **{name: around(getattr(kind, name), method)})
+        module.__class__ = made[kind]
+
+
+def subclass(kind: type, **attributes: Any) -> type:
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__} | attributes)
+
+
+def around(original: Callable, method: Callable) -> Callable:
+    """The function that calls `method(original, …)`; it has the signature of the original."""
+
+    @functools.wraps(original)
+    def answer(*args: Any, **options: Any) -> Any:
+        return method(original, *args, **options)
+
+    return answer
+
+
+@contextmanager
+def intercepted(
+    module: nn.Module, reply: Callable[..., Any], method: str = "__call__"
+) -> Iterator[None]:
+    """While it lasts, `reply` answers in place of a module's method, with the same arguments."""
+    original = type(module)
+    answer = {method: lambda _, *args, **options: reply(*args, **options)}
+    module.__class__ = replacing = subclass(original, **answer)
+    try:
+        yield
+    finally:
+        module.__class__ = original
+        delattr(replacing, method)  # Python frees a class late, and with it what reply refers to
 
 
 def modules_named(model: nn.Module, name: str) -> list[nn.Module]:
@@ -33,12 +63,12 @@ def modules_named(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def parameters_of(kind: type) -> list[str]:
-    """The names of what a module of a class is called with."""
+    """The names of the parameters of a class's `__call__`, without self."""
     return list(inspect.signature(kind.__call__).parameters)[1:]
 
 
 def arguments(kind: type, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
-    """What a module of a class is called with, by name."""
+    """The arguments of a call of a module of a class, by name."""
     return dict(zip(parameters_of(kind), args, strict=False)) | options
 
 
@@ -48,28 +78,25 @@ WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
 
 
 def take_biases(model: nn.Module, theirs: PretrainedConfig | None) -> None:
-    """Let linear layers and norms have a bias where the folder has one for them.
+    """Give linear layers and norms a bias where the folder has one, when weights are loaded.
 
-    Which ones have is a setting in transformers that mlx-lm's models often do not know. One that
-    the folder lacks is left out where some such setting is False, and else missing.
+    Which layers have one is a setting in transformers that mlx-lm's models often do not know. A
+    bias of mlx-lm's model that the folder lacks is removed where some setting `…bias` is False;
+    otherwise loading reports it as missing.
     """
     settings = theirs.to_dict() if theirs else {}
     may_lack = any(n.endswith("bias") and value is False for n, value in settings.items())
 
-    def taking(original: type) -> type:
-        class Taking(original):
-            def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True):
-                modules = dict(self.named_modules())
-                for name, array in weights:
-                    path, _, last = name.rpartition(".")
-                    if last == "bias" and isinstance(modules.get(path), WITH_BIAS):
-                        modules[path].bias = array
-                given = {name for name, _ in weights}
-                for path, module in modules.items() if may_lack and strict else ():
-                    if isinstance(module, WITH_BIAS) and f"{path}.bias" not in given:
-                        module.pop("bias", None)
-                return super().load_weights(weights, strict)
+    def taking(original: Callable, model: nn.Module, weights: list, strict: bool = True):
+        modules = dict(model.named_modules())
+        for name, array in weights:
+            path, _, last = name.rpartition(".")
+            if last == "bias" and isinstance(modules.get(path), WITH_BIAS):
+                modules[path].bias = array
+        given = {name for name, _ in weights}
+        for path, module in modules.items() if may_lack and strict else ():
+            if isinstance(module, WITH_BIAS) and f"{path}.bias" not in given:
+                module.pop("bias", None)
+        return original(model, weights, strict)
 
-        return Taking
-
-    become([model], taking)
+    replace([model], taking, "load_weights")

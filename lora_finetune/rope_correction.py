@@ -1,65 +1,65 @@
-"""What each layer of a loaded model does to positions, and ours where that is something else.
+"""Rotary embeddings of a loaded model, replaced by rope.py's where they differ from PyTorch's.
 
-mlx-lm leaves out the scalings of many models, and some settings of others. What a layer does is
-seen by calling it, so that one rule serves all.
+mlx-lm leaves out the scalings of many models, and some settings of others. What a layer's module
+does to positions is measured by calling it, so one rule serves all kinds of modules.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from lora_finetune.command_line import first_line, warn
+from lora_finetune.command_line import warn
+from lora_finetune.model_config import pytorch_program, pytorch_settings
+from lora_finetune.model_folder import shortened
 from lora_finetune.rope import Rope, Rotary, yarn_mscale
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import PretrainedConfig
 
-# Where nanochat keeps its periods, negative ones since it turns the other way.
+# The attribute for nanochat's periods, which are negative since it rotates the other way.
 PERIODS = "_rope_freqs"
 
 
 def load(
     build: Callable[[dict[str, Any]], tuple[nn.Module, Any]],
     words: dict[str, Any],
-    settings: dict[str, Any],
+    theirs: PretrainedConfig | None,
 ) -> tuple[nn.Module, Any]:
     """A model that mlx-lm builds, with positions as PyTorch computes them.
 
-    Some models of mlx-lm refuse a scaling, and so are built without one. What depends on lengths is
-    replaced in any case; and mlx-lm's longrope forgets which dimensions are pairs.
+    Some models of mlx-lm refuse a scaling, or fail where there is none: these are built with one
+    that changes nothing, and corrected afterwards. So are those whose scaling depends on the length
+    of a text, which is always replaced, and mlx-lm's longrope, which loses the layout of the pairs.
 
     Args:
         build: makes a model, and something else that is returned, of a configuration.
         words: the configuration as mlx-lm has it.
-        settings: as in the model's folder.
+        theirs: the settings of the text model as transformers has them, None where it has none.
 
     Raises:
         ValueError: the rope_type is not known.
     """
-    config = read_config(settings)
-    if config is None:
+    if not getattr(theirs, "rope_parameters", None):
         return build(words)
     scaling, found = str(scalings(words)), None
     if "'alpha'" in scaling or not re.search("'(longrope|su|dynamic)'", scaling):
         with suppress(Exception):
             found = build(words)
     found = found or build(without_scaling(words))
-    correct(found[0], config)
+    correct(found[0], theirs)
     return found
 
 
 def correct(model: nn.Module, config: Any) -> None:
-    """Let the layers of a model rotate as its configuration says.
+    """Replace what rotates otherwise than a configuration of transformers says.
 
-    What does so already is left as it is, and so are layers that do not rotate. Where it cannot be,
-    a warning says so.
+    Layers that do not rotate stay so. A warning tells where something cannot be replaced.
     """
     kinds, rotaries, doubtful = getattr(config, "layer_types", None) or [], {}, set()
     for path, attention in model.named_modules():
@@ -74,9 +74,9 @@ def correct(model: nn.Module, config: Any) -> None:
             doubtful.add(rotaries[kind].kind)
     if doubtful:
         warn(
-            f"mlx-lm computes positions of this kind of model where they cannot be replaced, so "
-            f"with the rope_type of its config.json ({', '.join(sorted(doubtful))}) long texts may "
-            "be computed otherwise than by PyTorch"
+            "the rotary embedding of this kind of model cannot be replaced in mlx-lm, so with the "
+            f"rope_type of its config.json ({', '.join(sorted(doubtful))}) long texts may be "
+            "computed otherwise than by PyTorch"
         )
 
 
@@ -91,7 +91,7 @@ def rope_names(attention: nn.Module) -> list[str]:
 
 
 def correct_layer(attention: nn.Module, config: Any, rotary: Rotary) -> bool:
-    """Let one layer rotate so; returns False where that cannot be, or cannot be told."""
+    """Correct the rotation in one layer; False where it cannot be replaced, or not be measured."""
     latent = hasattr(attention, "qk_rope_head_dim")  # keys as DeepSeek's
     pairs = getattr(config, "rope_interleave", None) if latent else None
     done = [correct_module(attention, name, rotary, pairs) for name in rope_names(attention)]
@@ -113,7 +113,8 @@ def correct_module(attention: nn.Module, name: str, rotary: Rotary, pairs: bool 
     """Put ours in the place of a module, unless it does the same, or does not rotate at all.
 
     Args:
-        pairs: whether neighbours are, where the configuration says so; else as in the module.
+        pairs: whether neighbouring dimensions form a pair (`traditional`), where the configuration
+            says so; None: as in the module.
     """
     try:
         traditional = is_traditional(attention[name], rotary)
@@ -127,27 +128,17 @@ def correct_module(attention: nn.Module, name: str, rotary: Rotary, pairs: bool 
     return True
 
 
-def read_config(settings: dict[str, Any]) -> Any:
-    """A text model's configuration as transformers reads it; None where it has no rope, or fails.
-
-    It knows the default of every kind of model, and both words for the same: `rope_parameters`, and
-    rope_theta, rope_scaling, partial_rotary_factor, rotary_pct … before. No code of the model runs.
-    """
-    if settings.get("model_type") not in CONFIG_MAPPING:
-        return None
-    try:  # "su" is what longrope was called at first; transformers looks for its length too early
-        config = AutoConfig.for_model(
-            **json.loads(json.dumps(settings).replace('"su"', '"longrope"'))
-        )
-        config = config.get_text_config(decoder=True)
+def read_settings(config: dict[str, Any]) -> PretrainedConfig | None:
+    """As `pytorch_settings`, None too where it fails; with a warning if positions are scaled."""
+    try:
+        return pytorch_settings(config)
     except Exception as error:  # transformers may raise anything
-        if any(scalings(settings)):
+        if any(scalings(config)):
             warn(
-                f"transformers cannot read this model's config.json ({first_line(error)}), so "
+                f"transformers cannot read this model's config.json ({shortened(error)}), so "
                 "nothing tells whether mlx-lm scales positions as the model was trained with"
             )
         return None
-    return config if getattr(config, "rope_parameters", None) else None
 
 
 def of_layer(config: Any, layer: int, kind: str | None) -> Rotary | None:
@@ -160,9 +151,13 @@ def of_layer(config: Any, layer: int, kind: str | None) -> Rotary | None:
             return None
     if config.is_heterogeneous:
         config = config.per_layer_config[layer]
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    whole = settings["rope_type"] == "proportional"
-    dims = size if whole else int(size * settings.get("partial_rotary_factor", 1.0))
+    sizes = [getattr(config, name, None) for name in ("qk_rope_head_dim", "head_dim")]
+    size = sizes[0] or sizes[1] or config.hidden_size // config.num_attention_heads
+    share = settings.get("partial_rotary_factor", 1.0)
+    # Without a scaling, most of transformers' models rotate the whole head whatever it says.
+    is_read = settings["rope_type"] != "default" or "partial_rotary" in pytorch_program(config)
+    whole = settings["rope_type"] == "proportional" or not is_read
+    dims = size if whole else int(size * share)
     return Rotary(
         settings | {"truncate": truncate}, dims, getattr(config, "max_position_embeddings", 0)
     )
@@ -177,7 +172,7 @@ def attention_scale(config: Any, rotary: Rotary) -> float:
 
 
 def turned(module: nn.Module, dims: int, positions: tuple[int, ...]) -> list[np.ndarray]:
-    """What a module makes of each of `dims` unit vectors at some positions: (dims, dims) each."""
+    """The rotation matrices (dims, dims) of a module at some positions; rows are inputs."""
     with mx.stream(mx.cpu):  # a GPU would have kernels to compile
         vectors = mx.eye(dims)[None, :, None]
         results = [module(vectors, offset=position)[0, :, 0] for position in positions]
@@ -196,12 +191,12 @@ def is_traditional(module: nn.Module, rotary: Rotary) -> bool | None:
     return bool(partners[0] == 0) if len(partners) else None
 
 
-# Together they tell any frequency to a few millionths.
+# The rotations at these positions determine any frequency to a few millionths.
 POSITIONS = tuple(16**power for power in range(6))
 
 
 def same(module: nn.Module, rope: Rope) -> bool:
-    """Whether a module does what ours does; how far it may turn is not exact in float32."""
+    """Whether a module rotates as ours does, up to the rounding of large angles in float32."""
     width = width_of(module, rope.rotary)
     pairs = zip(*(turned(each, width, POSITIONS) for each in (module, rope)), strict=True)
     for position, (found, expected) in zip(POSITIONS, pairs, strict=True):
@@ -213,7 +208,7 @@ def same(module: nn.Module, rope: Rope) -> bool:
     return True
 
 
-# A rope without scaling, in all the words that models of mlx-lm ask for or refuse others than.
+# A scaling that changes nothing, with every key that some model of mlx-lm requires.
 NEUTRAL = {"type": "linear", "rope_type": "linear", "factor": 1.0, "alpha": 1.0}
 NEUTRAL |= {"short_factor": 1.0, "long_factor": 1.0, "short_mscale": 1.0, "long_mscale": 1.0}
 
@@ -225,6 +220,7 @@ def scalings(config: dict[str, Any]) -> list[Any]:
 
 
 def without_scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with NEUTRAL in the place of every scaling, or of none."""
     changed = config | {"rope_scaling": NEUTRAL}
     parameters, text = config.get("rope_parameters"), config.get("text_config")
     if isinstance(parameters, dict):

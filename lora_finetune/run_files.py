@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from lora_finetune import adapters, checkpoint, outcome
+from lora_finetune import adapter_configs, adapters, checkpoint, outcome
 from lora_finetune.checkpoint import Progress, State, best_file, files_of_run, log_file, state_file
 from lora_finetune.command_line import UserError, warn
 from lora_finetune.files import atomic_write, file_size, same_file
@@ -157,9 +157,9 @@ class RunFiles:
         One that is there is of adapters.safetensors, as mlx-lm has it, or says the same scale.
         """
         if self.adapter.suffix == ".safetensors":
-            there = self.adapter.with_name(adapters.CONFIG).exists()
+            there = self.adapter.with_name(adapter_configs.CONFIG).exists()
             if self.adapter.name == "adapters.safetensors" or not there:
-                adapters.write_config(self.adapter.parent, self.config)
+                adapter_configs.write_config(self.adapter.parent, self.config)
 
     def draw_losses(self) -> None:
         """Draw the losses of the run, if its log is in its place."""
@@ -248,17 +248,18 @@ def check_writable(adapter_file: Path) -> None:
 
 def check_config(adapter_file: Path) -> None:
     """Raise UserError where a .safetensors adapter would be beside a configuration of another."""
-    file = adapter_file.with_name(adapters.CONFIG)
+    file = adapter_file.with_name(adapter_configs.CONFIG)
     if file.is_dir() or (file.is_symlink() and not file.exists()):
         raise UserError(f"{file} cannot be written; give an --adapter-file in another folder")
-    config = adapters.read_config(adapter_file)
+    config = adapter_configs.read_config(adapter_file)
     try:
-        is_ours = config is None or adapters.mlx_lm_scale(adapter_file, config) == models.SCALE
+        scale = config and adapter_configs.mlx_lm_scale(adapter_file, config)
+        is_ours = scale in (None, models.SCALE)
     except UserError:  # it is of PEFT, or of another fine-tuning
         is_ours = False
     if not is_ours:
         raise UserError(
-            f"the {adapters.CONFIG} beside {adapter_file} is of another adapter, or sets another "
+            f"the {file.name} beside {adapter_file} is of another adapter, or sets another "
             f"scale than {models.SCALE}, for which adapters are saved; give an --adapter-file in "
             "another folder"
         )

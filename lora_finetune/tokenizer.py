@@ -8,7 +8,7 @@ is not always how they were cut for the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 # The files that name special and other added tokens, besides tokenizer.json.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-
-# Gives the ids of texts; True where special tokens are to be put around them.
-Encode = Callable[[list[str], bool], list[list[int]]]
 
 
 def load(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
@@ -70,7 +67,8 @@ def read(folder: Path, **options: Any) -> PreTrainedTokenizerFast:
     taken from the folder.
 
     Returns:
-        Also with what was replaced, as `as_built`, an Encode or None.
+        Also, as `as_built`, what transformers built: the `tokenizers.Tokenizer` that the file's has
+        replaced, a tokenizer without one, or None.
     """
     try:
         tokenizer = built = AutoTokenizer.from_pretrained(folder, **options)
@@ -84,7 +82,8 @@ def read(folder: Path, **options: Any) -> PreTrainedTokenizerFast:
     named = {text for name in SETTINGS for text in strings(settings_in(folder / name))} - known
     added = [token for _, token in sorted(tokenizer.added_tokens_decoder.items())]
     of_file.add_tokens([token for token in added if token.content in named])
-    tokenizer.as_built, tokenizer._tokenizer = encoder(built), of_file
+    tokenizer.as_built = getattr(built, "backend_tokenizer", built)
+    tokenizer._tokenizer = of_file
     for name, token in tokenizer.special_tokens_map.items():
         # By default a class has special tokens that the model may not have.
         if of_file.token_to_id(token) is None:
@@ -100,20 +99,6 @@ def strings(content: object) -> Iterator[str]:
         inner = [*content, *content.values()] if isinstance(content, dict) else content
         for each in inner:
             yield from strings(each)
-
-
-def encoder(built: Any) -> Encode | None:
-    """The Encode of what transformers built, which stays what it is now."""
-    if built is None:
-        return None
-    if not isinstance(built, PreTrainedTokenizerFast):
-        return lambda texts, special: [built.encode(t, add_special_tokens=special) for t in texts]
-    backend = built.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return lambda texts, special: [
-        encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special)
-    ]
 
 
 class Detokenizer(NaiveStreamingDetokenizer):
