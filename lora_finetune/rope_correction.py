@@ -151,8 +151,7 @@ def of_layer(config: Any, layer: int, kind: str | None) -> Rotary | None:
             return None
     if config.is_heterogeneous:
         config = config.per_layer_config[layer]
-    sizes = [getattr(config, name, None) for name in ("qk_rope_head_dim", "head_dim")]
-    size = sizes[0] or sizes[1] or config.hidden_size // config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     share = settings.get("partial_rotary_factor", 1.0)
     # Without a scaling, most of transformers' models rotate the whole head whatever it says.
     is_read = settings["rope_type"] != "default" or "partial_rotary" in pytorch_program(config)
