@@ -80,15 +80,13 @@ def unread_so_far(config: dict[str, Any], read: set[str]) -> str:
     Settings that a model reads only when called are not in `read` yet, so the words of mlx-lm's
     source count as read too.
     """
-    theirs = program = None
-    with suppress(Exception):  # whatever transformers' checks have against it
+    with suppress(Exception):  # the configuration may be damaged in any way
         theirs = pytorch_settings(config)
-        program = find_spec(module_name(with_model_type(config)))
-    if theirs is None or program is None:
-        return ""
-    words = re.findall(r"\w+", Path(program.origin).read_text("utf-8"))
-    unread = unread_settings(theirs, read.union(words, SETTINGS))
-    return f"; {described(unread)}" if unread else ""
+        program = Path(find_spec(module_name(with_model_type(config))).origin)
+        words = re.findall(r"\w+", program.read_text("utf-8"))
+        if theirs and (unread := unread_settings(theirs, read.union(words, SETTINGS))):
+            return f"; {described(unread)}"
+    return ""
 
 
 def described(unread: dict[str, Any]) -> str:
