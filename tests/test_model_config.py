@@ -6,6 +6,7 @@ losses of PyTorch; reference/make_transformers5.py makes it, and says what it ho
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import models
@@ -108,3 +109,41 @@ def test_a_head_that_is_the_embedding_is_no_head_of_its_own(tmp_path: Path):
     model, _ = models.load(folder)
     assert "lm_head" not in model
     assert loss_and_logits(folder)[0] == expected
+
+
+def change(folder: Path, ending: str, made_of: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change the arrays of a folder whose names end so."""
+    file = folder / "model.safetensors"
+    arrays = safetensors.numpy.load_file(file)
+    changed = {name: made_of(array) for name, array in arrays.items() if name.endswith(ending)}
+    assert changed
+    safetensors.numpy.save_file(arrays | changed, file)
+
+
+def test_a_number_added_to_all_routing_biases_changes_no_choice(tmp_path: Path):
+    """mlx-lm would choose out of other groups where the biases are negative."""
+    entry = REFERENCE["deepseek_v3"]
+    folder = write_folder(tmp_path / "model", entry)
+    change(folder, "e_score_correction_bias", lambda bias: bias - 4)
+    assert loss_and_logits(folder)[0] == pytest.approx(entry["loss"], abs=1e-3)
+
+
+def test_a_normalized_score_of_one_expert_is_refused(tmp_path: Path):
+    folder = write_folder(tmp_path / "model", REFERENCE["deepseek_v3"], num_experts_per_tok=1)
+    with pytest.raises(UserError, match="a normalized score for a single expert"):
+        models.load(folder)
+
+
+def test_minimax_m2_is_the_same_under_its_older_name(tmp_path: Path):
+    entry = REFERENCE["minimax_m2"]
+    folder = write_folder(tmp_path / "model", entry, model_type="minimax")
+    assert loss_and_logits(folder)[0] == pytest.approx(entry["loss"], abs=1e-3)
+
+
+def test_a_head_that_mlx_lm_has_no_place_for_is_named(tmp_path: Path):
+    folder = write_folder(tmp_path / "model", REFERENCE["cohere2"])
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"][::-1].copy()
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    with pytest.raises(UserError, match="an lm_head that differs from the embedding"):
+        models.load(folder)

@@ -60,7 +60,12 @@ REFERENCE = {
         [1, 0.316228, 0, 0, 0, 0, 0, 0], 1,
     ),
     "half of the head": (
-        {"rope_type": "default", "partial_rotary_factor": 0.5}, 160, [1, 0.1, 0.01, 0.001], 1,
+        {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, 160,
+        [0.5, 0.05, 0.005, 0.0005], 1,
+    ),
+    "a share that Llama's model does not read": (
+        {"rope_type": "default", "partial_rotary_factor": 0.5}, 160,
+        [1, 0.316228, 0.1, 0.0316228, 0.01, 0.00316228, 0.001, 0.000316228], 1,
     ),
 }  # fmt: skip
 
