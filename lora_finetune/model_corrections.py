@@ -108,6 +108,9 @@ def normalizes_one(router: nn.Module) -> bool:
     deepseek_v3.py:222 and all else with a `group_expert_select`, and afmoe.py:228, normalize from
     two experts on.
     """
+    args = getattr(router, "args", None)  # which Kimi Linear's routers look at themselves
+    if getattr(args, "num_experts_per_token", 0) == 1 and getattr(args, "moe_renormalize", False):
+        return True
     number = getattr(router, "top_k", getattr(router, "num_experts_per_tok", 0))
     of_group = hasattr(sys.modules[type(router).__module__], "group_expert_select")
     is_normed = of_group and getattr(router, "norm_topk_prob", False)

@@ -423,7 +423,7 @@ def test_what_has_changed_since_is_reported_in_one_line(
         "--batch-size",
         8,
         "--model",
-        tiny.make_model(tmp_path / "m", hidden_act="a", rope_theta=5.0),
+        tiny.make_model(tmp_path / "m", use_cache=False, rope_theta=5.0),
     ]
     ended = call(*args, *changes, "--iters", 30, "--resume-adapter-file", "a.npz")
     assert ended.returncode == 0
