@@ -34,7 +34,7 @@ INSTALL = { $(BIN)/pip install --disable-pip-version-check -r $(1) >.venv/instal
 	|| { cat .venv/install.log; exit 1; }; }
 
 .venv/installed: requirements.txt
-	@$(PYTHON) lora_finetune/check_platform.py
+	@$(PYTHON) lora_finetune/base/check_platform.py
 	@echo "Making .venv and installing MLX and what else requirements.txt names; takes a minute or more"
 	@$(PYTHON) -m venv .venv
 	@$(call INSTALL,requirements.txt)

@@ -14,16 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_finetune import (
-    activations,  # before mlx_lm: see compiling.py, which comes with it
-    memory,
+from lora_finetune.base import memory  # before mlx_lm: see compiling.py, which comes with it
+from lora_finetune.base.command_line import UserError, hint
+from lora_finetune.base.files import file_checksum
+from lora_finetune.mlx_patches import (  # before mlx_lm: see compiling.py, which comes with it
+    activations,
     rope_correction,
 )
-from lora_finetune.command_line import UserError, hint
-from lora_finetune.files import file_checksum
-from lora_finetune.model_config import in_mlx_words, is_untied
-from lora_finetune.model_corrections import corrected
-from lora_finetune.model_folder import (
+from lora_finetune.mlx_patches.model_corrections import corrected
+from lora_finetune.mlx_patches.model_settings import reads_recorded, unread_so_far, warn_of_unread
+from lora_finetune.mlx_patches.module_classes import intercepted
+from lora_finetune.model_folder.model_config import in_mlx_words, is_untied
+from lora_finetune.model_folder.model_folder import (
     TOKENIZER_FILES,
     check_files,
     check_memory,
@@ -32,16 +34,14 @@ from lora_finetune.model_folder import (
     read_object,
     shortened,
 )
-from lora_finetune.model_settings import reads_recorded, unread_so_far, warn_of_unread
-from lora_finetune.model_weights import (
+from lora_finetune.model_folder.model_weights import (
     check_head,
     has_own_head,
     in_mlx_layout,
     read_weights,
     with_tied_head,
 )
-from lora_finetune.module_classes import intercepted
-from lora_finetune.tokenizer import load as load_tokenizer
+from lora_finetune.model_folder.tokenizer import load as load_tokenizer
 
 import mlx.core as mx
 import mlx.nn as nn

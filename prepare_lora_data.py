@@ -4,7 +4,7 @@
 
 reads data/korean_textbooks_qa and writes lora_finetune/data/{train,valid,test}.jsonl. The file
 follows the work: the command line, the examples in the rows of a file, splitting them, writing the
-sets, and `main`, which does it. How files are found and read is in lora_finetune/sources.py.
+sets, and `main`, which does it. How files are found and read is in lora_finetune/texts/sources.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from itertools import count, pairwise, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from lora_finetune.command_line import (
+from lora_finetune.base.command_line import (
     Parser,
     UserError,
     abbreviated,
@@ -36,7 +36,7 @@ from lora_finetune.command_line import (
     warn,
     whole_number,
 )
-from lora_finetune.files import atomic_write, nfc
+from lora_finetune.base.files import atomic_write, nfc
 
 QUESTION, ANSWER = "question", "answer"  # the usual columns
 SPLITS = ("train", "valid", "test")
@@ -103,9 +103,9 @@ if __name__ == "__main__":  # --help and a wrong flag answer at once: the import
     args = parse_arguments()
     import_or_exit("datasets")
 
-from lora_finetune.chat import Message, read_messages, read_tools
-from lora_finetune.dataset import join_question, question_of
-from lora_finetune.sources import Batch, Wanted, find_files, read_batches
+from lora_finetune.texts.chat import Message, read_messages, read_tools
+from lora_finetune.texts.dataset import join_question, question_of
+from lora_finetune.texts.sources import Batch, Wanted, find_files, read_batches
 
 from tqdm import tqdm
 

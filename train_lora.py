@@ -3,7 +3,7 @@
     python train_lora.py --train --test --prompt "질문"
 
 The file follows a run: the command line, evaluation, the training loop (one step of it is in
-lora_finetune/training_step.py), generation, and `run`, which calls them in turn.
+lora_finetune/training/training_step.py), generation, and `run`, which calls them in turn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import closing, nullcontext
 from functools import partial
 from itertools import islice
 
-from lora_finetune.command_line import (
+from lora_finetune.base.command_line import (
     Interrupted,
     Parser,
     UserError,
@@ -151,30 +151,18 @@ if __name__ == "__main__":  # parsed before the imports, which take seconds: --h
     sys.modules.setdefault("torch", None)
 
 import models
-from lora_finetune import (
-    activations,
-    adapters,
-    attention,
-    checkpoint,
-    dataset,
-    demo_model,
-    distributed,
-    export,
-    frozen_prefix,
-    linux_cpu,
-    losses,
-    memory,
-    model_folder,
-    outcome,
-    prompts,
-    recurrences,
-    rope,
-    run_files,
-)
-from lora_finetune.distributed import ALONE, Group
-from lora_finetune.losses import Loss
-from lora_finetune.plan import Plan, check, to_compare
-from lora_finetune.training_step import (
+from lora_finetune.adapters import adapters, export
+from lora_finetune.base import linux_cpu, memory
+from lora_finetune.demo import demo_model
+from lora_finetune.mlx_patches import activations, attention, recurrences, rope
+from lora_finetune.model_folder import model_folder
+from lora_finetune.run import checkpoint, outcome, run_files
+from lora_finetune.run.plan import Plan, check, to_compare
+from lora_finetune.texts import dataset, prompts
+from lora_finetune.training import distributed, frozen_prefix, losses
+from lora_finetune.training.distributed import ALONE, Group
+from lora_finetune.training.losses import Loss
+from lora_finetune.training.training_step import (
     AHEAD,
     fit_memory,
     make_optimizer,

@@ -16,7 +16,8 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import tiny  # noqa: E402
-from lora_finetune import activations, linux_cpu  # noqa: E402
+from lora_finetune.base import linux_cpu  # noqa: E402
+from lora_finetune.mlx_patches import activations  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402

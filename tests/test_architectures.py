@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import models
-from lora_finetune import adapters, losses, training_step
-from lora_finetune.command_line import UserError
+from lora_finetune.adapters import adapters
+from lora_finetune.base.command_line import UserError
+from lora_finetune.training import losses, training_step
 
 import mlx.core as mx
 import mlx.nn as nn

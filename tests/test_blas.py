@@ -4,7 +4,7 @@ import ctypes
 import platform
 from pathlib import Path
 
-from lora_finetune import linux_cpu
+from lora_finetune.base import linux_cpu
 
 import mlx.core as mx
 import numpy as np

@@ -13,7 +13,7 @@ import models
 import templates
 import tiny
 from conftest import ROOT, Ended, Run, one_error
-from lora_finetune import chat, dataset
+from lora_finetune.texts import chat, dataset
 from test_long_texts import TOKENIZERS, build
 
 import numpy as np

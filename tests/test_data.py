@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import models
-from lora_finetune import dataset
+from lora_finetune.texts import dataset
 
 import mlx.core as mx
 import numpy as np

@@ -7,8 +7,9 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Run
-from lora_finetune import adapters, demo_model
-from lora_finetune.command_line import UserError
+from lora_finetune.adapters import adapters
+from lora_finetune.base.command_line import UserError
+from lora_finetune.demo import demo_model
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -19,7 +19,9 @@ from pathlib import Path
 import background
 import tiny
 from conftest import ROOT, Run
-from lora_finetune import adapters, checkpoint, dataset
+from lora_finetune.adapters import adapters
+from lora_finetune.run import checkpoint
+from lora_finetune.texts import dataset
 from test_survival import RHYTHM, entries, losses, wait_for
 
 import mlx.core as mx

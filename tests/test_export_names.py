@@ -11,7 +11,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Run
-from lora_finetune import adapters, base_arrays, export
+from lora_finetune.adapters import adapters, base_arrays, export
 from test_export import make_adapter, make_base, randomize
 from test_model_config import REFERENCE, write_folder
 

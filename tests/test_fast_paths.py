@@ -10,8 +10,9 @@ from contextlib import ExitStack, nullcontext
 
 import models
 from conftest import ROOT
-from lora_finetune import activations, attention, losses, recurrences, training_step
-from lora_finetune.losses import Loss
+from lora_finetune.mlx_patches import activations, attention, recurrences
+from lora_finetune.training import losses, training_step
+from lora_finetune.training.losses import Loss
 from test_architectures import ADAPTED, IS_TARGET, TOKENS, adapt, build
 
 import mlx.core as mx

@@ -19,8 +19,9 @@ import background
 import models
 import tiny
 from conftest import PERPLEXITY, ROOT, Run, one_error
-from lora_finetune import adapters, run_files
-from lora_finetune.checkpoint import Progress
+from lora_finetune.adapters import adapters
+from lora_finetune.run import run_files
+from lora_finetune.run.checkpoint import Progress
 from test_survival import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
 
 import mlx.core as mx

@@ -16,15 +16,11 @@ import models
 import tiny
 import train_lora
 from conftest import Run, listing
-from lora_finetune import (
-    adapters,
-    checkpoint,
-    dataset,
-    frozen_prefix,
-    losses,
-    memory,
-    training_step,
-)
+from lora_finetune.adapters import adapters
+from lora_finetune.base import memory
+from lora_finetune.run import checkpoint
+from lora_finetune.texts import dataset
+from lora_finetune.training import frozen_prefix, losses, training_step
 from test_survival import wait_for
 
 import mlx.core as mx

@@ -25,8 +25,10 @@ import models
 import tiny
 import train_lora
 from conftest import OUTCOME, ROOT
-from lora_finetune import adapters, checkpoint, dataset
-from lora_finetune.command_line import UserError
+from lora_finetune.adapters import adapters
+from lora_finetune.base.command_line import UserError
+from lora_finetune.run import checkpoint
+from lora_finetune.texts import dataset
 from mutations import REPLACED, mutate
 
 import pytest

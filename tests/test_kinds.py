@@ -10,7 +10,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Run
-from lora_finetune import dataset
+from lora_finetune.texts import dataset
 
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Ended, Run, one_error
-from lora_finetune import model_folder
+from lora_finetune.model_folder import model_folder
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tiny
 from conftest import ROOT, Run
-from lora_finetune import dataset
+from lora_finetune.texts import dataset
 
 import pytest
 from hypothesis import given, settings

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import tiny
 from conftest import PERPLEXITY, ROOT, Run, one_error
-from lora_finetune import files
-from lora_finetune.check_platform import unsupported_reason
+from lora_finetune.base import files
+from lora_finetune.base.check_platform import unsupported_reason
 
 import datasets
 import mlx.core as mx
@@ -139,7 +139,7 @@ def test_what_mlx_cannot_be_installed_on_is_named(machine: tuple, mentions: list
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 def test_make_names_what_is_missing_before_it_installs_anything(tmp_path: Path) -> None:
     """With a Python that says it is 3.10."""
-    for file in ("Makefile", "requirements.txt", "lora_finetune/check_platform.py"):
+    for file in ("Makefile", "requirements.txt", "lora_finetune/base/check_platform.py"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
     old = tmp_path / "python3.10"

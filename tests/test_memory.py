@@ -17,8 +17,10 @@ from pathlib import Path
 import models
 import tiny
 from conftest import TEXTS, Ended, Run, make_texts, one_error
-from lora_finetune import memory, model_folder, training_step
-from lora_finetune.command_line import UserError
+from lora_finetune.base import memory
+from lora_finetune.base.command_line import UserError
+from lora_finetune.model_folder import model_folder
+from lora_finetune.training import training_step
 
 import mlx.core as mx
 import mlx.nn as nn

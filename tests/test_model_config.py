@@ -11,8 +11,8 @@ from pathlib import Path
 
 import models
 import tiny
-from lora_finetune.command_line import UserError
-from lora_finetune.model_config import in_mlx_words
+from lora_finetune.base.command_line import UserError
+from lora_finetune.model_folder.model_config import in_mlx_words
 from test_architectures import ARCHITECTURES
 
 import mlx.core as mx

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from conftest import Run
-from lora_finetune import checkpoint
+from lora_finetune.run import checkpoint
 from test_errors import one_error
 
 import numpy as np

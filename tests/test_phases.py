@@ -14,7 +14,9 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT, TEXTS, Ended, Run
-from lora_finetune import adapters, command_line, dataset
+from lora_finetune.adapters import adapters
+from lora_finetune.base import command_line
+from lora_finetune.texts import dataset
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import prepare_lora_data
 from conftest import ROOT, Ended, Run, listing, one_error
-from lora_finetune import dataset
+from lora_finetune.texts import dataset
 
 import datasets
 import pyarrow as pa

@@ -11,7 +11,7 @@ import models
 import templates
 import tiny
 from conftest import ROOT, Ended, Run, one_error
-from lora_finetune import chat, dataset, prompts
+from lora_finetune.texts import chat, dataset, prompts
 from test_chat import BOS, turns, write_tokenizer
 
 import pytest

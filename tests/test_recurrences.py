@@ -2,8 +2,8 @@
 
 import math
 
-from lora_finetune import attention, recurrences
-from lora_finetune.recurrences import gated_delta_by_chunks, gated_delta_by_tokens
+from lora_finetune.mlx_patches import attention, recurrences
+from lora_finetune.mlx_patches.recurrences import gated_delta_by_chunks, gated_delta_by_tokens
 from test_architectures import build
 
 import mlx.core as mx

@@ -6,7 +6,7 @@ reference/make_reference.py says where the values come from; no PyTorch is neede
 from pathlib import Path
 
 import models
-from lora_finetune import losses, training_step
+from lora_finetune.training import losses, training_step
 
 import mlx.core as mx
 import mlx.nn as nn

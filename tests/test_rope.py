@@ -9,8 +9,9 @@ from pathlib import Path
 
 import models
 import tiny
-from lora_finetune import losses, rope
-from lora_finetune.training_step import make_gradients
+from lora_finetune.mlx_patches import rope
+from lora_finetune.training import losses
+from lora_finetune.training.training_step import make_gradients
 
 import mlx.core as mx
 import mlx.nn as nn

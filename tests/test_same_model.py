@@ -5,8 +5,9 @@ from pathlib import Path
 
 import models
 import tiny
-from lora_finetune import attention, losses
-from lora_finetune.command_line import UserError
+from lora_finetune.base.command_line import UserError
+from lora_finetune.mlx_patches import attention
+from lora_finetune.training import losses
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -12,7 +12,7 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT, TEXTS
-from lora_finetune import adapters
+from lora_finetune.adapters import adapters
 
 import mlx.core as mx
 import mlx.nn as nn

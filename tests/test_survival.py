@@ -18,7 +18,9 @@ from pathlib import Path
 import background
 import tiny
 from conftest import ROOT, Run, make_texts
-from lora_finetune import adapters, checkpoint, command_line
+from lora_finetune.adapters import adapters
+from lora_finetune.base import command_line
+from lora_finetune.run import checkpoint
 
 import mlx.core as mx
 import numpy as np

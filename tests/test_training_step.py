@@ -8,7 +8,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Run as CommandLine
-from lora_finetune import losses, training_step
+from lora_finetune.training import losses, training_step
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import models  # noqa: F401
-from lora_finetune import adapters
+from lora_finetune.adapters import adapters
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lora_finetune import linux_cpu
+from lora_finetune.base import linux_cpu
 
 import mlx.core as mx
 import numpy as np

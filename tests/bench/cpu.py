@@ -103,7 +103,7 @@ def make_questions(work: Path) -> None:
     """The demo model in float32, as all three can load it, and the questions."""
     import models
     import tiny
-    from lora_finetune import demo_model
+    from lora_finetune.demo import demo_model
 
     from mlx_lm import utils
 

@@ -35,15 +35,10 @@ ENVIRONMENT = dict(os.environ)  # as it is before this program sets anything of 
 
 import models  # noqa: E402, F401
 import tiny  # noqa: E402
-from lora_finetune import (  # noqa: E402
-    activations,
-    adapters,
-    attention,
-    dataset,
-    frozen_prefix,
-    losses,
-    training_step,
-)
+from lora_finetune.adapters import adapters  # noqa: E402
+from lora_finetune.mlx_patches import activations, attention  # noqa: E402
+from lora_finetune.texts import dataset  # noqa: E402
+from lora_finetune.training import frozen_prefix, losses, training_step  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402

@@ -55,7 +55,9 @@ def plain_steps(folder: Path) -> Steps:
 def our_steps(folder: Path) -> Steps:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import models
-    from lora_finetune import activations, adapters, attention, losses, training_step
+    from lora_finetune.adapters import adapters
+    from lora_finetune.mlx_patches import activations, attention
+    from lora_finetune.training import losses, training_step
 
     activations.install(slow_exp=False)
     model, _ = models.load_as_stored(folder)

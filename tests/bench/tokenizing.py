@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402, F401
-from lora_finetune import dataset, demo_model  # noqa: E402
+from lora_finetune.demo import demo_model  # noqa: E402
+from lora_finetune.texts import dataset  # noqa: E402
 
 from mlx_lm import tokenizer_utils  # noqa: E402
 

@@ -1,0 +1,72 @@
+"""`make demo`: ask the demo model a question, fine-tune it on data/demo, and ask it again."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import models
+from lora_finetune.adapters import adapters
+from lora_finetune.base.command_line import ROOT, UserError
+from lora_finetune.demo import demo_model
+from lora_finetune.run import checkpoint
+from lora_finetune.texts import dataset
+
+import mlx.nn as nn
+from mlx_lm import generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+QUESTION, MEANING = "물은 몇 도에서 끓습니까?", "At what temperature does water boil?"
+ADAPTER = "lora_finetune/demo.npz"
+# 32 questions, in 10 epochs: most of the answers are learnt, in two minutes on two cores.
+TRAINING = [
+    *("train_lora.py", "--train", "--data", "data/demo", "--adapter-file", ADAPTER),
+    *("--batch-size", "4", "--iters", "80", "--learning-rate", "4e-4", "--mask-prompt"),
+    *("--steps-per-eval", "20", "--steps-per-report", "10"),
+]
+
+
+def ask(model: nn.Module, tokenizer: TokenizerWrapper) -> str:
+    """The answer to the question, in one line: always the likeliest token, 64 at most."""
+    answer = generate(model, tokenizer, dataset.join_question(QUESTION, ""), max_tokens=64)
+    return " ".join(answer.rstrip("\ufffd").split())  # a character that the end cut through
+
+
+def run(command: list[str]) -> int:
+    """The exit status of a command; a Ctrl-C is for it to hear, which saves before it ends."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    while True:
+        with suppress(KeyboardInterrupt):
+            return process.wait()
+
+
+def main() -> None:
+    model, tokenizer = models.load(demo_model.fetch())
+    before = ask(model, tokenizer)
+    print(f"Question  {QUESTION}  ({MEANING})\nBefore    {before}\n", flush=True)
+
+    print(f"$ {shlex.join([os.path.relpath(sys.executable), *TRAINING])}", flush=True)
+    if status := run([sys.executable, *TRAINING]):
+        sys.exit(status)
+
+    file = ROOT / ADAPTER
+    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    print(
+        f"\nQuestion  {QUESTION}  ({MEANING}; in other words than in the training texts)"
+        f"\nBefore    {before}\nAfter     {ask(model, tokenizer)}"
+        f"\nPicture   {checkpoint.picture_file(Path(ADAPTER))}: the losses"
+        '\nNext      the commands above, or your own text: "Your own data" in README.md'
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,365 @@
+"""A config.json of transformers 5, translated into the settings that mlx-lm reads.
+
+transformers 5 saves rotary settings as `rope_parameters`, the kinds of layers as `layer_types` and
+`mlp_layer_types`, and many settings under other names than before. mlx-lm 0.32 mostly reads the
+older words, and takes a default of its own for what it does not find.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import inspect
+import json
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lora_finetune.base.command_line import UserError
+
+from mlx_lm.models.base import BaseModelArgs
+from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+Settings = dict[str, Any]
+
+# mlx-lm's names for model types of transformers, where they differ by more than a final `_text`.
+# Ministral is a Llama with windows, as mlx-lm's llama is.
+MODEL_TYPES = {"youtu": "youtu_llm", "lfm2_vl": "lfm2-vl", "ministral": "llama"}
+ARCHITECTURES = {"bailing_hybrid": "BailingMoeV3ForCausalLM"}
+
+# Settings that mlx-lm requires and transformers does not save: constants in its code.
+CONSTANTS = {
+    "mlp_bias": False, "post_norm": False, "qk_norm": True,
+    "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1,
+    "first_k_dense_replace": 0, "n_shared_experts": None, "shared_intermediate_size": 0,
+    "attention_method": "MLA", "zero_expert_type": "identity",
+    "mla_scale_q_lora": True, "mla_scale_kv_lora": True, "norm_topk_prob": True,
+    "rope_theta": 10000.0,
+}  # fmt: skip
+
+# Settings whose default in mlx-lm adds a part to models that do not name it, since they lack it.
+NOT_THERE = {"hidden_size_per_layer_input": 0}
+
+# mlx-lm's name: transformers' name of the same setting, where its configuration has no alias.
+SAME = {
+    "rotary_emb_base": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+    "block_dim": "hidden_size",
+    "block_ff_dim": "intermediate_size",
+    "n_ctx": "n_positions",
+    "layernorm_epsilon": "rms_norm_eps",
+    "sliding_window_size": "sliding_window",
+    "swa_rope_theta": "rope_local_base_freq",
+    "swa_num_attention_heads": "num_attention_heads",
+    "swa_head_dim": "head_dim",
+    "swa_v_head_dim": "v_head_dim",
+    "moe_shared_expert_intermediate_size": "moe_intermediate_size",
+    "n_group": "num_expert_group",
+    "num_experts_per_tok": "num_experts_per_token",
+    "max_position_embeddings": "model_max_length",
+}
+
+
+def pytorch_settings(config: Settings) -> PretrainedConfig | None:
+    """The settings of the text model as transformers has them; None for a type it does not know.
+
+    It knows the default of every kind of model, and older names of the same. Only its own classes
+    read the configuration: no code comes from the model.
+
+    Args:
+        config: of config.json, in its own words.
+
+    Raises:
+        Exception: of any kind, whatever its checks have against the configuration.
+    """
+    if is_minimax_m2(config):
+        config = config | {"model_type": "minimax_m2"}
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return None
+    # "su" is what longrope was called at first; transformers looks for its length too early.
+    text = json.dumps(config).replace('"su"', '"longrope"')
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are for programmers
+        whole = AutoConfig.for_model(**json.loads(text))
+    theirs = whole.get_text_config(decoder=True)
+    if isinstance(theirs, dict):  # Pixtral's
+        return pytorch_settings(theirs)
+    said = (config.get("text_config") or config).get("hidden_size")
+    if said not in (None, getattr(theirs, "hidden_size", said)):
+        return None  # text settings that stand where transformers does not look for them
+    if hasattr(whole, "tie_word_embeddings"):  # transformers ties by the outer one
+        theirs.tie_word_embeddings = whole.tie_word_embeddings
+    return theirs
+
+
+def is_minimax_m2(config: Settings) -> bool:
+    """Whether a `minimax` is mlx-lm's, MiniMax-M2, and not transformers', MiniMax-Text-01."""
+    names = config.get("architectures") or ["MiniMaxM2ForCausalLM"]
+    return config.get("model_type") == "minimax" and str(names[0]).startswith("MiniMaxM2")
+
+
+def pytorch_program(theirs: PretrainedConfig) -> str:
+    """The source text of transformers' model, which is looked at and not run."""
+    file = Path(inspect.getfile(type(theirs)))
+    program = file.with_name(file.name.replace("configuration_", "modeling_"))
+    if not program.exists():  # such models, exaone for one, are Llama's
+        program = file.parents[1] / "llama" / "modeling_llama.py"
+    return program.read_text("utf-8")
+
+
+def in_mlx_words(config: Settings, theirs: PretrainedConfig | None = None) -> Settings:
+    """The settings of a config.json as mlx-lm has them; those in the older words are left alone.
+
+    Nothing is taken away: settings are added under the names that mlx-lm reads, and replaced where
+    `rope_parameters` say otherwise.
+
+    Args:
+        theirs: its `pytorch_settings`, from which what it leaves out is taken.
+    """
+    if not is_of_transformers_5(config):
+        return config
+    config = with_model_type(copy.deepcopy(config))
+    module = mlx_module(config)
+    if module is None:
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return translated(config, [module.ModelArgs], theirs)
+    if "tie_word_embeddings" in config:  # there transformers ties by the outer one
+        text["tie_word_embeddings"] = config["tie_word_embeddings"]
+    config["text_config"] = text = translated(text, text_classes(module, text), theirs)
+    return text | config
+
+
+def is_of_transformers_5(config: Settings) -> bool:
+    """Whether a configuration was saved by transformers 5, or has its words for rotary settings."""
+    text = config.get("text_config")
+    if any(isinstance(c, dict) and c.get("rope_parameters") for c in (config, text)):
+        return True
+    major = str(config.get("transformers_version", "")).partition(".")[0]
+    return major.isdecimal() and int(major) >= 5
+
+
+def is_untied(config: Settings) -> bool:
+    """Whether a configuration says that the head is not the embedding."""
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    return config.get("tie_word_embeddings", inner.get("tie_word_embeddings")) is False
+
+
+# --- The model type -----------------------------------------------------------------------------
+
+
+def with_model_type(config: Settings) -> Settings:
+    """The configuration with the model type of mlx-lm; that of a text model may become the whole's.
+
+    Llama 4's text model is mlx-lm's llama4 where it has experts; what mlx-lm calls llama4_text has
+    none.
+    """
+    model_type = config["model_type"]
+    whole = model_type.removesuffix("_text")
+    if model_type == "llama4_text" and config.get("moe_layers") or not has_module(model_type):
+        if whole != model_type and has_module(whole):
+            inner, config = config, config | {"model_type": whole}
+            fields = named_fields([importlib.import_module(module_name(config)).ModelArgs])
+            if set(fields) <= {"model_type", "text_config", "vocab_size"}:
+                config["text_config"] = inner
+        else:
+            config["model_type"] = MODEL_TYPES.get(model_type, model_type)
+    if model_type in ARCHITECTURES:
+        config["architectures"] = [ARCHITECTURES[model_type]]
+    return config
+
+
+def has_module(model_type: str) -> bool:
+    name = MODEL_REMAPPING.get(model_type, model_type)
+    return model_type not in MODEL_TYPES and find_spec(f"mlx_lm.models.{name}") is not None
+
+
+def module_name(config: Settings) -> str:
+    """The name of the module that mlx-lm builds the model with."""
+    model_type = config["model_type"]
+    name = MODEL_REMAPPING.get(model_type, model_type)
+    for architecture in config.get("architectures") or ():
+        name = MODEL_ARCHITECTURE_REMAPPING.get((model_type, architecture), name)
+    return f"mlx_lm.models.{name}"
+
+
+def mlx_module(config: Settings) -> ModuleType | None:
+    """The module that mlx-lm builds the model with, None where it cannot be imported."""
+    try:
+        return importlib.import_module(module_name(config))
+    except (Exception, SystemExit):  # mlx-lm will say why; olmo's exits
+        return None
+
+
+# --- What mlx-lm reads --------------------------------------------------------------------------
+
+
+def text_classes(module: ModuleType, text: Settings) -> list[type]:
+    """The dataclasses of mlx-lm that may read the text settings of a wrapper."""
+    modules = [m for m in vars(module).values() if isinstance(m, ModuleType)]
+    inner = mlx_module(text) if isinstance(text.get("model_type"), str) else None
+    classes = [c for m in (module, inner, *modules) for c in vars(m or ModuleType("")).values()]
+    return [c for c in classes if is_args(c) and "text_config" not in named_fields([c])]
+
+
+def is_args(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, BaseModelArgs) and found != BaseModelArgs
+
+
+def named_fields(classes: list[type]) -> dict[str, dataclasses.Field]:
+    """The fields of some dataclasses by name; of two of one name, one without a default."""
+    fields = {}
+    for field in (field for each in classes for field in dataclasses.fields(each)):
+        if field.name not in fields or is_required(field):
+            fields[field.name] = field
+    return fields
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+# --- The settings -------------------------------------------------------------------------------
+
+
+def translated(
+    settings: Settings, classes: list[type], theirs: PretrainedConfig | None
+) -> Settings:
+    """Text settings with those that mlx-lm reads and transformers does not save under their names.
+
+    Args:
+        classes: mlx-lm's dataclasses that may read them.
+        theirs: the settings as transformers has them, None where it has none.
+    """
+    fields = named_fields(classes)
+    settings = settings | rotary(settings)
+    settings |= sizes(settings, fields) | kinds_of_layers(settings, fields)
+    for name, field in fields.items():
+        if settings.get(name) is not None:
+            continue
+        value = settings.get(SAME.get(name))
+        if value is None and not name.startswith("rope"):
+            value = getattr(theirs, name, None)
+        if value is not None:
+            settings[name] = value
+        elif name not in settings and name in NOT_THERE:
+            settings[name] = NOT_THERE[name]
+        elif name in CONSTANTS and is_required(field):
+            settings[name] = CONSTANTS[name]
+    return settings
+
+
+def rotary(settings: Settings) -> Settings:
+    """`rope_parameters` as `rope_theta`, `partial_rotary_factor` and `rope_scaling`.
+
+    Where `rope_parameters` differ by kind of layer, those of full attention are taken, and the
+    theta of the others becomes `rope_local_base_freq`.
+    """
+    parameters = settings.get("rope_parameters")
+    if not isinstance(parameters, dict) or not parameters:
+        return {}
+    whole_head = {"partial_rotary_factor": 1.0}
+    by_kind = {kind: whole_head | p for kind, p in parameters.items() if isinstance(p, dict)}
+    full = by_kind.get("full_attention", next(iter(by_kind.values()), parameters))
+    found = {"partial_rotary_factor": full.get("partial_rotary_factor", 1.0)}
+    if by_kind:
+        found["rope_parameters"] = by_kind
+    if "rope_theta" in full:
+        found["rope_theta"] = full["rope_theta"]
+    local = [p["rope_theta"] for kind, p in by_kind.items() if p is not full and "rope_theta" in p]
+    if local:
+        found["rope_local_base_freq"] = local[0]
+    kind = full.get("rope_type", full.get("type", "default"))
+    rest = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    is_scaled = kind != "default" or "mrope_section" in full
+    found["rope_scaling"] = rest | {"type": kind, "rope_type": kind} if is_scaled else None
+    return found
+
+
+def sizes(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:
+    """Sizes that are null or missing, as transformers computes them in its models."""
+    found = {}
+    hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
+    if settings.get("head_dim") is None and hidden and heads and "head_dim" in fields:
+        found["head_dim"] = hidden // heads
+    if "linear_head_dim" in settings and "short_conv_kernel_size" in fields:  # Bailing's
+        found["head_dim"] = settings["linear_head_dim"]
+    if settings.get("n_inner") is None and "n_embd" in settings:
+        found["n_inner"] = 4 * settings["n_embd"]
+    head = settings.get("head_dim") or found.get("head_dim")
+    if settings.get("rotary_dim") is None and head and "rope_parameters" in settings:
+        found["rotary_dim"] = int(head * settings.get("partial_rotary_factor", 1.0))
+    if "swa_num_key_value_heads" in fields:  # so in transformers' code for MiMo
+        found["swa_num_key_value_heads"] = 2 * settings["num_key_value_heads"]
+    if settings.get("intermediate_size") is None and "expand" in settings and hidden:
+        found["intermediate_size"] = int(settings["expand"] * hidden)
+    for number, layer in (settings.get("per_layer_config") or {}).items():
+        if settings["layer_types"][int(number)] == "full_attention":
+            found |= {GLOBAL[name]: size for name, size in layer.items() if name in GLOBAL}
+    return found
+
+
+# Sizes of the layers with full attention, where they have their own.
+GLOBAL = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+
+
+def kinds_of_layers(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:
+    """`layer_types` and `mlp_layer_types` as the patterns that mlx-lm has for them."""
+    found = {}
+    kinds, mlps = settings.get("layer_types") or [], settings.get("mlp_layer_types") or []
+    is_full = ["full" in kind for kind in kinds]
+    found |= {name: pattern(is_full, fields[name]) for name in PERIODS if name in fields and kinds}
+    if "position_embedding_type" in settings and not settings["position_embedding_type"]:
+        found["position_embedding_type"] = "nope"
+    if "hybrid_layer_pattern" in fields:
+        found["hybrid_layer_pattern"] = [int(not full) for full in is_full]
+    if "mamba_n_heads" in fields and "layer_types" in fields:  # mlx-lm's granitemoehybrid
+        found["layer_types"] = ["attention" if full else "mamba" for full in is_full]
+    if "linear_attn_config" in fields:
+        found["linear_attn_config"] = linear_attention(settings, is_full)
+    if mlps:
+        sparse = [kind == "sparse" for kind in mlps]
+        found["is_moe_layer"] = sparse
+        found["first_k_dense_replace"] = (sparse + [True]).index(True)
+        if "hybrid_layer_pattern" in fields:  # where mlx-lm's moe_layer_freq is a list
+            found["moe_layer_freq"] = [int(is_sparse) for is_sparse in sparse]
+    return found
+
+
+# Settings that say every how many layers one has full attention, the last of each group.
+PERIODS = ("full_attention_interval", "sliding_window_pattern")
+
+
+def pattern(is_full: list[bool], field: dataclasses.Field) -> int | str:
+    """Which layers have full attention, as a period, or in letters where mlx-lm reads these.
+
+    Raises:
+        UserError: a period cannot say it.
+    """
+    if "str" in str(field.type):
+        return "".join("G" if full else "L" for full in is_full)
+    period = is_full.index(True) + 1 if True in is_full else len(is_full) + 1
+    if is_full != [n % period == 0 for n in range(1, len(is_full) + 1)]:
+        raise UserError(
+            "the model's layer_types do not repeat, which mlx-lm cannot compute for this kind of "
+            "model; take another model"
+        )
+    return period
+
+
+def linear_attention(settings: Settings, is_full: list[bool]) -> Settings:
+    """What Kimi's own configuration has for layers of linear attention; they count from 1."""
+    return {
+        "kda_layers": [n for n, full in enumerate(is_full, 1) if not full],
+        "full_attn_layers": [n for n, full in enumerate(is_full, 1) if full],
+        "num_heads": settings.get("linear_num_heads"),
+        "head_dim": settings.get("linear_head_dim"),
+        "short_conv_kernel_size": settings.get("linear_conv_kernel_dim"),
+    }

@@ -1,0 +1,202 @@
+"""Weights in the names and layouts of transformers 5, converted to those that mlx-lm 0.32 reads.
+
+transformers saves most models in the layout of the hub, which mlx-lm knows. The tables hold the
+exceptions, by the module of mlx-lm that reads them; what fits already passes through unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_finetune.base.command_line import UserError
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+Weights = dict[str, mx.array]
+
+# Weights for images and sounds, which few modules of mlx-lm have a place for.
+NOT_OF_TEXT = re.compile(
+    r"(model\.)?(vision_\w+|visual|audio_\w+|embed_vision|embed_audio|mm_projector"
+    r"|multi_modal_projector)\."
+)
+
+# (mlx-lm's module, a pattern in a name, its replacement); all that match are applied in turn.
+NAMES = [
+    ("gpt2", r"^transformer\.", ""),
+    ("gemma3n", r"^model\.(?!language_model\.)", "model.language_model."),
+    ("lfm2-vl", r"^model\.language_model\.", "language_model.model."),
+    ("llama4", r"^(model|lm_head)\.", r"language_model.\1."),
+    ("nanochat", r"^model\.embed_tokens\.", "transformer.wte."),
+    ("nanochat", r"^model\.layers\.", "transformer.h."),
+    ("nanochat", r"\.self_attn\.([qkv])_proj\.", r".attn.c_\1."),
+    ("nanochat", r"\.self_attn\.o_proj\.", ".attn.c_proj."),
+    ("nanochat", r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    ("nanochat", r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    ("olmo_hybrid", r"\.attention_layer_norm\.", ".input_layernorm."),
+    ("olmo_hybrid", r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
+    ("kimi_linear", r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),
+    ("kimi_k25", r"^language_model\.model\.blocks\.", "language_model.model.layers."),
+    ("gpt_oss", r"\.experts\.(gate_up|down)_proj$", r".experts.\1_proj.weight"),
+]  # fmt: skip
+
+# (mlx-lm's module, a pattern in a name): arrays whose last two axes may be the other way round.
+SWAPPED = [
+    ("gpt_oss", r"\.experts\.(gate_up|down)_proj$"),
+    ("lfm2-vl", r"\.conv\.conv\.weight$"),
+    ("qwen3_vl_moe", r"\.experts\.(gate_up|down)_proj$"),
+]
+
+
+def in_mlx_layout(weights: Weights, model: nn.Module, settings: dict[str, Any]) -> Weights:
+    """The weights of a folder as mlx-lm's own conversion of them reads them.
+
+    Args:
+        model: what they are for, as mlx-lm has built it.
+        settings: of the text model, as mlx-lm has them.
+    """
+    family = type(model).__module__.rpartition(".")[2]
+    wanted = dict(tree_flatten(model.parameters()))
+    weights = {n: a for n, a in weights.items() if n in wanted or not NOT_OF_TEXT.match(n)}
+    found = {}
+    swapped = [pattern for name, pattern in SWAPPED if name == family]
+    for name, array in weights.items():
+        new_name = renamed(name, family, weights, settings)
+        if new_name is None:
+            continue
+        if any(re.search(p, name) for p in swapped) and is_swapped(name, array, settings):
+            array = mx.swapaxes(array, -1, -2)
+        if is_routing_bias(new_name, settings):
+            array = array - mx.minimum(array.min(), 0)
+        found[new_name] = array
+    if family == "olmo_hybrid":
+        found |= dict(cut_again(found, settings))
+    if family == "qwen3_5_moe":
+        found = stacked_experts(found)
+    return found
+
+
+def renamed(name: str, family: str, weights: Weights, settings: dict[str, Any]) -> str | None:
+    """The name of an array for mlx-lm, None where it is left out."""
+    for module, pattern, replacement in NAMES:
+        if module == family:
+            name = re.sub(pattern, replacement, name)
+    # LongCat's identity experts ("zero experts") are saved too, with weights that nothing reads.
+    expert = re.search(r"\.experts\.(\d+)\.", name)
+    if family == "longcat_flash" and expert and int(expert[1]) >= settings["n_routed_experts"]:
+        return None
+    # Transformers names the output of Bailing's linear attention as that of its full attention.
+    if family == "bailing_moe_v3" and name.endswith(".attention.dense.weight"):
+        attention = name.removesuffix("dense.weight")
+        return f"{attention}o_proj.weight" if f"{attention}A_log" in weights else name
+    return name
+
+
+def is_swapped(name: str, array: mx.array, settings: dict[str, Any]) -> bool:
+    """Whether an array's last two axes are the other way round than mlx-lm reads them."""
+    if ".conv." in name:  # (channels, 1, kernel); MLX has (channels, kernel, 1)
+        return array.shape[-2] == 1
+    # gpt-oss is saved in one way only. Qwen3-VL-MoE is (experts, in, out) on the hub, which mlx-lm
+    # turns itself, and (experts, out, in) by transformers 5.
+    inner = settings.get("moe_intermediate_size")
+    if inner is None:
+        return True
+    hidden = settings["hidden_size"]
+    return array.shape[-2:] == ((2 * inner, hidden) if "gate_up" in name else (hidden, inner))
+
+
+def is_routing_bias(name: str, settings: dict[str, Any]) -> bool:
+    """Whether an array holds the biases by which a router chooses experts out of groups.
+
+    mlx-lm gives experts outside the chosen groups a score of 0, transformers −∞: the same choice
+    as long as no bias is negative. Adding one number to all biases does not change the choice.
+    """
+    groups = settings.get("n_group") or settings.get("num_expert_group") or 1
+    return groups > 1 and name.endswith(("e_score_correction_bias", ".expert_bias"))
+
+
+def cut_again(weights: Weights, settings: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
+    """OLMo's convolutions of q, k and v, which transformers 5.24 saves in three equal parts."""
+    keys = settings["linear_num_key_heads"] * settings["linear_key_head_dim"]
+    values = settings["linear_num_value_heads"] * settings["linear_value_head_dim"]
+    for name in weights:
+        if name.endswith(".q_conv1d.weight") and len(weights[name]) != keys:
+            names = [name.replace(".q_conv1d.", f".{part}_conv1d.") for part in "qkv"]
+            joined = mx.concatenate([weights[part] for part in names])
+            if len(joined) == 2 * keys + values:
+                yield from zip(names, mx.split(joined, [keys, 2 * keys]), strict=True)
+
+
+def stacked_experts(weights: Weights) -> Weights:
+    """Experts saved one by one as (experts, out, in), of the gate and up projections joined."""
+    one = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+    matches = {name: match for name in weights if (match := one.fullmatch(name))}
+    found = {name: array for name, array in weights.items() if name not in matches}
+    for path in {match[1] for match in matches.values()}:
+        number = sum(match[1] == path and match[3] == "down" for match in matches.values())
+        gate, up, down = (
+            mx.stack([weights[f"{path}.{n}.{kind}_proj.weight"] for n in range(number)])
+            for kind in ("gate", "up", "down")
+        )
+        found[f"{path}.gate_up_proj"] = mx.concatenate([gate, up], axis=1)
+        found[f"{path}.down_proj"] = down
+    return found
+
+
+# --- Heads --------------------------------------------------------------------------------------
+
+# Names of the token embedding, as in `model.embed_tokens.weight`.
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+HEADS = ("lm_head.weight", "embed_out.weight")
+PARTS = ("weight", "scales", "biases")  # of a quantized layer
+
+
+def has_own_head(weights: Weights) -> bool:
+    """Whether the weights have an lm_head that differs from the embedding.
+
+    transformers 5 uses such a head whatever `tie_word_embeddings` says.
+    """
+    heads = [array for name, array in weights.items() if name.endswith("lm_head.weight")]
+    tables = [weights[name] for name in weights if is_embedding(name)]
+    if len(heads) != 1 or len(tables) != 1:
+        return False
+    return heads[0].shape != tables[0].shape or not mx.array_equal(heads[0], tables[0]).item()
+
+
+def is_embedding(name: str) -> bool:
+    *_, layer, part = ["", *name.split(".")]
+    return layer in EMBEDDINGS and part == "weight"
+
+
+def with_tied_head(model: nn.Module, weights: Weights) -> Weights:
+    """The weights with a copy of the embedding as lm_head, where mlx-lm's model cannot tie them."""
+    wanted = dict(tree_flatten(model.parameters()))
+    heads = [name for name in wanted if name.endswith(HEADS) and name not in weights]
+    tables = [name.removesuffix("weight") for name in weights if is_embedding(name)]
+    if len(heads) != 1 or len(tables) != 1:
+        return weights
+    head = heads[0].removesuffix("weight")
+    tied = {head + p: weights[tables[0] + p] for p in PARTS if tables[0] + p in weights}
+    return weights | tied
+
+
+def check_head(model: nn.Module, weights: Weights) -> None:
+    """Raise UserError where weights with an untied head are to go into a model without a head."""
+    names = dict(tree_flatten(model.parameters()))
+    if not any("lm_head." in name for name in names) and has_own_head(weights):
+        raise UserError(
+            "the weights have an lm_head that differs from the embedding, and mlx-lm always ties "
+            "the two in this kind of model, so it would compute something else; take another model"
+        )
+
+
+def read_weights(folder: Path) -> Weights:
+    """The arrays of a folder's weights by name; MLX reads their numbers only when they are used."""
+    weights = {}
+    for file in folder.glob("model*.safetensors"):
+        weights |= mx.load(str(file))
+    return weights
