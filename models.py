@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_finetune.base import memory  # before mlx_lm: see compiling.py, which comes with it
-from lora_finetune.base.command_line import UserError, hint
+from lora_finetune.base.errors import UserError, hint
 from lora_finetune.base.files import file_checksum
 from lora_finetune.mlx_patches import (  # before mlx_lm: see compiling.py, which comes with it
     activations,

@@ -25,18 +25,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 from lora_finetune.base.command_line import (
     Parser,
-    UserError,
-    abbreviated,
-    begin_process,
     import_or_exit,
     in_project,
-    is_unicode,
     nonempty,
-    run_and_report_errors,
-    warn,
     whole_number,
 )
+from lora_finetune.base.errors import (
+    UserError,
+    abbreviated,
+    is_unicode,
+    run_and_report_errors,
+    warn,
+)
 from lora_finetune.base.files import atomic_write, nfc
+from lora_finetune.base.signals import begin_process
 
 QUESTION, ANSWER = "question", "answer"  # the usual columns
 SPLITS = ("train", "valid", "test")

@@ -18,22 +18,23 @@ from functools import partial
 from itertools import islice
 
 from lora_finetune.base.command_line import (
-    Interrupted,
     Parser,
-    UserError,
-    begin_process,
-    first_line,
     import_or_exit,
     in_project,
-    is_unicode,
     nonempty,
     nonnegative_number,
-    process_rank,
-    run_and_report_errors,
     scale_number,
-    warn,
     whole_number,
 )
+from lora_finetune.base.errors import (
+    Interrupted,
+    UserError,
+    first_line,
+    is_unicode,
+    run_and_report_errors,
+    warn,
+)
+from lora_finetune.base.signals import begin_process, process_rank
 
 # --- The command line ---------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import models
 from lora_finetune.adapters import adapters
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 from lora_finetune.training import losses, training_step
 
 import mlx.core as mx

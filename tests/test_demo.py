@@ -8,7 +8,7 @@ import models
 import tiny
 from conftest import Run
 from lora_finetune.adapters import adapters
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 from lora_finetune.demo import demo_model
 
 import mlx.core as mx

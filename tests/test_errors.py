@@ -18,7 +18,7 @@ import models
 import tiny
 from conftest import ROOT, TEXTS, Run, listing, one_error
 from lora_finetune.adapters import adapters
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 
 import mlx.core as mx
 import numpy as np

@@ -18,7 +18,8 @@ import models
 import tiny
 from conftest import Ended, Run
 from lora_finetune.adapters import adapters, base_arrays, export
-from lora_finetune.base.command_line import Interrupted, raising_signals
+from lora_finetune.base.errors import Interrupted
+from lora_finetune.base.signals import raising_signals
 from lora_finetune.run import checkpoint
 from test_architectures import ADAPTED, ARCHITECTURES, adapt, build, logits
 from test_errors import one_error

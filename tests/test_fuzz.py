@@ -26,7 +26,7 @@ import tiny
 import train_lora
 from conftest import OUTCOME, ROOT
 from lora_finetune.adapters import adapters
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 from lora_finetune.run import checkpoint
 from lora_finetune.texts import dataset
 from mutations import REPLACED, mutate

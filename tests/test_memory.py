@@ -18,7 +18,7 @@ import models
 import tiny
 from conftest import TEXTS, Ended, Run, make_texts, one_error
 from lora_finetune.base import memory
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 from lora_finetune.model_folder import model_folder
 from lora_finetune.training import training_step
 

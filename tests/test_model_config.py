@@ -11,7 +11,7 @@ from pathlib import Path
 
 import models
 import tiny
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 from lora_finetune.model_folder.model_config import in_mlx_words
 from test_architectures import ARCHITECTURES
 

@@ -15,7 +15,7 @@ import tiny
 import train_lora
 from conftest import ROOT, TEXTS, Ended, Run
 from lora_finetune.adapters import adapters
-from lora_finetune.base import command_line
+from lora_finetune.base import errors
 from lora_finetune.texts import dataset
 
 import mlx.core as mx
@@ -89,7 +89,7 @@ def test_what_a_slow_start_is_waiting_for_is_said(
     call: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here from the first moment, and not after ten seconds."""
-    monkeypatch.setattr(command_line, "SLOW", 0.0)
+    monkeypatch.setattr(errors, "SLOW", 0.0)
     args = ["--train", "--model", model, "--data", data, "--lora-layers", 2, "--iters", 1]
     ended = call(*args, "--adapter-file", tmp_path / "a.npz")
     for what in ("the model on a few tokens", "the model's layers on a few", "a step for its"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import models
 import tiny
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches import attention
 from lora_finetune.training import losses
 

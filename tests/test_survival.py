@@ -19,7 +19,7 @@ import background
 import tiny
 from conftest import ROOT, Run, make_texts
 from lora_finetune.adapters import adapters
-from lora_finetune.base import command_line
+from lora_finetune.base import signals
 from lora_finetune.run import checkpoint
 
 import mlx.core as mx
@@ -219,7 +219,7 @@ def test_a_signal_that_was_ignored_stays_so() -> None:
     """As nohup has it."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with command_line.StopSignals() as stop:
+        with signals.StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.1)
             assert stop.signal is None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from lora_finetune.base.command_line import UserError, warn
+from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write
 
 import numpy as np

@@ -9,7 +9,7 @@ from typing import Any
 
 import models
 from lora_finetune.adapters import adapter_configs
-from lora_finetune.base.command_line import UserError, warn
+from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write
 from lora_finetune.model_folder import model_folder
 from lora_finetune.model_folder.transformers_names import paths_by_name

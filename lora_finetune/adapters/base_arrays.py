@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_finetune.base.command_line import abbreviated
+from lora_finetune.base.errors import abbreviated
 from lora_finetune.model_folder.model_folder import text_settings
 from lora_finetune.model_folder.transformers_names import (
     MODEL_TYPES,

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import models
 from lora_finetune.adapters import adapter_configs, adapters, base_arrays, merging
-from lora_finetune.base.command_line import UserError, abbreviated, hint, raising_signals
+from lora_finetune.base.errors import UserError, abbreviated, hint
+from lora_finetune.base.signals import raising_signals
 from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.model_folder import read_object
 from lora_finetune.model_folder.model_weights import read_weights

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import models
 from lora_finetune.adapters import adapters, base_arrays
-from lora_finetune.base.command_line import UserError, hint
+from lora_finetune.base.errors import UserError, hint
 from lora_finetune.model_folder.model_folder import read_object
 from lora_finetune.model_folder.model_weights import read_weights
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 
 
 def real_file(file: Path) -> Path:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lora_finetune.base.command_line import warn
+from lora_finetune.base.errors import warn
 
 # A folder in memory, writable in most containers whose root is read-only.
 SHARED_MEMORY = "/dev/shm"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora_finetune.base.command_line import UserError, first_line
+from lora_finetune.base.errors import UserError, first_line
 
 import mlx.core as mx
 from mlx_lm.utils import maybe_set_recommended_wired_limit

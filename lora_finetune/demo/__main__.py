@@ -11,7 +11,8 @@ from pathlib import Path
 
 import models
 from lora_finetune.adapters import adapters
-from lora_finetune.base.command_line import ROOT, UserError
+from lora_finetune.base.command_line import ROOT
+from lora_finetune.base.errors import UserError
 from lora_finetune.demo import demo_model
 from lora_finetune.run import checkpoint
 from lora_finetune.texts import dataset

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches.module_classes import arguments, parameters_of, replace
 
 import mlx.core as mx

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from lora_finetune.base.command_line import hint_if_slow
+from lora_finetune.base.errors import hint_if_slow
 
 import mlx.core as mx
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches.activation_names import put_activations
 from lora_finetune.mlx_patches.activations import swiglu
 from lora_finetune.mlx_patches.attention_windows import put_windows

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lora_finetune.base.command_line import warn
+from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches.activation_names import SETTINGS, has_activations
 from lora_finetune.model_folder.model_config import (
     SAME,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from lora_finetune.base.command_line import warn
+from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches.rope import Rope, Rotary, yarn_mscale
 from lora_finetune.model_folder.model_config import pytorch_program, pytorch_settings
 from lora_finetune.model_folder.model_folder import shortened

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING

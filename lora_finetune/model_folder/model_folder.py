@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_finetune.base import memory
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 
 import safetensors
 from huggingface_hub import errors as hub_errors

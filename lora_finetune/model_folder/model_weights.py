@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 
 import mlx.core as mx
 import mlx.nn as nn

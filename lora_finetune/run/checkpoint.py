@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import models
 from lora_finetune.adapters import adapters
-from lora_finetune.base.command_line import UserError, hint, warn
+from lora_finetune.base.errors import UserError, hint, warn
 from lora_finetune.base.files import atomic_write, file_checksum
 
 import numpy as np

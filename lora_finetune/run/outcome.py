@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lora_finetune.base.command_line import UserError, first_line, warn
+from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.base.files import atomic_write
 from lora_finetune.run.checkpoint import Progress, best_file, sibling
 

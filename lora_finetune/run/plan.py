@@ -12,7 +12,8 @@ from typing import Any
 
 import models
 from lora_finetune.adapters import adapters, export
-from lora_finetune.base.command_line import ROOT, UserError
+from lora_finetune.base.command_line import ROOT
+from lora_finetune.base.errors import UserError
 from lora_finetune.base.files import real_file
 from lora_finetune.run import checkpoint, run_files
 from lora_finetune.texts import dataset, prompts

@@ -16,7 +16,7 @@ from typing import Any
 
 import models
 from lora_finetune.adapters import adapter_configs, adapters
-from lora_finetune.base.command_line import UserError, warn
+from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write, file_size, same_file
 from lora_finetune.run import checkpoint, outcome
 from lora_finetune.run.checkpoint import (

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lora_finetune.base.command_line import first_line, is_unicode
+from lora_finetune.base.errors import first_line, is_unicode
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_finetune.base.command_line import UserError, abbreviated, is_unicode, warn
+from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
 from lora_finetune.texts.chat import (
     Message,
     Template,

@@ -8,7 +8,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from lora_finetune.base.command_line import UserError
+from lora_finetune.base.errors import UserError
 
 # How files of other formats begin, and what to do with them.
 FORMATS = {

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from lora_finetune.base.command_line import UserError, hint, warn
+from lora_finetune.base.errors import UserError, hint, warn
 from lora_finetune.texts import dataset, encoding
 from lora_finetune.texts.chat import Template
 

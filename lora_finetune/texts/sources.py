@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_finetune.base.command_line import UserError, abbreviated, first_line
+from lora_finetune.base.errors import UserError, abbreviated, first_line
 from lora_finetune.texts.formats import (
     SEPARATORS,
     TOO_MUCH,

@@ -24,19 +24,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
-from lora_finetune.base.command_line import (
-    LAUNCHERS,
-    Interrupted,
-    StopSignals,
-    UserError,
-    describe,
-    first_line,
-    handle,
-    hint,
-    process_rank,
-    restore,
-)
+from lora_finetune.base.errors import Interrupted, UserError, describe, first_line, hint
 from lora_finetune.base.memory import DeviceError
+from lora_finetune.base.signals import LAUNCHERS, StopSignals, handle, process_rank, restore
 
 import mlx.core as mx
 import numpy as np

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import models
 from lora_finetune.base import memory
-from lora_finetune.base.command_line import warn
+from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
 from lora_finetune.texts import dataset

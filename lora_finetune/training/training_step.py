@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import models
 from lora_finetune.base import memory
-from lora_finetune.base.command_line import UserError, first_line, warn
+from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
 from lora_finetune.texts import dataset
