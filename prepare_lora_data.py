@@ -23,13 +23,7 @@ from itertools import count, pairwise, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from lora_finetune.base.command_line import (
-    Parser,
-    import_or_exit,
-    in_project,
-    nonempty,
-    whole_number,
-)
+from lora_finetune.base.command_line import Parser, in_project, nonempty, whole_number
 from lora_finetune.base.errors import (
     UserError,
     abbreviated,
@@ -103,7 +97,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take a second
     begin_process()
     args = parse_arguments()
-    import_or_exit("datasets")
 
 from lora_finetune.texts.chat import Message, read_messages, read_tools
 from lora_finetune.texts.dataset import join_question, question_of

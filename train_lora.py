@@ -19,7 +19,6 @@ from itertools import islice
 
 from lora_finetune.base.command_line import (
     Parser,
-    import_or_exit,
     in_project,
     nonempty,
     nonnegative_number,
@@ -147,7 +146,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # parsed before the imports, which take seconds: --help answers at once
     begin_process()
     args = parse_arguments()
-    import_or_exit("mlx.core", "mlx_lm")
     # Hide PyTorch, where it is installed, from transformers: seconds and 180 MB for nothing here.
     sys.modules.setdefault("torch", None)
 
@@ -610,9 +608,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
     on_cpu = mx.default_device() == mx.cpu
     memory.processes_here = len(group.here)
     if on_cpu:
-        linux_cpu.warn_of_slow_blas()
-        linux_cpu.share_cores(len(group.here))
-        linux_cpu.keep_freed_memory()
+        linux_cpu.prepare()
     activations.install(slow_exp=on_cpu and linux_cpu.can_compile())
     memory.set_limits(memory.available())
     with group.first_here():

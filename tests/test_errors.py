@@ -50,16 +50,10 @@ def fails(
 # --- The command line ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("command", "package"),
-    [(["train_lora.py", "--train"], "mlx"), (["prepare_lora_data.py"], "datasets")],
-)
-def test_a_python_without_what_is_needed_is_reported(
-    run: Run, command: list[str], package: str
-) -> None:
+@pytest.mark.parametrize("script", ["train_lora.py", "prepare_lora_data.py"])
+def test_a_python_without_what_is_needed_is_reported(run: Run, script: str) -> None:
     """As where `source .venv/bin/activate` was forgotten: here Python leaves its packages out."""
-    script, *flags = command
-    error = one_error(run(*flags, script=script, python=("-S",)), f"{package} is not installed")
+    error = one_error(run("--help", script=script, python=("-S",)), "is not installed for")
     assert "make demo" in error and sys.executable in error
 
 
@@ -67,7 +61,7 @@ def test_a_python_without_what_is_needed_is_reported(
     ("content", "mentions"),
     [
         # As MLX for CUDA on a machine without a GPU.
-        ("raise ImportError('no device')", ("mlx.core cannot be loaded (no device)", "README.md")),
+        ("raise ImportError('no device')", ("no device", "README.md")),
         ("import not_there", ("not_there is not installed for",)),
     ],
 )
@@ -76,11 +70,7 @@ def test_a_package_that_does_not_load_is_reported_with_the_reason(
 ) -> None:
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "core.py").write_text(content)
-    env = {"PYTHONPATH": str(tmp_path)}
-    one_error(run("--train", env=env), *mentions)
-    closed = ["sh", "-c", '"$0" "$@" 2>&-', sys.executable, ROOT / "train_lora.py", "--train"]
-    ended = subprocess.run(closed, env=os.environ | env, capture_output=True, check=False)
-    assert (ended.returncode, ended.stdout) == (2, b"")
+    one_error(run("--train", env={"PYTHONPATH": str(tmp_path)}), *mentions)
 
 
 OUT_OF_RANGE = {

@@ -384,20 +384,6 @@ def test_training_goes_on_when_nobody_reads_a_stream_any_more(
     assert len(losses(tmp_path / "a.log.jsonl")) == len(losses(finished / "a.log.jsonl"))
 
 
-@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
-def test_streams_that_are_closed_from_the_start_do_no_harm(
-    args: list[object], finished: Path, tmp_path: Path, closed: str
-) -> None:
-    line = f'exec "$0" "$@" {closed}'
-    python = ["sh", "-c", line, sys.executable]
-    train = [ROOT / "train_lora.py", *args, "--iters", ITERS]
-    assert subprocess.run([*python, *map(str, train)], cwd=tmp_path, check=False).returncode == 0
-    assert (tmp_path / "a.npz").read_bytes() == (finished / "a.npz").read_bytes()
-    prepare = [ROOT / "prepare_lora_data.py", "--output", tmp_path / "sets"]
-    assert subprocess.run([*python, *map(str, prepare)], check=False).returncode == 0
-    assert len(list((tmp_path / "sets").iterdir())) == 3
-
-
 def test_a_pipe_that_is_full_and_does_not_wait_does_not_stop_training(
     args: list[object], finished: Path, tmp_path: Path
 ) -> None:
@@ -414,7 +400,7 @@ def test_a_pipe_that_is_full_and_does_not_wait_does_not_stop_training(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_output_lost_on_a_full_disk_is_reported_at_the_end(
+def test_output_lost_on_a_full_disk_is_reported(
     args: list[object], finished: Path
 ) -> None:
     ask = ["--adapter-file", finished / "a.npz", "--prompt", "a", "--max-tokens", 2]
@@ -425,7 +411,7 @@ def test_output_lost_on_a_full_disk_is_reported_at_the_end(
         )
     assert (ended.returncode, ended.stderr) == (
         2,
-        "error: standard output could not be written: No space left on device\n",
+        "error: standard output: No space left on device\n",
     )
 
 

@@ -235,8 +235,27 @@ def test_ctrl_c_while_the_program_starts_ends_it_without_a_traceback(tmp_path: P
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stderr.read()
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in rest
+    assert rest.endswith("\ninterrupted\n")
+
+
+def test_a_terminal_that_goes_away_ends_the_run_with_a_save(
+    args: list[object], tmp_path: Path
+) -> None:
+    """As where a connection is lost: nothing can be printed any more, and SIGHUP comes."""
+    terminal, end = os.openpty()
+    command = [sys.executable, ROOT / "train_lora.py", *args, "--iters", 100_000]
+    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=end, stderr=end)
+    os.close(end)
+    printed = b""
+    while b"Iter 2: Saved" not in printed:
+        printed += os.read(terminal, 1000)
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait() == 128 + signal.SIGHUP
+    log = [entry["iter"] for entry in entries(tmp_path / "a.log.jsonl")]
+    assert checkpoint.read(tmp_path / "a.npz").progress.iteration >= max(2, *log)
 
 
 # --- Starved ------------------------------------------------------------------------------------

@@ -32,17 +32,8 @@ def unsupported_reason(python, system, machine, release):
     return ""
 
 
-def main():
-    system = platform.system()
-    library, version = platform.libc_ver()
-    if system == "Darwin":
-        version = platform.mac_ver()[0]
-    elif library != "glibc":
-        version = ""
-    release = tuple(int(part) for part in version.split(".") if part.isdigit())
-    why = unsupported_reason(sys.version_info[:2], system, platform.machine(), release)
-    sys.exit("error: " + why if why else 0)
-
-
 if __name__ == "__main__":
-    main()
+    version = platform.mac_ver()[0] or platform.libc_ver()[1]
+    release = tuple(int(number) for number in version.split(".") if number.isdigit())
+    why = unsupported_reason(sys.version_info, platform.system(), platform.machine(), release)
+    sys.exit("error: " + why if why else 0)

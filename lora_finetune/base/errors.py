@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 
 class UserError(Exception):
     """Something the user can put right; the program prints it as one `error:` line."""
 
     def __str__(self) -> str:
-        """In one line, whatever names of files, arrays and settings it mentions."""
         return one_line(super().__str__())
 
 
@@ -28,19 +28,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def one_line(text: str) -> str:
-    """A text in one line, control characters and the like written as in Python: \\n.
-
-    What is too long, a path or a name in it or all of it, is without its middle: a path ends in the
-    file's name, and a message in the way out.
-    """
-    text = re.sub(r"\S{251,}", lambda word: without_middle(word[0], 250), text)
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in without_middle(text, 600))
-    return without_middle(text, 600)
+    """A text in one line of at most 600 characters; those that cannot be seen as in Python: \\n."""
+    text = re.sub(r"\S{251,}", lambda word: elide(word[0], 250), text)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in elide(text, 600))
+    return elide(text, 600)
 
 
-def without_middle(text: str, most: int) -> str:
-    """A text of at most so many characters and a few."""
-    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+def elide(text: str, length: int) -> str:
+    """Leave out the middle of a long text: a path ends in a name, a message in the way out."""
+    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"
 
 
 def abbreviated(names: Iterable[str]) -> str:
@@ -49,18 +45,14 @@ def abbreviated(names: Iterable[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_unicode(text: str) -> bool:
     """Whether a string can be written as UTF-8: an unpaired surrogate cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text.encode(errors="ignore").decode() == text
 
 
 def warn(message: str) -> None:
@@ -68,7 +60,6 @@ def warn(message: str) -> None:
 
 
 def hint(message: str) -> None:
-    """Tell, beside the output, what goes on, or what may have been meant."""
     print(f"hint: {one_line(message)}", file=sys.stderr, flush=True)
 
 
@@ -77,7 +68,7 @@ SLOW = 10.0  # seconds
 
 @contextmanager
 def hint_if_slow(message: str) -> Iterator[None]:
-    """Tell what the wait is where what is done meanwhile is slow."""
+    """Print a hint where the block takes long."""
     timer = threading.Timer(SLOW, hint, [message])
     timer.daemon = True
     timer.start()
@@ -88,34 +79,28 @@ def hint_if_slow(message: str) -> Iterator[None]:
 
 
 def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
-    """Run, and turn what the user can put right into one line and exit status 2.
+    """Run; returns the exit status: 2 after an error that the user can put right, told in one line.
 
     Args:
-        run: may raise UserError, OSError, KeyboardInterrupt.
         subject: what an OSError that names no file is about.
-
-    Returns:
-        The exit status.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run()
+        sys.stdout.flush()
     except (UserError, OSError, KeyboardInterrupt) as error:
-        print(describe(error, subject), file=sys.stderr)
-        if isinstance(error, KeyboardInterrupt):
-            return 128 + getattr(error, "signal", signal.SIGINT)
-        return 2
-    sys.stdout.flush()
-    lost = getattr(sys.stdout.buffer.raw, "error", None)
-    if lost and lost.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        print(f"error: standard output could not be written: {lost.strerror}", file=sys.stderr)
-        return 2
+        return report(error, subject)
     return 0
 
 
+def report(error: BaseException, subject: str) -> int:
+    """Print the line that tells what ended a run; returns the exit status."""
+    print(describe(error, subject), file=sys.stderr)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "signal", signal.SIGINT)
+    return 2
+
+
 def describe(error: BaseException, subject: str) -> str:
-    """The one line that tells what ended a run; `subject` as in `run_and_report_errors`."""
     if isinstance(error, Interrupted):
         return f"interrupted: {one_line(error.outcome)}"
     if isinstance(error, KeyboardInterrupt):
@@ -123,3 +108,17 @@ def describe(error: BaseException, subject: str) -> str:
     if isinstance(error, OSError):
         return f"error: {one_line(str(error.filename or subject))}: {error.strerror or error}"
     return f"error: {error if isinstance(error, UserError) else one_line(repr(error))}"
+
+
+def report_uncaught(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """`sys.excepthook`: also one line where a script's imports fail, or Ctrl-C comes meanwhile."""
+    if isinstance(error, ModuleNotFoundError):
+        error = UserError(
+            f"{error.name} is not installed for {sys.executable}; `make demo` installs all that is "
+            "needed into .venv, and `source .venv/bin/activate` turns to that"
+        )
+    elif isinstance(error, ImportError):  # such as that of MLX for CUDA where there is no GPU
+        error = UserError(f"{first_line(error)}; see README.md for what to install where")
+    if isinstance(error, (UserError, OSError, KeyboardInterrupt)):
+        sys.exit(report(error, "the start"))
+    traceback.print_exception(error, file=sys.__stderr__)

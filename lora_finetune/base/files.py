@@ -1,7 +1,8 @@
-"""Where a path leads, and atomic writing: to a temporary file that is renamed when it is whole."""
+"""The file that a path means, and atomic writing: a temporary file is renamed when it is whole."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import unicodedata
@@ -14,24 +15,17 @@ from lora_finetune.base.errors import UserError
 
 
 def real_file(file: Path) -> Path:
-    """The file that a path means: behind links, and spelled as its folder spells it.
-
-    A Mac's file system takes either letter case and either Unicode form of a name for the same.
-    """
+    """The file that a path means: behind links, and in either Unicode form of its name."""
     if file.is_symlink():
         try:
             resolved = file.resolve()
-            # The hub's cache links to files without an ending, which tells what they are.
-            file = resolved if resolved.suffix or file.suffix == ".npz" else file
         except (RuntimeError, OSError):
             raise UserError(f"{file} is a loop of links") from None
-    file = file if file.name else file.absolute()
-    others = list(file.parent.iterdir()) if file.parent.is_dir() else []
-    if file not in others:
-        for other in others:
-            if nfc(other.name) == nfc(file.name) or same_file(other, file):
-                return other
-    return file
+        # The hub's cache links to files without an ending, which tells what they are.
+        file = resolved if resolved.suffix or file.suffix == ".npz" else file
+    if file.exists():
+        return file
+    return next((f for f in file.parent.glob("*") if nfc(f.name) == nfc(file.name)), file)
 
 
 def nfc(text: str) -> str:
@@ -66,27 +60,25 @@ def atomic_write(*files: Path) -> Iterator[list[BinaryIO]]:
         UserError: they cannot be written: a full disk, a folder that has gone.
     """
     files = tuple(file.resolve() if file.is_symlink() else file for file in files)
-    parts = [file.with_name(file.name + ".part") for file in files]
+    temporary = [file.with_name(file.name + ".part") for file in files]
     try:
         with ExitStack() as stack:
-            streams = [stack.enter_context(part.open("wb")) for part in parts]
+            streams = [stack.enter_context(file.open("wb")) for file in temporary]
             yield streams
             for stream in streams:
                 flush_to_disk(stream)
-        for part, file in zip(parts, files, strict=True):
-            part.replace(file)
+        for written, file in zip(temporary, files, strict=True):
+            written.replace(file)
     except OSError as error:
         what = files[0] if len(files) == 1 else files[0].parent
         raise UserError(f"{what} cannot be written: {error.strerror}") from None
     finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+        for file in temporary:
+            file.unlink(missing_ok=True)
 
 
 def flush_to_disk(stream: BinaryIO) -> None:
     """Have what was written on the disk itself; on a Mac, fsync leaves it in the disk's cache."""
-    import fcntl  # not above, since Windows has none
-
     stream.flush()
     try:
         fcntl.fcntl(stream.fileno(), fcntl.F_FULLFSYNC)

