@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +15,7 @@ from threading import Thread
 
 import models
 import tiny
-from conftest import ROOT, TEXTS, Run, listing, one_error
+from conftest import TEXTS, Run, listing, one_error
 from lora_finetune.adapters import adapters
 from lora_finetune.base.errors import UserError
 

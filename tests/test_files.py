@@ -400,9 +400,7 @@ def test_a_pipe_that_is_full_and_does_not_wait_does_not_stop_training(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_output_lost_on_a_full_disk_is_reported(
-    args: list[object], finished: Path
-) -> None:
+def test_output_lost_on_a_full_disk_is_reported(args: list[object], finished: Path) -> None:
     ask = ["--adapter-file", finished / "a.npz", "--prompt", "a", "--max-tokens", 2]
     command = [sys.executable, ROOT / "train_lora.py", *args[:2], *ask]
     with Path("/dev/full").open("wb") as full:
