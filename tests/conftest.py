@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,11 @@ import pytest  # noqa: E402
 
 # As a run does before it loads a model, so that runs in this process are those of others.
 activations.install(slow_exp=mx.default_device() == mx.cpu and linux_cpu.can_compile())
+
+# What a background job ignores is ignored by all that it starts; what it handles is not.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -254,8 +254,8 @@ def test_a_terminal_that_goes_away_ends_the_run_with_a_save(
     os.close(terminal)
     process.send_signal(signal.SIGHUP)
     assert process.wait() == 128 + signal.SIGHUP
-    log = [entry["iter"] for entry in entries(tmp_path / "a.log.jsonl")]
-    assert checkpoint.read(tmp_path / "a.npz").progress.iteration >= max(2, *log)
+    reported = [entry["iter"] for entry in entries(tmp_path / "a.run/log.jsonl")]
+    assert checkpoint.read_state(tmp_path / "a.npz").progress.iteration >= max(2, *reported)
 
 
 # --- Starved ------------------------------------------------------------------------------------

@@ -33,21 +33,12 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def same_file(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
-
-
 def file_checksum(file: Path) -> str | None:
     """The SHA-256 of a file, None where there is none."""
     if not file.is_file():
         return None
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def file_size(file: Path) -> int:
-    """The size of a file, 0 where there is none."""
-    return file.stat().st_size if file.is_file() else 0
 
 
 @contextmanager
