@@ -16,6 +16,7 @@ from pathlib import Path
 # Threads only cost time with matrices as small as here, very much so on a busy computer.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import kernels  # noqa: E402
 import tiny  # noqa: E402
 from lora_finetune.base import linux_cpu  # noqa: E402
 from lora_finetune.mlx_patches import activations  # noqa: E402
@@ -23,6 +24,7 @@ from lora_finetune.mlx_patches import activations  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 
+kernels.install()
 # As a run does before it loads a model, so that runs in this process are those of others.
 activations.install(slow_exp=mx.default_device() == mx.cpu and linux_cpu.can_compile())
 
