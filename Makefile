@@ -15,7 +15,7 @@ demo: .venv/installed
 	@$(BIN)/python -m lora_finetune.demo
 
 test: .venv/installed-for-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .

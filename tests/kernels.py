@@ -16,7 +16,7 @@ FLAGS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]  # as MLX has them
 def install() -> None:
     """Put a `g++` before the system's that has the kernels' header compiled: 0.2 s a kernel."""
     gxx = shutil.which("g++")
-    include = Path(find_spec("mlx").submodule_search_locations[0], "include")
+    include = Path(find_spec("mlx.core").origin).parent / "include"
     folder = Path(tempfile.gettempdir(), f"lora-tests-mlx-{version('mlx')}")
     if gxx is None or Path(gxx).parent == folder or not (include / HEADER).exists():
         return

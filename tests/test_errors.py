@@ -100,14 +100,13 @@ NOT_A_NUMBER = {"x", "", "1.5", "2.5", "1e3", "0.5", "all", "1.0", "yes"}  # or 
     ("flag", "value"), [(flag, value) for flag, values in OUT_OF_RANGE.items() for value in values]
 )
 def test_a_number_out_of_range_is_reported_at_once_with_its_flag_and_the_reason(
-    run: Run, flag: str, value: str
+    call: Run, flag: str, value: str
 ) -> None:
-    """With the standard library alone, and so before anything is imported, read or fetched."""
     is_invalid = value in NOT_A_NUMBER or flag == "--add-eos-token"
     reason = "invalid " if is_invalid else "must be "
     bound = ["below 2147483648"] if value == "99999999999" else []
     given = [f"{flag}={value}"] if flag.startswith("--") else [flag, value]
-    one_error(run("--train", *given, python=("-S", "-E")), flag, reason, value, *bound)
+    one_error(call("--train", *given), flag, reason, value, *bound)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +128,9 @@ def test_a_number_out_of_range_is_reported_at_once_with_its_flag_and_the_reason(
     ids=" ".join,
 )
 def test_a_command_line_that_makes_no_sense_is_reported_at_once(
-    run: Run, args: list[str], mentions: list[str]
+    call: Run, args: list[str], mentions: list[str]
 ) -> None:
-    one_error(run(*args, python=("-S", "-E")), *mentions)
+    one_error(call(*args), *mentions)
 
 
 def test_a_prompt_that_is_not_utf_8_is_reported(run: Run, fails: Fails, tmp_path: Path) -> None:

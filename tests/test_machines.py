@@ -29,7 +29,7 @@ def write_nothing() -> None:
 
 
 def test_testing_and_generating_need_no_file_to_be_written(
-    run: Run, model: Path, data: Path, tmp_path: Path
+    call: Run, run: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:
     """Nor for what MLX compiles; the log is missed, and the fast BLAS where it is in a wheel."""
     tiny.make_adapter(tmp_path / "a.npz")
@@ -39,7 +39,7 @@ def test_testing_and_generating_need_no_file_to_be_written(
     assert ended.returncode == 0, ended.stderr
     *_, last = ended.stderr.splitlines()
     assert last == f"warning: the log {tmp_path / 'a.log.jsonl'} cannot be written: File too large"
-    usual = run(*args)
+    usual = call(*args)
     found = [float(PERPLEXITY.search(e.stdout)[1]) for e in (ended, usual)]
     assert found[0] == pytest.approx(found[1], 1e-5)  # computed another way, where nothing compiles
     printed = [PERPLEXITY.sub("", e.stdout).split("=====")[0] for e in (ended, usual)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -223,15 +224,16 @@ def test_a_run_ends_with_commands_that_work_as_printed(
 
 
 def test_names_that_begin_with_a_dash_are_printed_so_that_they_work(
-    run: Run, model: Path, data: Path, tmp_path: Path
+    call: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "-m").symlink_to(model)
     flags = ["--model=-m", "--data", data, "--train", "--iters", 2, "--adapter-file=-a.npz"]
     for folder in ("-a.merged", "-a.merged1"):  # the second time the first is there
-        ended = run(*flags, cwd=tmp_path)
+        ended = call(*flags)
         for line in ended.outcome.splitlines()[1:]:
-            command = [line.partition(":")[2]]
-            assert subprocess.run(command, shell=True, cwd=tmp_path, check=True).returncode == 0
+            _, _, *printed = shlex.split(line.partition(":")[2])  # Python, the program, its flags
+            assert call(*printed).returncode == 0
         assert (tmp_path / folder).is_dir()
 
 

@@ -1739,10 +1739,9 @@ def test_a_command_line_that_makes_no_sense_is_reported_with_the_flag(
     fails(source, flag, mentions=(flag,))
 
 
-def test_a_wrong_command_line_is_reported_before_anything_is_imported(run: Run) -> None:
-    """With the standard library alone."""
+def test_a_wrong_command_line_is_reported(prepare: Run, tmp_path: Path) -> None:
     for flag in ("--limit", "--frobnicate"):
-        one_error(run(flag, "0", script=SCRIPT.name, python=("-S", "-E")), flag)
+        one_error(prepare(tmp_path / "missing", tmp_path, flag, "0"), flag)
 
 
 @pytest.mark.parametrize(
@@ -1828,9 +1827,8 @@ HELP = {
 }
 
 
-def test_help_names_every_flag_and_default_and_imports_nothing(run: Run) -> None:
-    """With the standard library alone."""
-    ended = run("--help", script=SCRIPT.name, python=("-S", "-E"))
+def test_help_names_every_flag_and_default(prepare: Run, tmp_path: Path) -> None:
+    ended = prepare(tmp_path, tmp_path, "--help")
     assert (ended.returncode, ended.stderr) == (0, "")
     options = " ".join(ended.stdout.partition("options:")[2].split())
     flags = dict(re.findall(r"(--[a-z-]+)((?:(?! --?[a-z]).)*)", options))

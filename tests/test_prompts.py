@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,19 +253,25 @@ def test_the_tokens_of_a_prompt_are_those_that_training_had_at_its_place(
 
 
 @pytest.fixture
-def pipe(run: Run, speaker: Path, tmp_path: Path) -> Callable[..., Ended]:
-    """A prompt on standard input, for an adapter without a state."""
+def pipe(
+    call: Run, speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Ended]:
+    """A prompt on standard input, for an adapter without a state; `by=run` takes a real pipe."""
     tiny.make_adapter(tmp_path / "a.npz", range(1))
 
-    def pipe(content: bytes, *args: object) -> Ended:
+    def pipe(content: bytes, *args: object, by: Run = call) -> Ended:
         fixed = ["--model", speaker, "--adapter-file", tmp_path / "a.npz", "--temp", 0, "-m", 1]
-        return run(*fixed, "--prompt", "-", *args, input=content)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        options = {} if by is call else {"input": content}
+        return by(*fixed, "--prompt", "-", *args, **options)
 
     return pipe
 
 
-def test_a_prompt_is_read_from_standard_input_to_its_end(pipe: Callable[..., Ended]) -> None:
-    ended = pipe("\ufeff물은\n\n무엇:\n".encode())
+def test_a_prompt_is_read_from_standard_input_to_its_end(
+    pipe: Callable[..., Ended], run: Run
+) -> None:
+    ended = pipe("\ufeff물은\n\n무엇:\n".encode(), by=run)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "Generating\n물은\n\n무엇:\n" in ended.stdout
 

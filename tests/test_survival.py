@@ -143,8 +143,14 @@ def test_a_state_that_is_a_save_ahead_of_its_adapter_is_used(
 # --- Interrupted --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("moment", ["Iter 3: Train", "Iter 8: Val", "Iter 10: Saved"])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGINT, "Iter 3: Train"),
+        (signal.SIGTERM, "Iter 8: Val"),
+        (signal.SIGHUP, "Iter 10: Saved"),
+    ],
+)
 def test_a_signal_ends_the_run_after_its_iteration_and_resuming_goes_on(
     args: list[object], uninterrupted: Path, tmp_path: Path, number: int, moment: str
 ) -> None:
