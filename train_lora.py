@@ -436,9 +436,7 @@ def saved_on_failure(config: Config, this: Run, trainer: Trainer, group: Group) 
 
     After a loss that is not finite only the best adapter is saved: those before it may be bad too.
     """
-    save_now = group.rescue = partial(
-        save_unfinished, config, this, trainer, this.progress.iteration
-    )
+    save_now = partial(save_unfinished, config, this, trainer, this.progress.iteration)
     try:
         with group.hear_stops():
             yield
