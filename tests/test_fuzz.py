@@ -40,18 +40,18 @@ import pytest
 
 # How often each file is spoilt for the functions that read it, and for the command line.
 NUMBERS = {
-    "a.npz": (500, 40),
+    "a.npz": (500, 20),
     "s.safetensors": (300, 20),
     "peft/adapter_model.safetensors": (200, 10),
     "peft/adapter_config.json": (400, 10),
     "adapter_config.json": (200, 10),
-    "a.run/state.npz": (400, 80),
+    "a.run/state.npz": (400, 40),
     "texts/train.jsonl": (300, 20),
     "prompts/train.jsonl": (200, 10),
     "messages/train.jsonl": (300, 20),
-    "model/config.json": (300, 50),
-    "model/tokenizer.json": (200, 40),
-    "model/tokenizer_config.json": (200, 40),
+    "model/config.json": (300, 30),
+    "model/tokenizer.json": (200, 20),
+    "model/tokenizer_config.json": (200, 20),
     "model/model.safetensors": (200, 20),
 }
 WORKERS = 2

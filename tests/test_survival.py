@@ -519,7 +519,7 @@ def test_memory_does_not_grow_over_a_long_run_of_varied_lengths(
         lengths = [min(400, int(rng.lognormvariate(3, 1)) + 2) for _ in range(300)]
         tiny.write_jsonl(tmp_path / "data", split, ["a" * length for length in lengths])
     args = ["--model", model, "--data", tmp_path / "data", "--adapter-file", "a.npz", "--train"]
-    args += ["--lora-layers", 1, "--batch-size", 2, "--iters", 3000, "--val-batches", 10]
+    args += ["--lora-layers", 1, "--batch-size", 2, "--iters", 2000, "--val-batches", 10]
     args += ["--steps-per-report", 20, "--steps-per-eval", 500, "--save-every", 100]
     process = background.start(tmp_path, *args)
     resident, peak = [], []  # bytes, at each report
