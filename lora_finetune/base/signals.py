@@ -43,7 +43,7 @@ def begin_process() -> None:
         setattr(sys, name, lasting)
     sys.__stderr__ = sys.stderr
     if process_rank() > 0:
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+        sys.stdout = sys.stderr = Path(os.devnull).open("w", errors="replace")  # noqa: SIM115
 
 
 # How a process is told its number, and how many there are, by mlx.launch and by the kinds of MPI.
