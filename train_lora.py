@@ -152,7 +152,7 @@ if __name__ == "__main__":  # parsed before the imports, which take seconds: --h
     sys.modules.setdefault("torch", None)
 
 import models
-from lora_finetune.adapters import adapters, export
+from lora_finetune.adapters import export, loading
 from lora_finetune.base import linux_cpu, memory
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import activations, attention, recurrences, rope
@@ -624,7 +624,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
         print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
         mx.random.seed(args.seed)
         layers = args.lora_layers if args.train else None
-        adapters.adapt(model, plan.adapter, plan.source, layers, args.lora_rank, plan.scale)
+        loading.adapt(model, plan.adapter, plan.source, layers, args.lora_rank, plan.scale)
         export.check_forms(plan.exports, model, folder)
         print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
     if args.train:

@@ -19,7 +19,7 @@ from pathlib import Path
 import background
 import tiny
 from conftest import ROOT, Run
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading, npz
 from lora_finetune.run import checkpoint
 from lora_finetune.texts import dataset
 from test_survival import RHYTHM, entries, losses, wait_for
@@ -89,7 +89,7 @@ def printed(folder: Path, name: str) -> list[list[str]]:
 
 
 def assert_equal_to_rounding(folder: Path, other: Path) -> None:
-    found, expected = (adapters.read_arrays(path / "a.npz") for path in (folder, other))
+    found, expected = (npz.read_arrays(path / "a.npz") for path in (folder, other))
     assert found.keys() == expected.keys()
     for name in found:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
@@ -131,7 +131,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     process.join()
     assert process.exitcode == 0
     assert join(launch(tmp_path, 2, *args, *resume, "--iters", 50)) == [0] * 2
-    found, expected = (adapters.read_arrays(path / "a.npz") for path in (tmp_path, alone))
+    found, expected = (npz.read_arrays(path / "a.npz") for path in (tmp_path, alone))
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
     trained = [entries(path / "a.log.jsonl", "test_loss") for path in (tmp_path, alone)]
@@ -189,7 +189,7 @@ def assert_saved_whole(folder: Path) -> int:
     """Check that the state belongs to the adapter; returns the iteration."""
     state = checkpoint.read(folder / "a.npz")
     assert state is not None
-    adapters.read_adapter(folder / "a.npz")
+    loading.read_adapter(folder / "a.npz")
     return state.progress.iteration
 
 

@@ -19,7 +19,7 @@ import background
 import models
 import tiny
 from conftest import PERPLEXITY, ROOT, Run, one_error
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading, npz
 from lora_finetune.run import run_files
 from lora_finetune.run.checkpoint import Progress
 from test_survival import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
@@ -98,14 +98,14 @@ def test_a_fresh_run_that_fails_keeps_the_best_adapter_that_it_had(
     finished: Path, copy: Path, model: Path
 ) -> None:
     loaded, _ = models.load(str(model))
-    adapters.adapt(loaded, {}, None, 2)
+    loading.adapt(loaded, {}, None, 2)
     files = run_files.RunFiles(Path("a.npz"))
     files.begin(None, None, Progress(), unchanged=False)
     files.keep_best(loaded)
     files.save_best_after_error(Progress(iteration=5, best_iteration=4))
     assert contents(copy, NAMES) == contents(finished, NAMES)
     kept = np.load("a.stopped.best.npz")
-    assert kept.keys() == adapters.trainable_arrays(loaded).keys()
+    assert kept.keys() == npz.trainable_arrays(loaded).keys()
 
 
 def test_the_first_save_of_a_fresh_run_moves_all_of_the_earlier_one_and_says_so(
@@ -240,7 +240,7 @@ def test_adapters_of_similar_names_share_nothing(
     call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = ["qwen-v1.5", "qwen-v1.7", "b.npz", "b.safetensors"]
+    names = ["qwen-v1.5", "qwen-v1.7", "b.npz"]
     for seed, name in enumerate(names):
         ended = call(*args, "--iters", 2, "--adapter-file", name, "--seed", seed)
         assert (ended.returncode, ended.stderr) == (0, "")
@@ -248,8 +248,6 @@ def test_adapters_of_similar_names_share_nothing(
         *("qwen-v1.5", "qwen-v1.5.state.npz", "qwen-v1.5.best.npz", "qwen-v1.5.log.jsonl"),
         *("qwen-v1.7", "qwen-v1.7.state.npz", "qwen-v1.7.best.npz", "qwen-v1.7.log.jsonl"),
         *("b.npz", "b.state.npz", "b.best.npz", "b.log.jsonl"),
-        *("b.safetensors", "b.safetensors.state.npz", "b.safetensors.log.jsonl"),
-        *("b.safetensors.best.safetensors", "adapter_config.json"),
     }
     for seed, name in enumerate(names):
         resume = ["--adapter-file", name, "--resume-adapter-file", name, "--seed", seed]
@@ -354,15 +352,6 @@ def test_a_link_to_itself_is_an_error(call: Run, args: list[object], tmp_path: P
     for phase in ("--train", "--test"):
         ended = call(*args[:4], "--adapter-file", tmp_path / "a.npz", phase)
         one_error(ended, "a loop of links")
-
-
-def test_a_file_of_another_scale_is_not_written_over(
-    call: Run, args: list[object], tmp_path: Path
-) -> None:
-    config = {"lora_parameters": {"scale": 2.0}}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    file = tmp_path / "adapters.safetensors"
-    one_error(call(*args, "--adapter-file", file), "sets another scale than 20")
 
 
 # --- Streams ------------------------------------------------------------------------------------

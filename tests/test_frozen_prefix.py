@@ -16,7 +16,7 @@ import models
 import tiny
 import train_lora
 from conftest import Run, listing
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading
 from lora_finetune.base import memory
 from lora_finetune.run import checkpoint
 from lora_finetune.texts import dataset
@@ -40,7 +40,7 @@ def build(name: str, dtype: mx.Dtype = mx.float32) -> nn.Module:
     config = copy.deepcopy(ARCHITECTURES[name]["config"])
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(dtype)
-    adapters.adapt(model, {}, None, 2)
+    loading.adapt(model, {}, None, 2)
     return model
 
 

@@ -14,7 +14,6 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT, TEXTS, Ended, Run
-from lora_finetune.adapters import adapters
 from lora_finetune.base import errors
 from lora_finetune.texts import dataset
 
@@ -55,9 +54,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 def load_adapted(folder: Path, adapter_file: Path) -> nn.Module:
     """A model with an adapter, through the functions of models.py."""
     model, _ = models.load(str(folder))
-    adapter = adapters.read_adapter(adapter_file)
-    models.add_lora(model, {path: a.shape[1] for path, (a, _) in adapter.items()})
-    adapters.load_adapter(model, adapter)
+    tiny.put_adapter(adapter_file, model)
     return model
 
 

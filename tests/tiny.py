@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import models  # noqa: F401
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -147,8 +147,8 @@ def adapter_arrays(layers: range = range(LAYERS), rank: int = 8) -> dict[str, np
 
 def put_adapter(adapter: Path, model: nn.Module) -> None:
     """Put the adapter that a path means, a file or a folder, into a model."""
-    file = adapters.find_adapter(adapter)
-    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    file = loading.find_adapter(adapter)
+    loading.adapt(model, loading.read_adapter(file), file, None)
 
 
 def make_peft(folder: Path, layer: int = LAYERS - 1, **settings: object) -> None:

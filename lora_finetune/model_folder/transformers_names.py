@@ -116,9 +116,9 @@ def checkpoint_name(model_type: str, name: str) -> str:
     return replaced(CHECKPOINT, model_type, name)
 
 
-def is_called(model_type: str, path: str) -> bool:
-    """Whether transformers calls the layer that MLX has at a path."""
-    return not any(types == model_type and re.search(p, path) for types, p in NEVER_CALLED)
+def is_unused(model_type: str, path: str) -> bool:
+    """Whether transformers only reads the weight of the layer that MLX has at a path."""
+    return any(types == model_type and re.search(p, path) for types, p in NEVER_CALLED)
 
 
 def is_turned(model_type: str, name: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import models
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import npz
 from lora_finetune.base.errors import UserError, hint, warn
 from lora_finetune.base.files import atomic_write, file_checksum
 
@@ -183,7 +183,7 @@ class State(NamedTuple):
     """
 
     file: Path
-    adapter: adapters.Adapter
+    adapter: npz.Adapter
     optimizer: dict[str, np.ndarray]
     progress: Progress
     settings: dict[str, Any]
@@ -213,7 +213,7 @@ def write_state(
         optimizer: Adam's moments and step, by the names that MLX gives them.
         best, log: what of these is not in files yet.
     """
-    content = adapters.adapter_content(saved, adapter_file.suffix)
+    content = npz.npz_content(saved)
     notes = {
         "progress": asdict(progress),
         "settings": settings,
@@ -257,7 +257,7 @@ def read_or_none(adapter_file: Path) -> State | None:
 def read_state(file: Path, adapter_file: Path | None) -> State | None:
     """The state in a file, None where it does not belong to the adapter file (None: to any)."""
     try:
-        arrays = adapters.read_arrays(file)
+        arrays = npz.read_arrays(file)
         notes = json.loads(arrays.pop("notes").tobytes())
         checksums, log = notes["checksums"], notes.get("log")
         digest = file_checksum(adapter_file) if adapter_file else checksums["adapter"]
@@ -269,11 +269,11 @@ def read_state(file: Path, adapter_file: Path | None) -> State | None:
             return None  # a copy of what the save replaced was put back
         optimizer, best = pop_prefix(arrays, "optimizer."), pop_prefix(arrays, "best.")
         check_optimizer(optimizer, arrays)
-        adapter = adapters.pair_arrays(file, arrays)
+        adapter = npz.pair_arrays(file, arrays)
         if is_whole:
             best, log = {}, None
         elif best:
-            adapters.pair_arrays(file, best)
+            npz.pair_arrays(file, best)
         if not isinstance(log, str | None):
             raise TypeError
         progress, settings = read_progress(notes["progress"]), dict(notes["settings"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from lora_finetune.adapters import adapters, export
+from lora_finetune.adapters import export, loading, npz
 from lora_finetune.base.command_line import ROOT
 from lora_finetune.base.errors import UserError
 from lora_finetune.base.files import real_file
@@ -43,7 +43,7 @@ class Plan:
 
     data: dict[str, dataset.File]
     source: Path | None
-    adapter: adapters.Adapter
+    adapter: npz.Adapter
     state: checkpoint.State | None
     progress: checkpoint.Progress
     iters: int
@@ -78,7 +78,7 @@ def check(args: argparse.Namespace, is_first: bool = True) -> Plan:
     source, state, adapter, scale = read_start(args, adapter_file)
     asked, wanted = (args.prompt or [], args.export or []) if is_first else ([], [])
     exports = [export.Export(form, Path(folder)) for form, folder in wanted]
-    export.check_folders(exports, adapter_file)
+    export.check_folders(exports)
     progress = state.progress if state else checkpoint.Progress()
     if args.start_iter not in (None, progress.iteration):
         progress = checkpoint.Progress(args.start_iter)
@@ -125,7 +125,7 @@ def check(args: argparse.Namespace, is_first: bool = True) -> Plan:
 
 def read_start(
     args: argparse.Namespace, adapter_file: Path
-) -> tuple[Path | None, checkpoint.State | None, adapters.Adapter, float]:
+) -> tuple[Path | None, checkpoint.State | None, npz.Adapter, float]:
     """The adapter to start from: its file, the state of its run, its A's and B's; or none of them.
 
     And the scale of LoRA, which they are for.
@@ -138,16 +138,16 @@ def read_start(
     source = real_file(Path(args.resume_adapter_file)) if args.train else adapter_file
     if not args.train and not source.exists():
         raise UserError(f"there is no adapter file {source}; --train makes one")
-    source = adapters.find_adapter(source)
+    source = loading.find_adapter(source)
     if not args.train:
-        return source, None, adapters.read_adapter(source), models.SCALE
+        return source, None, loading.read_adapter(source), models.SCALE
     state = checkpoint.read(source)
     settings = state.settings if state else checkpoint.settings_of(source)
     trained = settings.get("--lora-scale", models.SCALE)
     scale = args.lora_scale or trained
     if state:
-        return source, state, adapters.rescaled(state.adapter, trained, scale), scale
-    adapter = adapters.rescaled(adapters.read_adapter(source), models.SCALE, scale)
+        return source, state, npz.rescaled(state.adapter, trained, scale), scale
+    adapter = npz.rescaled(loading.read_adapter(source), models.SCALE, scale)
     return source, None, adapter, scale
 
 
@@ -172,7 +172,7 @@ def to_compare(
         fingerprints: of the model, by names.
     """
     sources = [*ROOT.glob("*.py"), *(ROOT / "lora_finetune").rglob("*.py")]
-    trainable = adapters.trainable_arrays(model).values()
+    trainable = npz.trainable_arrays(model).values()
     moments = sorted(plan.state.optimizer.items()) if plan.state else []
     contents = {
         "the source of this program": (path.read_bytes() for path in sorted(sources)),

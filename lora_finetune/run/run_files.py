@@ -14,8 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import models
-from lora_finetune.adapters import adapter_configs, adapters
+from lora_finetune.adapters import npz
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write, file_size, same_file
 from lora_finetune.run import checkpoint, outcome
@@ -58,7 +57,6 @@ class RunFiles:
         self.earlier: float | None = None
         self.pending_log: str | None = None  # None: reports go to the file
         self.pending_best: dict[str, np.ndarray] = {}
-        self.config: dict[str, Any] = {}  # of the adapter, for mlx-lm
         self.lock_stream = None
         self.log_failed = False
 
@@ -134,8 +132,7 @@ class RunFiles:
 
     def keep_best(self, model: nn.Module) -> None:
         """Keep the adapter as it is now as the best, to be written with the next save."""
-        self.pending_best = adapters.file_arrays(model, self.adapter.suffix)
-        self.config = adapters.mlx_lm_config(model)
+        self.pending_best = npz.file_arrays(model)
 
     def save(
         self, model: nn.Module, optimizer: dict, progress: Progress, settings: dict[str, Any]
@@ -145,29 +142,17 @@ class RunFiles:
             self.back_up_previous()
         in_memory = self.pending_log is not None
         progress.log_size = len(self.pending_log) if in_memory else file_size(self.log)
-        arrays = adapters.file_arrays(model, self.adapter.suffix)
-        self.config = adapters.mlx_lm_config(model)
+        arrays = npz.file_arrays(model)
         checkpoint.write_state(
-            self.adapter, arrays, adapters.trainable_arrays(model), optimizer, progress, settings,
+            self.adapter, arrays, npz.trainable_arrays(model), optimizer, progress, settings,
             self.pending_best, self.pending_log,
         )  # fmt: skip
-        self.write_config()
         if self.pending_best:
-            adapters.write_arrays(best_file(self.adapter), self.pending_best)
+            npz.write_arrays(best_file(self.adapter), self.pending_best)
         if in_memory:
             self.write_log(self.pending_log)
-        adapters.write_arrays(self.adapter, arrays)
+        npz.write_arrays(self.adapter, arrays)
         self.earlier, self.pending_log, self.pending_best = None, None, {}
-
-    def write_config(self) -> None:
-        """Write the configuration that goes with a .safetensors file.
-
-        One that is there is of adapters.safetensors, as mlx-lm has it, or says the same scale.
-        """
-        if self.adapter.suffix == ".safetensors":
-            there = self.adapter.with_name(adapter_configs.CONFIG).exists()
-            if self.adapter.name == "adapters.safetensors" or not there:
-                adapter_configs.write_config(self.adapter.parent, self.config)
 
     def draw_losses(self) -> None:
         """Draw the losses of the run, if its log is in its place."""
@@ -201,8 +186,7 @@ class RunFiles:
                 if any(map(file_size, files_of_run(self.adapter))):
                     self.back_up_previous()
             best = best_file(self.adapter)
-            self.write_config()
-            adapters.write_arrays(best, self.pending_best)
+            npz.write_arrays(best, self.pending_best)
             warn(f"the best adapter, of iteration {progress.best_iteration}, is in {best}")
 
 
@@ -226,8 +210,6 @@ def check_writable(adapter_file: Path) -> None:
     """
     if adapter_file.is_dir():
         raise UserError(f"the adapter file {adapter_file} is a folder; name a file in it")
-    if adapter_file.suffix == ".safetensors":
-        check_config(adapter_file)
     if RESERVED.search(adapter_file.name):
         raise UserError(
             f"{adapter_file} is a name reserved for the files of a run (.best, .state, .stopped, "
@@ -254,29 +236,10 @@ def check_writable(adapter_file: Path) -> None:
         ) from None
 
 
-def check_config(adapter_file: Path) -> None:
-    """Raise UserError where a .safetensors adapter would be beside a configuration of another."""
-    file = adapter_file.with_name(adapter_configs.CONFIG)
-    if file.is_dir() or (file.is_symlink() and not file.exists()):
-        raise UserError(f"{file} cannot be written; give an --adapter-file in another folder")
-    config = adapter_configs.read_config(adapter_file)
-    try:
-        scale = config and adapter_configs.mlx_lm_scale(adapter_file, config)
-        is_ours = scale in (None, models.SCALE)
-    except UserError:  # it is of PEFT, or of another fine-tuning
-        is_ours = False
-    if not is_ours:
-        raise UserError(
-            f"the {file.name} beside {adapter_file} is of another adapter, or sets another "
-            f"scale than {models.SCALE}, for which adapters are saved; give an --adapter-file in "
-            "another folder"
-        )
-
-
 def best_of(file: Path) -> dict[str, np.ndarray]:
     """The arrays of a best adapter, none where they cannot be read."""
     try:
-        return adapters.read_arrays(file)
+        return npz.read_arrays(file)
     except UserError:
         return {}
 

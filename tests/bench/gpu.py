@@ -35,7 +35,7 @@ ENVIRONMENT = dict(os.environ)  # as it is before this program sets anything of 
 
 import models  # noqa: E402, F401
 import tiny  # noqa: E402
-from lora_finetune.adapters import adapters  # noqa: E402
+from lora_finetune.adapters import loading  # noqa: E402
 from lora_finetune.mlx_patches import activations, attention  # noqa: E402
 from lora_finetune.texts import dataset  # noqa: E402
 from lora_finetune.training import frozen_prefix, losses, training_step  # noqa: E402
@@ -264,7 +264,7 @@ def measure_memory(small: dict) -> None:
                 mx.eval(model.parameters())
             mx.clear_cache()
             weights = mx.get_active_memory() / 1e9
-            adapters.adapt(model, {}, None, min(16, len(model.layers)))
+            loading.adapt(model, {}, None, min(16, len(model.layers)))
             with attention.by_blocks():
                 peaks = {rows: step_peak(model, rows, width) for rows in (1, 8)}
             each = (peaks[8] - peaks[1]) / 7 / (width - 1) * 1000
