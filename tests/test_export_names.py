@@ -11,7 +11,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Run
-from lora_finetune.adapters import base_arrays, export, loading, merged, peft
+from lora_finetune.adapters import export, loading, merged, peft
 from test_export import make_adapter, make_base, randomize
 from test_model_config import REFERENCE, write_folder
 
@@ -46,6 +46,22 @@ def written_by_mlx(folder: Path, base: Path) -> Path:
     return folder
 
 
+def sources(folder: Path, arrays: dict[str, mx.array], paths: list[str]) -> dict[str, set[str]]:
+    """The names of the arrays that the weight of each layer is put together from.
+
+    Each array of floats is stood for by its number in the order, and a half, throughout.
+    """
+    names = [name for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)]
+    by_mark = {number + 0.5: name for number, name in enumerate(names)}
+    marks = {n: mx.broadcast_to(mx.array(m), arrays[n].shape) for m, n in by_mark.items()}
+    made, found = models.as_loaded(folder, arrays | marks), {}
+    for path in paths:
+        weight = made[f"{path}.weight"]
+        seen = np.unique(np.array(mx.concatenate([weight[:, 0], weight[0]])))
+        found[path] = {by_mark[mark] for mark in seen.tolist()}
+    return found
+
+
 @pytest.mark.parametrize("name", REFERENCE)
 def test_peft_is_given_the_names_of_transformers_modules(name: str, tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", REFERENCE[name])
@@ -55,7 +71,7 @@ def test_peft_is_given_the_names_of_transformers_modules(name: str, tmp_path: Pa
             peft.module_names(model, base)
         return
     paths, arrays = list(models.lora_modules(model)), models.read_weights(base)
-    expected = {path: min(n) for path, n in base_arrays.sources(base, arrays, paths).items()}
+    expected = {path: min(n) for path, n in sources(base, arrays, paths).items()}
     expected = {path: MODULES.get(name, {}).get(array, array) for path, array in expected.items()}
     for folder in (base, written_by_mlx(tmp_path / "mlx", base)):
         found = peft.module_names(model, folder)
@@ -72,7 +88,7 @@ def test_a_folder_of_mlx_goes_back_to_the_arrays_of_transformers(name: str, tmp_
         return
     merged.check_float(adapted_in(folder), folder)
     weights = dict(tree_flatten(models.load_as_stored(folder)[0].parameters()))
-    found = base_arrays.in_checkpoint(folder, weights, REFERENCE[name]["config"]["model_type"])
+    found = merged.in_checkpoint(folder, weights, REFERENCE[name]["config"]["model_type"])
     assert {array: list(found[array].shape) for array in found} == REFERENCE[name]["shapes"]
     own = models.read_weights(base).items()
     other = {array for array, numbers in own if not np.allclose(found[array], numbers, atol=1e-6)}
@@ -96,8 +112,7 @@ def test_a_merged_float_model_is_its_base_but_for_the_adapted_arrays(
     changed = {n for n, array in before.items() if not mx.array_equal(array, after[n])}
     adapter = loading.read_adapter(tmp_path / "a.npz")
     paths = {re.sub(r"\.[qv]$", "", path) for path in adapter}
-    sources = base_arrays.sources(base, before, sorted(paths)).values()
-    assert changed == set().union(*sources)
+    assert changed == set().union(*sources(base, before, sorted(paths)).values())
     assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
 
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import models
 from lora_finetune.adapters import merged, mlx_lm, npz, peft
-from lora_finetune.adapters.base_arrays import is_written_by_mlx
 from lora_finetune.base.errors import UserError, hint
 from lora_finetune.base.signals import raising_signals
+from lora_finetune.model_folder.transformers_names import is_written_by_mlx
 
 import mlx.nn as nn
 import numpy as np
@@ -82,8 +82,7 @@ def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) ->
     names = peft.module_names(model, base) if "peft" in forms else {}
     if names and is_written_by_mlx(base):
         hint(f"in PEFT take the original model in the place of {name}, which has MLX's layout")
-    is_merged = forms & {"merged", "merged-float"}
-    behaviour = merged.Behaviour.of(model) if is_merged else None
+    logits = merged.sample_logits(model) if forms & {"merged", "merged-float"} else None
     model.clear()  # merging loads it again, and there may be no memory for two
     for form, folder in exports:
         with raising_signals(f"{folder} is not made"), whole_folder(folder) as part:
@@ -92,7 +91,7 @@ def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) ->
             elif form == "peft":
                 peft.write(part, {names[path]: pair for path, pair in adapter.items()}, name)
             else:
-                merged.write(part, base, adapter, behaviour, form == "merged-float")
+                merged.write(part, base, adapter, logits, form == "merged-float")
         print(f"Exported as {form} to {folder}.", flush=True)
 
 

@@ -9,7 +9,7 @@ from lora_finetune.adapters import mlx_lm, npz, peft
 from lora_finetune.adapters.npz import Adapter, named
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.model_folder.model_folder import read_object
-from lora_finetune.model_folder.transformers_names import paths_by_name
+from lora_finetune.model_folder.transformers_names import MODEL_TYPES, checkpoint_name, module_name
 from models import attention_projections, is_linear, linear_shape, router_projections
 
 import mlx.core as mx
@@ -110,9 +110,11 @@ def under_our_names(adapter: Adapter, model: nn.Module) -> Adapter:
     paths = adaptable(model)
     if adapter.keys() <= paths.keys():
         return adapter
-    for found in paths_by_name(paths):
-        if adapter.keys() <= found.keys():
-            return {found[name]: pair for name, pair in adapter.items()}
+    for model_type in sorted(MODEL_TYPES):
+        for name_of in (module_name, checkpoint_name):
+            found = {name_of(model_type, path): path for path in paths}
+            if adapter.keys() <= found.keys():
+                return {found[name]: pair for name, pair in adapter.items()}
     return adapter
 
 

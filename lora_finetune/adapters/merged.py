@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import models
-from lora_finetune.adapters import base_arrays, loading
+from lora_finetune.adapters import loading
 from lora_finetune.adapters.npz import Adapter
-from lora_finetune.base.errors import UserError, abbreviated, hint
+from lora_finetune.base.errors import UserError, abbreviated
+from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.model_folder import read_object, text_settings
 from lora_finetune.model_folder.model_weights import read_weights
 
@@ -22,23 +23,20 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
+Arrays = dict[str, mx.array]
+
 
 def check(model: nn.Module, base: Path) -> None:
     """Raise ValueError where LoRA cannot be merged into the weights of its layers."""
-    adapted = models.lora_modules(model)
-    for path, module in adapted.items():
+    for path, module in models.lora_modules(model).items():
         if not models.can_merge(module.frozen):
-            raise ValueError(
-                f"LoRA cannot be merged into {path}, which is quantized in its own way"
-            )
-    if not is_rebuilt(base, dequantize=False):
-        base_arrays.sources(base, read_weights(base), list(adapted))
+            raise ValueError(f"LoRA cannot be merged into {path}, as it is quantized")
 
 
 def check_float(model: nn.Module, base: Path) -> None:
     """Raise ValueError where it cannot be merged, or not into a model for transformers."""
     check(model, base)
-    if not is_rebuilt(base, dequantize=True):
+    if not is_converted(base):
         return
     config = read_object(base / "config.json")
     if "text_config" in config:
@@ -48,9 +46,8 @@ def check_float(model: nn.Module, base: Path) -> None:
     stored = dequantize_model(models.load_as_stored(base)[0])
     if left := quantized_layers(stored):
         raise ValueError(f"mlx-lm cannot dequantize {abbreviated(left)}")
-    weights = dict(tree_flatten(stored.parameters()))
     try:
-        base_arrays.in_checkpoint(base, weights, config["model_type"])
+        in_checkpoint(base, dict(tree_flatten(stored.parameters())), config["model_type"])
     except ValueError as error:
         raise ValueError(
             f"{base} is as MLX has it, and how transformers has {error} is not known"
@@ -61,49 +58,50 @@ def quantized_layers(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if "scales" in module]
 
 
-def is_rebuilt(base: Path, dequantize: bool) -> bool:
-    """Whether a merged model has other arrays than its base: it is quantized, or for MLX only."""
+def is_converted(base: Path) -> bool:
+    """Whether a base has other arrays than transformers saves: it is quantized, or of MLX."""
     settings = text_settings(read_object(base / "config.json"))
     is_quantized = any(name.startswith("quantization") and value for name, value in settings)
-    return is_quantized or (dequantize and base_arrays.is_written_by_mlx(base))
+    return is_quantized or transformers_names.is_written_by_mlx(base)
 
 
 # --- Writing ------------------------------------------------------------------------------------
 
 
 def write(
-    folder: Path, base: Path, adapter: Adapter, behaviour: Behaviour, dequantize: bool
+    folder: Path, base: Path, adapter: Adapter, expected: np.ndarray, dequantize: bool
 ) -> None:
     """Write a whole model with the adapter in its weights.
 
     The base is loaded again as it is in its files. Only the adapted layers change: where they were
-    quantized, they are dequantized. A base that is not quantized keeps the names and layouts of its
-    own files, unless MLX wrote them and `dequantize` asks for those of transformers.
+    quantized, they are dequantized. Names and layouts are those of the base's files, or, where
+    `dequantize` asks for them, those of transformers.
 
     Args:
-        behaviour: that of the model with the adapter beside its weights.
+        expected: the `sample_logits` of the adapted model.
         dequantize: whether the other layers are dequantized too.
 
     Raises:
-        UserError: what it does is not that.
+        UserError: the merged model does something else.
     """
     model, used = models.load_as_stored(base)
     loading.adapt(model, adapter, base, None)
-    if (lost := rounding(model)) > 0.01:
-        hint(
-            f"rounded to the type of the base, the merged weights are off by {lost:.0%} of their "
-            "change (root mean square); the adapter itself is exact"
-        )
+    noise = max(NOISE[models.float_type(m.frozen)] for m in models.lora_modules(model).values())
     copy_others(base, folder)
-    try:
-        if is_rebuilt(base, dequantize):
-            write_rebuilt(folder, base, model, used.get("quantization"), dequantize)
-        else:
-            write_changed(folder, base, model)
-    except ValueError as error:
-        raise UserError(f"it cannot be merged: {error}; export the adapter instead") from None
-    del model  # the result is loaded, and there may be no memory for two
-    behaviour.check(models.load(folder)[0], lost)
+    if is_converted(base):
+        config, weights = rebuilt(base, model, used.get("quantization"), dequantize)
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        written_by = "pt" if dequantize else "mlx"
+    else:
+        weights, written_by = changed_arrays(base, model), "pt"
+    model.clear()  # so that each array is freed when it is written
+    write_weights(folder, weights, written_by)
+    error = difference(sample_logits(models.load(folder)[0]), expected)
+    if not error <= noise:
+        raise UserError(
+            "the merged model does not do what the adapted one does (its logits differ by "
+            f"{error:.1%}), so it was not kept; please report this with the name of the model"
+        )
 
 
 # The files of a base that come along: settings, tokenizers and what is said of it; no weights of
@@ -122,29 +120,25 @@ def copy_others(base: Path, folder: Path) -> None:
             shutil.copyfile(file, copy)
 
 
-def write_changed(folder: Path, base: Path, model: nn.Module) -> None:
-    """Write the files of a base, with an adapter in their arrays."""
-    changes = {}
-    for path, module in models.lora_modules(model).items():
-        a, b = module.pair()
-        changes[path] = models.SCALE * (a @ b).T
-    changed = base_arrays.changed_arrays(base, read_weights(base), changes)
-    for file in base.glob("model*.safetensors"):
-        arrays, metadata = mx.load(str(file), return_metadata=True)
-        arrays |= {name: changed[name] for name in arrays.keys() & changed.keys()}
-        mx.save_safetensors(str(folder / file.name), arrays, metadata)
-    for file in base.glob("model*.index.json"):
-        shutil.copyfile(file, folder / file.name)
+def write_weights(folder: Path, weights: Arrays, written_by: str) -> None:
+    """Write weights in shards of at most 5 GB, with an index; the weights are used up."""
+    shards = split_state_dict_into_shards_factory(
+        weights,
+        get_storage_size=lambda array: array.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+    )
+    for file, names in shards.filename_to_tensors.items():
+        shard = {name: weights.pop(name) for name in names}
+        mx.save_safetensors(str(folder / file), shard, {"format": written_by})
+    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def write_rebuilt(
-    folder: Path,
-    base: Path,
-    model: nn.Module,
-    quantization: dict[str, Any] | None,
-    dequantize: bool,
-) -> None:
-    """Write a model with an adapter as MLX has it; dequantized, as transformers has it.
+def rebuilt(
+    base: Path, model: nn.Module, quantization: dict[str, Any] | None, dequantize: bool
+) -> tuple[dict[str, Any], Arrays]:
+    """The configuration and weights of a merged model as MLX has it; dequantized, for transformers.
 
     Args:
         quantization: how the base is quantized, in mlx-lm's words.
@@ -158,71 +152,86 @@ def write_rebuilt(
     if quantized_layers(model):
         quantization = quantization | dict.fromkeys(layers, False)
         config |= {"quantization": quantization, "quantization_config": quantization}
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     weights = dict(tree_flatten(model.parameters()))
-    if dequantize:
-        weights = base_arrays.in_checkpoint(base, weights, config["model_type"])
-    model.clear()
-    layers.clear()
-    write_weights(folder, weights, "pt" if dequantize else "mlx")
+    return config, in_checkpoint(base, weights, config["model_type"]) if dequantize else weights
 
 
-def write_weights(folder: Path, weights: dict[str, mx.array], written_by: str) -> None:
-    """Write weights in shards of at most 5 GB, with an index."""
-    shards = split_state_dict_into_shards_factory(
-        weights,
-        get_storage_size=lambda array: array.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-    )
-    for file, names in shards.filename_to_tensors.items():  # each is freed when it is written
-        shard = {name: weights.pop(name) for name in names}
-        mx.save_safetensors(str(folder / file), shard, {"format": written_by})
-    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-    file = folder / "model.safetensors.index.json"
-    file.write_text(json.dumps(index, indent=2), encoding="utf-8")
+# --- Names and layouts --------------------------------------------------------------------------
+
+
+def changed_arrays(base: Path, model: nn.Module) -> Arrays:
+    """The arrays in a base's files with the updates of an adapted model.
+
+    mlx-lm renames, turns, joins and splits arrays when it loads them (`sanitize`). The way back is
+    the gradient of that with the updates as cotangents, since numbers are only put elsewhere. Sums
+    are made in float32 and rounded once, to the type of the array.
+    """
+    updates, arrays = {}, read_weights(base)
+    for path, module in models.lora_modules(model).items():
+        a, b = module.pair()
+        updates[path] = models.SCALE * (a @ b).T
+    names = [name for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)]
+    wide = [arrays[name].astype(mx.float32) for name in names]
+
+    def weights(*values: mx.array) -> list[mx.array]:
+        made = models.as_loaded(base, arrays | dict(zip(names, values, strict=True)))
+        return [made[f"{path}.weight"] for path in updates]
+
+    _, gradients = mx.vjp(weights, wide, list(updates.values()))
+    changed = [array + gradient for array, gradient in zip(wide, gradients, strict=True)]
+    return arrays | {n: a.astype(arrays[n].dtype) for n, a in zip(names, changed, strict=True)}
+
+
+def in_checkpoint(base: Path, weights: Arrays, model_type: str) -> Arrays:
+    """The weights of a base's model by the names and in the layouts of transformers' checkpoints.
+
+    Raises:
+        ValueError: they are not known.
+    """
+    if model_type not in transformers_names.MODEL_TYPES or model_type in transformers_names.ONE_WAY:
+        raise ValueError(f"models of the type {model_type}")
+    zeros = {name: mx.zeros_like(array) for name, array in weights.items()}
+    try:
+        again = models.as_loaded(base, moved_arrays(model_type, zeros))
+    except Exception as error:  # mlx-lm may raise anything
+        raise ValueError("its weights") from error
+    if wrong := {(n, a.shape) for n, a in again.items()} ^ {(n, a.shape) for n, a in zeros.items()}:
+        raise ValueError(abbreviated(sorted(name for name, _ in wrong)))
+    # What is not 0 then, mlx-lm adds itself: 1 to some norms.
+    weights = {name: a - again[name] if a.ndim == 1 else a for name, a in weights.items()}
+    return moved_arrays(model_type, weights)
+
+
+def moved_arrays(model_type: str, weights: Arrays) -> Arrays:
+    """Weights as in a checkpoint: experts one by one, kernels of convolutions last."""
+    found = {}
+    for name, array in weights.items():
+        there = transformers_names.checkpoint_name(model_type, name)
+        if array.ndim == 3 and (expert := re.fullmatch(r"(.*\.experts)(\.\w+\.weight)", there)):
+            found |= {f"{expert[1]}.{n}{expert[2]}": each for n, each in enumerate(array)}
+        elif transformers_names.is_turned(model_type, there):
+            found[there] = array.T
+        elif array.ndim == 3 and "conv" in name:
+            found[there] = array.moveaxis(2, 1)
+        else:
+            found[there] = array[None] if name.endswith((".alpha_n", ".alpha_p")) else array
+    for name in list(found):
+        if gate := re.fullmatch(r"(.*\.(?:input_linear|gate_up_proj))\.gate(\.weight)?", name):
+            up = found.pop(f"{gate[1]}.up{gate[2] or ''}")
+            found[f"{gate[1]}{gate[2] or ''}"] = mx.concatenate([found.pop(name), up], axis=-2)
+        elif name.endswith(".embed_q.weight"):  # the keys' rows of kv_b_proj, by heads
+            values = found.pop(name.replace(".embed_q.", ".unembed_out."))
+            both = mx.concatenate([found.pop(name).swapaxes(1, 2), values], axis=1)
+            found[name.replace(".embed_q.", ".kv_b_proj.")] = both.flatten(0, 1)
+    return found
 
 
 # --- What it does -------------------------------------------------------------------------------
 
 SAMPLE = mx.arange(1, 17)[None]  # tokens to compare two models on
 
-# How far apart rounding may bring the logits of two models that compute with such numbers.
-NOISE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 4e-2}
-
-
-class Behaviour(NamedTuple):
-    """The logits of an adapted model for SAMPLE, to compare a merged model with.
-
-    Attributes:
-        change: how far those without the adapter are from them.
-        noise: how far rounding alone may bring others from them.
-    """
-
-    logits: np.ndarray
-    change: float
-    noise: float
-
-    @staticmethod
-    def of(model: nn.Module) -> Behaviour:
-        """The behaviour of a model, from which the adapter is then taken away."""
-        logits = sample_logits(model)
-        frozen = {path: module.frozen for path, module in models.lora_modules(model).items()}
-        model.update_modules(tree_unflatten(list(frozen.items())))
-        noise = max(NOISE[models.float_type(module)] for module in frozen.values())
-        return Behaviour(logits, difference(sample_logits(model), logits), noise)
-
-    def check(self, model: nn.Module, lost: float) -> None:
-        """Raise UserError where a merged model does something else.
-
-        Args:
-            lost: the share of the change of the weights that rounding took.
-        """
-        error = difference(sample_logits(model), self.logits)
-        if not error <= self.noise + (0.05 + 2 * lost) * self.change:
-            raise UserError(
-                "the merged model does not do what the adapted one does (its logits differ by "
-                f"{error:.1%}), so it was not kept; please report this with the name of the model"
-            )
+# How far apart rounding may bring the logits of two models with weights of these types.
+NOISE = {mx.float32: 1e-3, mx.float16: 0.02, mx.bfloat16: 0.1}
 
 
 def sample_logits(model: nn.Module) -> np.ndarray:
@@ -240,15 +249,3 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     """
     distance = np.square(found - expected).mean(axis=-1) / np.square(expected).mean(axis=-1)
     return float(np.sqrt(np.median(distance)))
-
-
-def rounding(model: nn.Module) -> float:
-    """The root mean square of what rounding takes of an update, relative to that of the update."""
-    lost = size = 0.0
-    for module in models.lora_modules(model).values():
-        weight, dtype = models.float_weight(module.frozen)
-        a, b = module.pair()
-        exact = weight + models.SCALE * (a @ b).T
-        lost += mx.square(exact - exact.astype(dtype).astype(mx.float32)).sum().item()
-        size += mx.square(exact - weight).sum().item()
-    return math.sqrt(lost / size) if size else 0.0

@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import models
-from lora_finetune.adapters import base_arrays
 from lora_finetune.adapters.mlx_lm import of_one_rank, write_files
 from lora_finetune.adapters.npz import Adapter
 from lora_finetune.base.errors import UserError, abbreviated, hint
-from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.model_folder import read_object
 from lora_finetune.model_folder.model_weights import read_weights
+from lora_finetune.model_folder.transformers_names import (
+    MODEL_TYPES,
+    is_unused,
+    is_written_by_mlx,
+    module_name,
+)
 
 import mlx.nn as nn
 import numpy as np
@@ -73,30 +77,23 @@ def scale(path: str, rank: int, config: dict[str, Any]) -> float:
 
 
 def module_names(model: nn.Module, base: Path) -> dict[str, str]:
-    """The names in transformers, whose modules PEFT adapts, by the paths of the adapted layers.
+    """The names of transformers' modules, which PEFT adapts, by the paths of the adapted layers.
 
     Where transformers has no such model in its own code, these are the names of the checkpoint.
 
     Raises:
         ValueError: they are not known, or LoRA has no effect there.
     """
-    model_type, adapted = (
-        read_object(base / "config.json")["model_type"],
-        models.lora_modules(model),
-    )
-    if path := next((p for p in adapted if transformers_names.is_unused(model_type, p)), None):
-        raise ValueError(f"in PEFT LoRA of {path} has no effect: transformers never calls it")
-    if model_type in transformers_names.MODEL_TYPES.split():
-        return {path: transformers_names.module_name(model_type, path) for path in adapted}
-    if base_arrays.is_written_by_mlx(base):
-        raise ValueError(f"{base} has MLX's names, and those of transformers are not known")
-    arrays, names = read_weights(base), {}
-    for path, found in base_arrays.sources(base, arrays, list(adapted)).items():
-        name = min(found)
-        if len(found) > 1 or arrays[name].shape != models.linear_shape(adapted[path].frozen):
-            raise ValueError(f"the weights in {base} have another layout of {path} than MLX")
-        names[path] = name.removesuffix(".weight")
-    return names
+    paths, model_type = models.lora_modules(model), read_object(base / "config.json")["model_type"]
+    if unused := [path for path in paths if is_unused(model_type, path)]:
+        raise ValueError(f"in PEFT LoRA of {unused[0]} has no effect: transformers never calls it")
+    if model_type in MODEL_TYPES:
+        return {path: module_name(model_type, path) for path in paths}
+    arrays = {} if is_written_by_mlx(base) else read_weights(base)
+    for path in paths:
+        if f"{path}.weight" not in arrays:
+            raise ValueError(f"it is not known what transformers calls {path} of {model_type}")
+    return {path: path for path in paths}
 
 
 def write(folder: Path, adapter: Adapter, base: str) -> None:

@@ -9,10 +9,13 @@ and mlx-lm 0.32.2 (its `sanitize`), and proved in transformers and PEFT 0.21.2.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
 
 # The types of models for which the tables hold: without a rule, a name is the same.
-MODEL_TYPES = """
+MODEL_TYPES = set(
+    """
     afmoe apertus bailing_hybrid cohere cohere2 dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1
     ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon_h1 gemma gemma2 gemma3 gemma3_text
     gemma3n_text gemma4 gemma4_text gemma4_unified glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa
@@ -24,10 +27,11 @@ MODEL_TYPES = """
     qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
     qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe recurrent_gemma seed_oss smollm3 solar_open
     stablelm starcoder2 youtu
-"""
+""".split()  # noqa: SIM905
+)
 
 # Those whose weights mlx-lm leaves out, or puts in layouts from which nobody has found back.
-ONE_WAY = "dbrx ernie4_5_moe gpt_oss llama4_text longcat_flash olmo_hybrid"
+ONE_WAY = {"dbrx", "ernie4_5_moe", "gpt_oss", "llama4_text", "longcat_flash", "olmo_hybrid"}
 
 # (model types, a pattern in MLX's name, what the checkpoint has in its place), in this order.
 CHECKPOINT = [
@@ -131,12 +135,8 @@ def module_name(model_type: str, path: str) -> str:
     return replaced(MODULES, model_type, checkpoint_name(model_type, path))
 
 
-def paths_by_name(paths: Iterable[str]) -> Iterator[dict[str, str]]:
-    """MLX's paths by the names that transformers may have for them, for each way of naming."""
-    by_rules = {}
-    for model_type in MODEL_TYPES.split():
-        rules = [types for types, *_ in CHECKPOINT + MODULES if re.fullmatch(types, model_type)]
-        by_rules[tuple(rules)] = model_type
-    for model_type in by_rules.values():
-        for name_of in (module_name, checkpoint_name):
-            yield {name_of(model_type, path): path for path in paths}
+def is_written_by_mlx(folder: Path) -> bool:
+    """Whether MLX wrote the weights of a folder, so that they have the names of its modules."""
+    files = folder.glob("model*.safetensors")
+    metadata = [mx.load(str(file), return_metadata=True)[1] for file in files]
+    return any(entries.get("format") == "mlx" for entries in metadata)
