@@ -110,7 +110,7 @@ def under_our_names(adapter: Adapter, model: nn.Module) -> Adapter:
     paths = adaptable(model)
     if adapter.keys() <= paths.keys():
         return adapter
-    for model_type in sorted(MODEL_TYPES):
+    for model_type in MODEL_TYPES:
         for name_of in (module_name, checkpoint_name):
             found = {name_of(model_type, path): path for path in paths}
             if adapter.keys() <= found.keys():

@@ -6,15 +6,19 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import models
 from lora_finetune.adapters import loading
 from lora_finetune.adapters.npz import Adapter
 from lora_finetune.base.errors import UserError, abbreviated
-from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.model_folder import read_object, text_settings
 from lora_finetune.model_folder.model_weights import read_weights
+from lora_finetune.model_folder.transformers_names import (
+    MODEL_TYPES,
+    ONE_WAY,
+    checkpoint_name,
+    is_written_by_mlx,
+)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,33 +40,15 @@ def check(model: nn.Module, base: Path) -> None:
 def check_float(model: nn.Module, base: Path) -> None:
     """Raise ValueError where it cannot be merged, or not into a model for transformers."""
     check(model, base)
-    if not is_converted(base):
-        return
-    config = read_object(base / "config.json")
-    if "text_config" in config:
-        raise ValueError(
-            f"mlx-lm reads only the language model of {base}, and transformers wants the rest too"
-        )
-    stored = dequantize_model(models.load_as_stored(base)[0])
-    if left := quantized_layers(stored):
-        raise ValueError(f"mlx-lm cannot dequantize {abbreviated(left)}")
-    try:
-        in_checkpoint(base, dict(tree_flatten(stored.parameters())), config["model_type"])
-    except ValueError as error:
-        raise ValueError(
-            f"{base} is as MLX has it, and how transformers has {error} is not known"
-        ) from None
-
-
-def quantized_layers(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if "scales" in module]
+    if is_converted(base):
+        in_checkpoint(base, dequantize_model(models.load_as_stored(base)[0]))
 
 
 def is_converted(base: Path) -> bool:
     """Whether a base has other arrays than transformers saves: it is quantized, or of MLX."""
     settings = text_settings(read_object(base / "config.json"))
     is_quantized = any(name.startswith("quantization") and value for name, value in settings)
-    return is_quantized or transformers_names.is_written_by_mlx(base)
+    return is_quantized or is_written_by_mlx(base)
 
 
 # --- Writing ------------------------------------------------------------------------------------
@@ -89,13 +75,11 @@ def write(
     noise = max(NOISE[models.float_type(m.frozen)] for m in models.lora_modules(model).values())
     copy_others(base, folder)
     if is_converted(base):
-        config, weights = rebuilt(base, model, used.get("quantization"), dequantize)
-        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        written_by = "pt" if dequantize else "mlx"
+        weights = rebuilt(folder, base, model, used, dequantize)
     else:
-        weights, written_by = changed_arrays(base, model), "pt"
+        weights = changed_arrays(base, model)
     model.clear()  # so that each array is freed when it is written
-    write_weights(folder, weights, written_by)
+    write_weights(folder, weights, "mlx" if is_converted(base) and not dequantize else "pt")
     error = difference(sample_logits(models.load(folder)[0]), expected)
     if not error <= noise:
         raise UserError(
@@ -135,25 +119,25 @@ def write_weights(folder: Path, weights: Arrays, written_by: str) -> None:
     file.write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def rebuilt(
-    base: Path, model: nn.Module, quantization: dict[str, Any] | None, dequantize: bool
-) -> tuple[dict[str, Any], Arrays]:
-    """The configuration and weights of a merged model as MLX has it; dequantized, for transformers.
+def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: bool) -> Arrays:
+    """The weights of a merged model as MLX has it; dequantized, as transformers has it.
+
+    Its configuration is written.
 
     Args:
-        quantization: how the base is quantized, in mlx-lm's words.
+        used: the configuration of the base in mlx-lm's words.
     """
     layers = {path: module.merged() for path, module in models.lora_modules(model).items()}
     model.update_modules(tree_unflatten(list(layers.items())))
-    if dequantize:
-        model = dequantize_model(model)
     config = read_object(base / "config.json")
     config = {name: value for name, value in config.items() if not name.startswith("quantization")}
-    if quantized_layers(model):
-        quantization = quantization | dict.fromkeys(layers, False)
+    if "quantization" in used and not dequantize:
+        quantization = used["quantization"] | dict.fromkeys(layers, False)
         config |= {"quantization": quantization, "quantization_config": quantization}
-    weights = dict(tree_flatten(model.parameters()))
-    return config, in_checkpoint(base, weights, config["model_type"]) if dequantize else weights
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if dequantize:
+        return in_checkpoint(base, dequantize_model(model))
+    return dict(tree_flatten(model.parameters()))
 
 
 # --- Names and layouts --------------------------------------------------------------------------
@@ -182,21 +166,28 @@ def changed_arrays(base: Path, model: nn.Module) -> Arrays:
     return arrays | {n: a.astype(arrays[n].dtype) for n, a in zip(names, changed, strict=True)}
 
 
-def in_checkpoint(base: Path, weights: Arrays, model_type: str) -> Arrays:
+def in_checkpoint(base: Path, model: nn.Module) -> Arrays:
     """The weights of a base's model by the names and in the layouts of transformers' checkpoints.
 
     Raises:
         ValueError: they are not known.
     """
-    if model_type not in transformers_names.MODEL_TYPES or model_type in transformers_names.ONE_WAY:
-        raise ValueError(f"models of the type {model_type}")
+    config, weights = read_object(base / "config.json"), dict(tree_flatten(model.parameters()))
+    model_type = config["model_type"]
+    if "text_config" in config:
+        raise ValueError(
+            f"mlx-lm reads only the language model of {base}, and transformers wants the rest too"
+        )
+    if left := [path for path, module in model.named_modules() if "scales" in module]:
+        raise ValueError(f"mlx-lm cannot dequantize {abbreviated(left)}")
+    if model_type not in set(MODEL_TYPES) - ONE_WAY:
+        raise ValueError(f"how transformers has the weights of {model_type} models is not known")
     zeros = {name: mx.zeros_like(array) for name, array in weights.items()}
-    try:
-        again = models.as_loaded(base, moved_arrays(model_type, zeros))
-    except Exception as error:  # mlx-lm may raise anything
-        raise ValueError("its weights") from error
-    if wrong := {(n, a.shape) for n, a in again.items()} ^ {(n, a.shape) for n, a in zeros.items()}:
-        raise ValueError(abbreviated(sorted(name for name, _ in wrong)))
+    again = models.as_loaded(base, moved_arrays(model_type, zeros))
+    if wrong := [
+        name for name in zeros if name not in again or again[name].shape != zeros[name].shape
+    ]:
+        raise ValueError(f"how transformers has {abbreviated(wrong)} of {base} is not known")
     # What is not 0 then, mlx-lm adds itself: 1 to some norms.
     weights = {name: a - again[name] if a.ndim == 1 else a for name, a in weights.items()}
     return moved_arrays(model_type, weights)
@@ -206,10 +197,10 @@ def moved_arrays(model_type: str, weights: Arrays) -> Arrays:
     """Weights as in a checkpoint: experts one by one, kernels of convolutions last."""
     found = {}
     for name, array in weights.items():
-        there = transformers_names.checkpoint_name(model_type, name)
+        there = checkpoint_name(model_type, name)
         if array.ndim == 3 and (expert := re.fullmatch(r"(.*\.experts)(\.\w+\.weight)", there)):
             found |= {f"{expert[1]}.{n}{expert[2]}": each for n, each in enumerate(array)}
-        elif transformers_names.is_turned(model_type, there):
+        elif model_type == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", there):
             found[there] = array.T
         elif array.ndim == 3 and "conv" in name:
             found[there] = array.moveaxis(2, 1)

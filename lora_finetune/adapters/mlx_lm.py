@@ -48,18 +48,13 @@ def write(folder: Path, adapter: Adapter, layers: list[str], base: str) -> None:
     """
     adapter = of_one_rank(adapter)
     rank = next(iter(adapter.values()))[0].shape[1]
-    keys, num_layers = set(), 0
-    for path in adapter:
-        number = next((n for n, layer in enumerate(layers) if path.startswith(f"{layer}.")), None)
-        if number is None:  # beside the layers
-            keys.add(path)
-        else:
-            keys.add(path.removeprefix(f"{layers[number]}."))
-            num_layers = max(num_layers, len(layers) - number)
+    starts = [f"{layer}." for layer in layers]
+    keys = {path.removeprefix(next(filter(path.startswith, starts), "")) for path in adapter}
+    adapted = [n for n, start in enumerate(starts) if any(p.startswith(start) for p in adapter)]
     config = {
         "model": base,
         "fine_tune_type": "lora",
-        "num_layers": num_layers,
+        "num_layers": len(layers) - min(adapted, default=len(layers)),
         "lora_parameters": {
             "rank": rank,
             "scale": models.SCALE,

@@ -14,8 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 # The types of models for which the tables hold: without a rule, a name is the same.
-MODEL_TYPES = set(
-    """
+MODEL_TYPES = """
     afmoe apertus bailing_hybrid cohere cohere2 dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1
     ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon_h1 gemma gemma2 gemma3 gemma3_text
     gemma3n_text gemma4 gemma4_text gemma4_unified glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa
@@ -28,21 +27,19 @@ MODEL_TYPES = set(
     qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe recurrent_gemma seed_oss smollm3 solar_open
     stablelm starcoder2 youtu
 """.split()  # noqa: SIM905
-)
 
 # Those whose weights mlx-lm leaves out, or puts in layouts from which nobody has found back.
 ONE_WAY = {"dbrx", "ernie4_5_moe", "gpt_oss", "llama4_text", "longcat_flash", "olmo_hybrid"}
+
+TEXT = r"^language_model\.model\."
+W_NAMES = r"mixtral|minimax_m[23](_vl)?|phimoe|kimi_linear|lfm2_moe"
 
 # (model types, a pattern in MLX's name, what the checkpoint has in its place), in this order.
 CHECKPOINT = [
     (r".*_text", r"^language_model\.", ""),
     (r"gemma3n_text", r"^model\.language_model\.", "model."),
-    (r"qwen2(_5)?_vl", r"^language_model\.model\.", "model."),
-    (
-        r"qwen3_vl(_moe)?|qwen3_5(_moe)?|gemma4(_unified)?|lfm2_vl",
-        r"^language_model\.model\.",
-        "model.language_model.",
-    ),
+    (r"qwen2(_5)?_vl", TEXT, "model."),
+    (r"(qwen3_vl|qwen3_5)(_moe)?|gemma4(_unified)?|lfm2_vl", TEXT, "model.language_model."),
     (r"muse_glimmer", r"^model\.", "model.language_model."),
     (r"gpt_neox", r"^model\.embed_out\.", "embed_out."),
     (r"gpt_neox", r"^model\.h\.", "gpt_neox.layers."),
@@ -70,40 +67,26 @@ CHECKPOINT = [
     (r".*", r"\.switch_mlp\.", ".experts."),
     (r"nemotron_h", r"\.experts\.fc1\.", ".experts.up_proj."),
     (r"nemotron_h", r"\.experts\.fc2\.", ".experts.down_proj."),
-    (r"mixtral|minimax_m[23](_vl)?|phimoe|kimi_linear", r"\.experts\.gate_proj\.", ".experts.w1."),
-    (r"mixtral|minimax_m[23](_vl)?|phimoe|kimi_linear", r"\.experts\.down_proj\.", ".experts.w2."),
-    (r"mixtral|minimax_m[23](_vl)?|phimoe|kimi_linear", r"\.experts\.up_proj\.", ".experts.w3."),
-    (r"lfm2_moe", r"(\.feed_forward(?:\.experts)?)\.gate_proj\.", r"\1.w1."),
-    (r"lfm2_moe", r"(\.feed_forward(?:\.experts)?)\.down_proj\.", r"\1.w2."),
-    (r"lfm2_moe", r"(\.feed_forward(?:\.experts)?)\.up_proj\.", r"\1.w3."),
+    (W_NAMES, r"(\.experts|\.feed_forward)\.gate_proj\.", r"\1.w1."),
+    (W_NAMES, r"(\.experts|\.feed_forward)\.down_proj\.", r"\1.w2."),
+    (W_NAMES, r"(\.experts|\.feed_forward)\.up_proj\.", r"\1.w3."),
 ]
 
 # Layers that transformers reads the weight of, and does not call: PEFT's LoRA of them does nothing.
 NEVER_CALLED = [("longcat_flash", r"\.router\.classifier$")]
 
-# Matrices that are (in, out) there.
-TURNED = [("gpt2", r"\.c_(attn|proj|fc)\.weight$")]
-
 # (model types, a pattern in the checkpoint's name, what the module has in its place).
 MODULES = [
     (r"qwen2(_5)?_vl", r"^model\.", "model.language_model."),
-    (
-        r"gemma3|llava|mistral3|minimax_m3_vl|kimi_k25",
-        r"^language_model\.model\.",
-        "model.language_model.",
-    ),
+    (r"gemma3|llava|mistral3|minimax_m3_vl|kimi_k25", TEXT, "model.language_model."),
     (r"nemotron_h", r"^backbone\.", "model."),
     (r"mixtral|minimax_m[23](_vl)?|kimi_linear", r"\.block_sparse_moe\.gate$", ".mlp.gate"),
     (r"bailing_hybrid", r"\.attention\.dense$", ".self_attn.o_proj"),
     (r"bailing_hybrid", r"\.attention\.", ".self_attn."),
     (r"phimoe", r"\.block_sparse_moe\.gate$", ".mlp.router"),
     (r"granitemoe(hybrid)?", r"\.router\.layer$", ".router"),
-    (
-        r"exaone",
-        r"^transformer\.h\.(\d+)\.attn\.attention\.out_proj$",
-        r"model.layers.\1.self_attn.o_proj",
-    ),
     (r"exaone", r"^transformer\.h\.(\d+)\.attn\.attention\.", r"model.layers.\1.self_attn."),
+    (r"exaone", r"\.self_attn\.out_proj$", ".self_attn.o_proj"),
 ]
 
 
@@ -123,11 +106,6 @@ def checkpoint_name(model_type: str, name: str) -> str:
 def is_unused(model_type: str, path: str) -> bool:
     """Whether transformers only reads the weight of the layer that MLX has at a path."""
     return any(types == model_type and re.search(p, path) for types, p in NEVER_CALLED)
-
-
-def is_turned(model_type: str, name: str) -> bool:
-    """Whether a matrix is (in, out) in the checkpoint."""
-    return any(types == model_type and re.search(pattern, name) for types, pattern in TURNED)
 
 
 def module_name(model_type: str, path: str) -> str:
