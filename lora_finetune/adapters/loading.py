@@ -24,9 +24,9 @@ def find_adapter(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    for file in (path / mlx_lm.FILE, path / peft.FILE):
-        if file.is_file():
-            return file
+    for name in (mlx_lm.FILE, peft.FILE):
+        if (path / name).is_file():
+            return path / name
     files = sorted(file.name for file in path.iterdir() if file.suffix in (".npz", ".safetensors"))
     name_one = f"name one of its files: {', '.join(files)}" if files else "it holds no adapter file"
     raise UserError(f"{path} is a folder without {mlx_lm.FILE}; {name_one}")
@@ -72,8 +72,7 @@ def adapt(
     Raises:
         UserError: the adapter is not for this model, or reaches outside those layers.
     """
-    adapter = under_our_names(adapter, model)
-    check_adapter(source, adapter, model)
+    adapter = placed(source, adapter, model)
     ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
     if other := next((found for found in ranks.values() if rank not in (None, found)), None):
         raise UserError(f"{source} has rank {other}, not --lora-rank {rank}; leave that out")
@@ -105,22 +104,17 @@ def with_fresh(
     return wanted | ranks
 
 
-def under_our_names(adapter: Adapter, model: nn.Module) -> Adapter:
-    """The same adapter by the paths of a model, if it has transformers' names for them."""
-    paths = adaptable(model)
-    if adapter.keys() <= paths.keys():
-        return adapter
-    for model_type in MODEL_TYPES:
-        for name_of in (module_name, checkpoint_name):
-            found = {name_of(model_type, path): path for path in paths}
-            if adapter.keys() <= found.keys():
-                return {found[name]: pair for name, pair in adapter.items()}
-    return adapter
+def placed(file: Path, adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter by the paths of a model, where it has transformers' names for them.
 
-
-def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
-    """Raise UserError where some of an adapter has no place in a model; names the first few."""
-    shapes, wrong = adaptable(model), []
+    Raises:
+        UserError: some of it has no place in the model; names the first few.
+    """
+    shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
+    shapes |= dict([*attention_projections(model), *router_projections(model)])
+    if not adapter.keys() <= shapes.keys():
+        adapter = under_our_names(adapter, list(shapes))
+    wrong = []
     for path, (a, b) in adapter.items():
         if path not in shapes:
             wrong.append(f"there is no linear layer {path}")
@@ -132,9 +126,15 @@ def check_adapter(file: Path, adapter: Adapter, model: nn.Module) -> None:
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{file} is not for this model: {'; '.join(wrong[:3])}{more}")
+    return adapter
 
 
-def adaptable(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """The layers of a model that can be adapted, and their (d_out, d_in)."""
-    shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
-    return shapes | dict([*attention_projections(model), *router_projections(model)])
+def under_our_names(adapter: Adapter, paths: list[str]) -> Adapter:
+    """The adapter by some of the paths, if a type of model has its names for them."""
+    for model_type in MODEL_TYPES:
+        for name_of in (module_name, checkpoint_name):
+            names = name_of(model_type, "\n".join(paths)).split("\n")
+            found = dict(zip(names, paths, strict=True))
+            if adapter.keys() <= found.keys():
+                return {found[name]: pair for name, pair in adapter.items()}
+    return adapter

@@ -96,6 +96,6 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
     except Exception:  # zipfile, zlib, NumPy and MLX each raise in their own way on a damaged file
         kind = file.suffix if file.suffix == ".safetensors" else ".npz"
         raise UserError(
-            f"{file} is not a whole {kind} file of plain arrays; save or copy it again "
-            "(`git lfs pull` fetches it, where it is a Git LFS pointer)"
+            f"{file} is not a whole {kind} file of plain arrays; copy it again (`git lfs pull` "
+            "does where it is a Git LFS pointer)"
         ) from None

@@ -54,10 +54,7 @@ def read(
     for name, array in arrays.items():
         match = NAME.fullmatch(name)
         if not match:
-            raise UserError(
-                f"{file} holds {name}, which is not of plain LoRA; only that can be read (no DoRA, "
-                "biases or saved modules)"
-            )
+            raise UserError(f"{file} holds {name}, which is not of plain LoRA; only that is read")
         path, which = match[1], match[2].lower()
         if which == "b":
             try:
@@ -124,9 +121,5 @@ def write(folder: Path, adapter: Adapter, base: str) -> None:
         "target_modules": [path for path in adapter if path not in routers],
         "target_parameters": [f"{path}.weight" for path in routers] or None,
         "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "use_dora": False,
-        "use_rslora": False,
     }
     write_files(folder / FILE, arrays, "pt", config)

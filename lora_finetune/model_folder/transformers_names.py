@@ -90,12 +90,12 @@ MODULES = [
 ]
 
 
-def replaced(rules: list[tuple[str, str, str]], model_type: str, name: str) -> str:
-    """A name with the rules of a model type applied to it, one after the other."""
+def replaced(rules: list[tuple[str, str, str]], model_type: str, names: str) -> str:
+    """A name, or several in lines, with the rules of a model type applied one after the other."""
     for types, pattern, replacement in rules:
         if re.fullmatch(types, model_type):
-            name = re.sub(pattern, replacement, name)
-    return name
+            names = re.sub(pattern, replacement, names, flags=re.MULTILINE)
+    return names
 
 
 def checkpoint_name(model_type: str, name: str) -> str:
