@@ -98,7 +98,7 @@ def test_a_fresh_run_that_fails_keeps_the_best_adapter_that_it_had(
     loaded, _ = models.load(str(model))
     loading.adapt(loaded, {}, None, 2)
     fresh = FreshRun(Path("a.npz"))
-    fresh.begin({})
+    fresh.begin()
     fresh.keep_best(loaded)
     fresh.save_best()
     assert contents(copy, PREVIOUS) == contents(finished, NAMES)

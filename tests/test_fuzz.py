@@ -32,6 +32,7 @@ from lora_finetune.run.config import read_config
 from lora_finetune.run.run import open_run
 from lora_finetune.texts import dataset
 from lora_finetune.training import losses
+from lora_finetune.training.distributed import ALONE
 from lora_finetune.training.step import Trainer
 from mutations import REPLACED, mutate
 
@@ -216,10 +217,10 @@ def resume(file: str) -> None:
     """What the program does, by the same calls, up to the first step of a resumed run."""
     args = ["--model", "model", "--data", "texts", *RESUME, "--resume-adapter-file", file]
     config = read_config(train_lora.build_parser(), [*args, "--adapter-file", file])
-    resumed = open_run(config, train_lora.read_files(config), is_first=True)
+    resumed = open_run(config, train_lora.read_files(config), ALONE)
     model, _ = models.load("model")
-    train_lora.adapt(config, resumed, model)
-    resumed.begin({})
+    train_lora.adapt(resumed, model)
+    resumed.begin()
     Trainer(model, losses.loss, 1e-3, resumed.start.state.optimizer if resumed.start.state else {})
 
 
