@@ -159,7 +159,7 @@ from lora_finetune.mlx_patches import activations, attention, recurrences, rope
 from lora_finetune.model_folder import model_folder
 from lora_finetune.run import checkpoint, outcome, run_files
 from lora_finetune.run.plan import Plan, check, to_compare
-from lora_finetune.texts import dataset, prompts
+from lora_finetune.texts import batching, prompts, tokenizing
 from lora_finetune.training import distributed, frozen_prefix, losses
 from lora_finetune.training.distributed import ALONE, Group
 from lora_finetune.training.losses import Loss
@@ -191,7 +191,7 @@ if sys.modules.get("torch") is None:
 def evaluate(
     model: nn.Module,
     loss: Loss,
-    examples: dataset.Examples,
+    examples: batching.Examples,
     batch_size: int,
     num_batches: int,
     group: Group = ALONE,
@@ -208,7 +208,7 @@ def evaluate(
     """
     model.eval()
     total, num_targets = 0.0, 0
-    batches = dataset.evaluation_batches(examples, batch_size, num_batches, parts * group.size)
+    batches = batching.evaluation_batches(examples, batch_size, num_batches, parts * group.size)
     for rows in tqdm(group.deal(batches), "Evaluating", leave=False, disable=None):
         group.check_stop()
         own = (0.0, 0)
@@ -224,7 +224,7 @@ def evaluate(
 def test(
     model: nn.Module,
     loss: Loss,
-    examples: dataset.Examples,
+    examples: batching.Examples,
     batch_size: int,
     num_batches: int,
     group: Group,
@@ -249,7 +249,7 @@ MEMORY_ADVICE = "lower --batch-size, --max-seq-length or --lora-layers"
 def train(
     model: nn.Module,
     loss: Loss,
-    examples: dict[str, dataset.Examples],
+    examples: dict[str, batching.Examples],
     plan: Plan,
     group: Group = ALONE,
 ) -> None:
@@ -262,7 +262,7 @@ def train(
     """
     training, first = examples["train"], plan.progress.iteration
     optimizer = start_or_resume(model, plan)
-    padding = dataset.padding_share(
+    padding = batching.padding_share(
         training.lengths, plan.batch_size, plan.seed, training.max_length
     )
     print(
@@ -302,8 +302,8 @@ def train(
 
 
 def keep_states(
-    prefix: frozen_prefix.Prefix, examples: dict[str, dataset.Examples], plan: Plan, group: Group
-) -> dict[str, dataset.Examples]:
+    prefix: frozen_prefix.Prefix, examples: dict[str, batching.Examples], plan: Plan, group: Group
+) -> dict[str, batching.Examples]:
     """Keep the frozen states of all texts that come more than once, if there is room.
 
     They are computed in the batches of the first epoch, and of one validation. So that epoch takes
@@ -314,18 +314,18 @@ def keep_states(
     """
     training, validation, progress = examples["train"], examples["valid"], plan.progress
     keep = partial(frozen_prefix.keep, prefix, folder=plan.files.adapter.parent)
-    batches = dataset.evaluation_batches(
+    batches = batching.evaluation_batches(
         validation, plan.batch_size, plan.val_batches, progress.parts * group.size
     )
     kept = {"valid": keep(validation, batches) or validation, "train": training}
     lengths = training.lengths
-    batches = dataset.epoch_batches(lengths, plan.batch_size, plan.seed, epoch=0)
+    batches = batching.epoch_batches(lengths, plan.batch_size, plan.seed, epoch=0)
     if plan.iters > len(batches) * max(1, group.size - 1) and progress.has_room:
         groups = [
             part
             for rows in batches
-            for share in dataset.shares(rows, lengths[rows], group.size)
-            for part in dataset.split_batch(share, progress.parts)
+            for share in batching.split_batch(rows, group.size)
+            for part in batching.split_batch(share, progress.parts)
         ]
         kept["train"] = keep(training, groups) or training
         progress.has_room = kept["train"] is not training
@@ -355,7 +355,7 @@ def training_loop(
     model: nn.Module,
     loss: Loss,
     optimizer: optim.Optimizer,
-    examples: dict[str, dataset.Examples],
+    examples: dict[str, batching.Examples],
     plan: Plan,
     group: Group,
 ) -> None:
@@ -370,7 +370,7 @@ def training_loop(
     """
     progress = plan.progress
     step = make_step(model, loss, optimizer, group)
-    batches = dataset.training_batches(
+    batches = batching.training_batches(
         examples["train"], plan.batch_size, plan.seed, progress.iteration, progress.parts,
         group.rank, group.size,
     )  # fmt: skip
@@ -454,7 +454,7 @@ def report(progress: checkpoint.Progress, files: run_files.RunFiles) -> None:
 
 
 def validate(
-    model: nn.Module, loss: Loss, examples: dataset.Examples, plan: Plan, group: Group
+    model: nn.Module, loss: Loss, examples: batching.Examples, plan: Plan, group: Group
 ) -> None:
     """Report the validation loss, and keep the adapter if it is the best so far.
 
@@ -570,7 +570,7 @@ def stream(
 
 
 def warn_beyond_context(
-    examples: dict[str, dataset.Examples], asked: list[prompts.Prompt], context_length: float
+    examples: dict[str, batching.Examples], asked: list[prompts.Prompt], context_length: float
 ) -> None:
     """Warn where a text, or a prompt with its continuation, exceeds the model's context length."""
     lengths = [max(split.lengths) for split in examples.values()]
@@ -635,9 +635,9 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
     asked = prompts.encode(
         plan.prompts, args.prompt_format, learnt, args.system, tokenizer, args.max_tokens, limits
     )
-    examples = dataset.load(
+    examples = tokenizing.load(
         plan.data, tokenizer, limits.vocab_size, bool(args.add_eos_token), args.mask_prompt,
-        dataset.text_length(
+        tokenizing.text_length(
             args.max_seq_length, "max_seq_length" in args.typed, limits.max_positions
         ),
     )  # fmt: skip

@@ -28,7 +28,7 @@ from conftest import OUTCOME, ROOT
 from lora_finetune.adapters import adapters
 from lora_finetune.base.errors import UserError
 from lora_finetune.run import checkpoint
-from lora_finetune.texts import dataset
+from lora_finetune.texts import dataset, tokenizing
 from mutations import REPLACED, mutate
 
 import pytest
@@ -220,7 +220,7 @@ def resume(file: str) -> None:
 def read_data(file: Path) -> None:
     _, tokenizer = models.load("model")
     for mask_prompt in (False, True):
-        dataset.load(
+        tokenizing.load(
             {"train": dataset.read(file, mask_prompt)},
             tokenizer,
             vocabulary_size=300,

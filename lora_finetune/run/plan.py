@@ -16,7 +16,7 @@ from lora_finetune.base.command_line import ROOT
 from lora_finetune.base.errors import UserError
 from lora_finetune.base.files import real_file
 from lora_finetune.run import checkpoint, run_files
-from lora_finetune.texts import dataset, prompts
+from lora_finetune.texts import batching, dataset, prompts
 
 import mlx.nn as nn
 
@@ -162,7 +162,7 @@ def to_compare(
     args: argparse.Namespace,
     plan: Plan,
     model: nn.Module,
-    examples: dict[str, dataset.Examples],
+    examples: dict[str, batching.Examples],
     fingerprints: dict[str, str],
 ) -> dict[str, object]:
     """What the result of a run depends on, by the names to report each under where it differs.

@@ -20,7 +20,7 @@ from lora_finetune.base import memory
 from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching
 from lora_finetune.training.losses import Loss
 
 import mlx.core as mx
@@ -98,7 +98,7 @@ class Prefix:
 
         return loss_from_states
 
-    def examples(self, examples: dataset.Examples) -> dataset.Examples:
+    def examples(self, examples: batching.Examples) -> batching.Examples:
         """The same texts in batches with their states, computed anew for each batch."""
 
         def states(rows: np.ndarray, tokens: np.ndarray) -> mx.array:
@@ -190,7 +190,7 @@ class Kept:
     """
 
     def __init__(
-        self, examples: dataset.Examples, groups: list[np.ndarray], dtype: mx.Dtype,
+        self, examples: batching.Examples, groups: list[np.ndarray], dtype: mx.Dtype,
         room: list[np.ndarray] | None,
     ):  # fmt: skip
         self.examples, self.groups, self.dtype, self.room = examples, groups, dtype, room
@@ -240,8 +240,8 @@ FREE_SHARE = 1 / 10
 
 
 def keep(
-    prefix: Prefix, examples: dataset.Examples, groups: list[np.ndarray], folder: Path
-) -> dataset.Examples | None:
+    prefix: Prefix, examples: batching.Examples, groups: list[np.ndarray], folder: Path
+) -> batching.Examples | None:
     """The same texts in batches with states that are kept; None, and a line, without room for it.
 
     Args:
@@ -250,7 +250,7 @@ def keep(
         folder: for the file, if there has to be one.
     """
     one = prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # which is never computed
-    widths = [dataset.padded_width(examples.lengths[g], examples.max_length) - 1 for g in groups]
+    widths = [batching.padded_width(examples.lengths[g], examples.max_length) - 1 for g in groups]
     size, room = one.shape[-1] * one.dtype.size, None
     shapes = [(len(rows), width, size) for rows, width in zip(groups, widths, strict=True)]
     free = min(memory.available(), memory.machine_memory()) - mx.get_active_memory()

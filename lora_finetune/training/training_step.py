@@ -10,7 +10,7 @@ from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching
 from lora_finetune.training.distributed import ALONE, Group
 from lora_finetune.training.losses import Loss
 
@@ -112,7 +112,7 @@ class LazyStep(NamedTuple):
 
 def make_step(
     model: nn.Module, loss: Loss, optimizer: optim.Optimizer, group: Group = ALONE
-) -> Callable[[list[dataset.Batch]], LazyStep]:
+) -> Callable[[list[batching.Batch]], LazyStep]:
     """A step that updates the model's trainable parameters on one batch, given in parts.
 
     The gradients of the sum of the loss are added over the parts, and over the processes, and
@@ -129,7 +129,7 @@ def make_step(
     parameters = model.trainable_parameters()
     flat = joined(parameters)
 
-    def step(batch: list[dataset.Batch]) -> LazyStep:
+    def step(batch: list[batching.Batch]) -> LazyStep:
         nonlocal parameters, flat
         before, flat_before = parameters, flat
         moments = tree_map(lambda a: a, optimizer.state)
@@ -163,8 +163,8 @@ def make_step(
 
 
 def run_steps(
-    step: Callable[[list[dataset.Batch]], LazyStep],
-    batches: Iterator[list[dataset.Batch]],
+    step: Callable[[list[batching.Batch]], LazyStep],
+    batches: Iterator[list[batching.Batch]],
     ahead: bool,
 ) -> Iterator[tuple[float, int, float]]:
     """What `LazyStep.compute` returns of a step on each batch.
@@ -237,7 +237,7 @@ def leaves(tree: dict) -> list[mx.array]:
 
 
 def fit_memory(
-    model: nn.Module, loss: Loss, examples: dataset.Examples, batch_size: int, parts: int
+    model: nn.Module, loss: Loss, examples: batching.Examples, batch_size: int, parts: int
 ) -> int:
     """In how many parts, at least `parts`, the largest batch fits into memory, by steps undone.
 
