@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from lora_finetune.base.errors import first_line, is_unicode
+from lora_finetune.base.errors import first_line
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -139,16 +139,12 @@ class Template:
 
     def render(self, messages: list[Message], tools: list[dict] | None, **options: bool) -> str:
         """The text of messages; raises ValueError where the template does not take them."""
+        apply = self.tokenizer.apply_chat_template
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, **options
-            )
+            return apply(messages, tools=tools, tokenize=False, **options)
         except Exception as error:  # a template may raise anything
             why = first_line(error)
             raise ValueError(f"the model's chat template does not take it: {why}") from None
-        if not is_unicode(text):
-            raise ValueError("the model's chat template makes an unpaired surrogate of it")
-        return text
 
     def render_or_none(
         self, messages: list[Message], tools: list[dict] | None, **options: bool
@@ -190,8 +186,8 @@ class Template:
         An answer ends where the text of the messages up to it does; the last message is one.
 
         Returns:
-            The start and the end of each answer, in characters, and whether they are all: where
-            the text of the first messages is not the start of the whole, only the last is known.
+            Start and end of each answer, in characters, and whether these are all: where the whole
+            does not begin with the text of its first messages, only the last answer is located.
         """
         spans, all_found = [], True
         for i, message in enumerate(messages):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
 from lora_finetune.texts.chat import Message, Template, read_messages, read_tools, type_name
-from lora_finetune.texts.formats import check_format, holds_rows, looks_like, parse_json
+from lora_finetune.texts.formats import check_format, looks_like, parse_json
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -112,7 +112,10 @@ def parse_row(line: bytes, mask_prompt: bool) -> Row:
     filled = {key for key, value in found.items() if value is not None}
     kinds = [keys for named in (filled, set(found)) for keys in KINDS if named >= set(keys)]
     if not kinds:
-        raise ValueError(why_no_row(found))
+        raise ValueError(
+            'has no "text", no "messages", and no "prompt" with a "completion"; it has '
+            + (abbreviated(found) or "nothing")
+        )
     keys, tools = kinds[0], read_tools(found.get("tools"))
     if keys in (("messages",), ("conversations",)):
         row = {"messages": read_messages(found)}
@@ -131,17 +134,6 @@ def parse_row(line: bytes, mask_prompt: bool) -> Row:
     if not is_unicode(json.dumps(row, ensure_ascii=False)):
         raise ValueError("holds half a character, an unpaired surrogate")
     return row
-
-
-def why_no_row(found: dict[str, Any]) -> str:
-    names = abbreviated(found) or "nothing"
-    if not holds_rows(found):
-        return f'has no "text", no "messages", and no "prompt" with a "completion"; it has {names}'
-    each = "'.[][]'" if any(isinstance(value, list) for value in found.values()) else "'.[]'"
-    return (
-        f"is one object that holds others by their keys ({names}); write each of them in a line of "
-        f"its own (jq -c {each} does)"
-    )
 
 
 # --- Text ---------------------------------------------------------------------------------------
@@ -165,8 +157,7 @@ class Text(NamedTuple):
 
 
 def render(row: Row, template: Template | None, mask_prompt: bool) -> Text:
-    """The text of a row; messages go through the chat template, and so do prompts where there is
-    one.
+    """The text of a row: chats go through the template, and prompts too where there is one.
 
     Raises:
         ValueError: there is no template for messages, or it does not take them.
