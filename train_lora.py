@@ -308,7 +308,10 @@ def train(this: Run, model: nn.Module, loss: Loss, examples: dict[str, batching.
     moments = this.start.state.optimizer if this.start.state else {}
     trainer = Trainer(model, loss, config.learning_rate, moments, group)
     with saved_on_failure(this, trainer), memory.device_errors(MEMORY_ADVICE):
-        fit_memory(this, model, loss, examples["train"])
+        rows, progress = -(-config.batch_size // group.size), this.progress
+        progress.micro_batches = training_step.fit_memory(
+            model, loss, examples["train"], rows, progress.micro_batches, group
+        )
         if prefix:
             examples = frozen_prefix.keep_states(prefix, examples, config, this, group)
         training_loop(this, model, loss, examples, trainer)
@@ -367,18 +370,6 @@ def may_begin_next(this: Run) -> bool:
     is_due = following == this.iters or any(following % number == 0 for number in every)
     is_whole = this.group.size == progress.micro_batches == 1
     return training_step.AHEAD and is_whole and not is_due
-
-
-def fit_memory(this: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
-    """Find in how many micro-batches a batch fits into the memory of each process."""
-    rows, progress = -(-this.config.batch_size // this.group.size), this.progress
-    own = training_step.fit_memory(model, loss, examples, rows, progress.micro_batches)
-    progress.micro_batches = max(number for _, number in this.group.gather(count=own))
-    if own < progress.micro_batches:
-        warn(
-            "another process has less memory, so each share of a batch is computed in "
-            f"{progress.micro_batches} micro-batches, with the same result"
-        )
 
 
 def validate(this: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:

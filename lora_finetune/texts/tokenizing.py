@@ -23,15 +23,10 @@ if TYPE_CHECKING:
 
 
 class Encoded(NamedTuple):
-    """The tokens of a text.
-
-    Attributes:
-        ids: token ids.
-        ends: where in the text each token ends, in characters; None where that is not known.
-    """
+    """A tokenized text."""
 
     ids: list[int]
-    ends: list[int] | None = None
+    ends: list[int] | None = None  # where each token ends, in characters, where that is known
 
 
 def encode(
@@ -132,11 +127,11 @@ def warn_of_other_tokens(tokenizer: TokenizerWrapper, texts: list[str], template
     if as_built is None:
         return
     if hasattr(as_built, "encode_batch_fast"):
-        theirs = [each.ids for each in encode_plainly(as_built, texts, templated)]
+        theirs = encode_plainly(as_built, texts, templated)
     else:
-        theirs = [as_built.encode(text, add_special_tokens=not templated) for text in texts]
-    ours = encode_plainly(tokenizer.backend_tokenizer, texts, templated)
-    if theirs != [each.ids for each in ours]:
+        special = not templated
+        theirs = [Encoded(as_built.encode(text, add_special_tokens=special)) for text in texts]
+    if theirs != encode_plainly(tokenizer.backend_tokenizer, texts, templated):
         tokenizer.as_built = None
         warn(
             f"{Path(tokenizer.name_or_path) / 'tokenizer.json'} makes other tokens of these texts "
@@ -229,12 +224,7 @@ def load(
     mask_prompt: bool,
     max_length: int,
 ) -> dict[str, Examples]:
-    """Tokenize the file of each split, and warn of truncated texts.
-
-    Raises:
-        UserError: a row cannot be rendered, a token is not in the model's vocabulary, or a split
-            leaves nothing to predict.
-    """
+    """Tokenize the file of each split; raises UserError as the functions that it calls."""
     if add_eos and files and tokenizer.eos_token_id is None:
         warn("the tokenizer has no end-of-text token, so texts end without one")
         add_eos = False
@@ -250,11 +240,7 @@ def load(
 
 
 def text_length(asked: int, is_given: bool, positions: float) -> int:
-    """Tokens to cut texts to: --max-seq-length, or as many as the model has positions for.
-
-    Raises:
-        UserError: --max-seq-length was given, and is more than that.
-    """
+    """Tokens to cut texts to: --max-seq-length, or as many as the model has positions for."""
     if is_given and asked > positions:
         raise UserError(
             f"--max-seq-length {asked} is more than the {positions} positions that this model has "

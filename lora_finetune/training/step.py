@@ -247,9 +247,12 @@ def gap_after(array: mx.array) -> int:
 
 
 def fit_memory(
-    model: nn.Module, loss: Loss, examples: batching.Examples, batch_size: int, micro_batches: int
-) -> int:
+    model: nn.Module, loss: Loss, examples: batching.Examples, batch_size: int, micro_batches: int,
+    group: Group = ALONE,
+) -> int:  # fmt: skip
     """In how many micro-batches, at least, the largest batch fits into memory, found by trying.
+
+    It is the same number for all processes, of which one may have less memory.
 
     Where a single text does not fit, the layers keep only their inputs for the backward pass, and
     compute the rest again.
@@ -288,4 +291,10 @@ def fit_memory(
             f"GB of memory, so each batch is computed in {micro_batches} micro-batches, with the "
             "same result"
         )
-    return micro_batches
+    most = max(number for _, number in group.gather(count=micro_batches))
+    if micro_batches < most:
+        warn(
+            "another process has less memory, so each share of a batch is computed in "
+            f"{most} micro-batches, with the same result"
+        )
+    return most
