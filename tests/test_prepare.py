@@ -137,7 +137,7 @@ def text_of(question: str, answer: str) -> str:
 def counts_of(ended: Ended) -> dict[str, int]:
     """The counts that a run printed."""
     pattern = (
-        r"Read (?P<rows>\d+) rows of .+: dropped (?P<empty>\d+) with an empty side, "
+        r"Read (?P<rows>\d+) examples of .+: dropped (?P<empty>\d+) with an empty side, "
         r"(?P<duplicate>\d+) exact duplicates, (?P<elsewhere>\d+) whose question is in another "
         r"set\.\n(Wrote|Would write) to .+: (?P<train>\d+) train, (?P<valid>\d+) valid, "
         r"(?P<test>\d+) test\."
@@ -664,7 +664,7 @@ def test_questions_about_one_passage_go_into_one_set(prepare: Run, tmp_path: Pat
     passages = [{"context": f"글 {i}.", "qas": qas} for i in range(40)]
     file = write_text(tmp_path / "a.json", json.dumps({"data": [{"paragraphs": passages}]}))
     ended = prepare(file, tmp_path / "out")
-    assert ended.stdout.startswith(f"Read 200 questions of {file}: dropped 0 with")
+    assert ended.stdout.startswith(f"Read 200 examples of {file}: dropped 0 with")
     sets = read_sets(tmp_path / "out")
     found = {split: {text.split("\n")[1] for text in texts} for split, texts in sets.items()}
     assert sum(map(len, found.values())) == 40
