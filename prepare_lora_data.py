@@ -3,8 +3,8 @@
     python prepare_lora_data.py
 
 reads data/korean_textbooks_qa and writes lora_finetune/data/{train,valid,test}.jsonl. The file
-follows the work: the command line, the examples in the rows of a file, splitting them, writing the
-sets, and `run`, which does it. How files are found and read is in lora_finetune/texts/sources.py.
+follows the work: the command line, the rows of a file, the examples in a row, splitting them, and
+`run`, which writes the sets. How files are read is in lora_finetune/texts/sources.py.
 """
 
 from __future__ import annotations
@@ -15,20 +15,14 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from lora_finetune.base.command_line import (
-    Parser,
-    import_or_exit,
-    in_project,
-    nonempty,
-    whole_number,
-)
+from lora_finetune.base.command_line import Parser, in_project, nonempty, whole_number
 from lora_finetune.base.errors import (
     UserError,
     abbreviated,
@@ -38,16 +32,15 @@ from lora_finetune.base.errors import (
 )
 from lora_finetune.base.files import atomic_write, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
-
-import_or_exit("datasets")
-
-from lora_finetune.texts.chat import Message, read_messages, read_tools
+from lora_finetune.texts.chat import read_messages, read_tools
 from lora_finetune.texts.dataset import join_question, question_of
 from lora_finetune.texts.sources import Row, find_files, read_rows
 
 from tqdm import tqdm
 
+Notes = dict[str, dict[Path, None]]  # what to say of the files once they are read, and of which
 QUESTION, ANSWER = "question", "answer"  # the usual columns
+NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
 CHATS = ("messages", "conversations")
 SPLITS = ("train", "valid", "test")
 
@@ -82,12 +75,7 @@ def build_parser() -> Parser:
            "answer")  # fmt: skip
     add("--valid-fraction", fraction, 0.05, "share of validation")
     add("--test-fraction", fraction, 0.05, "share of the test")
-    add(
-        "--seed",
-        whole_number(0, below=math.inf),
-        0,
-        "random seed of which questions go into which set",
-    )
+    add("--seed", whole_number(0, below=math.inf), 0, "random seed of the split")
     add("--limit", whole_number(1, below=math.inf), None, "take so many examples, of each split "
         "where they are kept (default: all)")  # fmt: skip
     switch("--keep-splits", "keep the splits of a saved DatasetDict; a validation or test set that "
@@ -113,10 +101,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# --- The examples in the rows -------------------------------------------------------------------
-
-# Times and the like, which a Parquet file may have beside the messages of a chat, become strings.
-to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+# --- The rows of a file -------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
@@ -137,59 +122,22 @@ EMPTY = Example("", "", "")
 
 
 class Kind(NamedTuple):
-    """A kind of row.
+    """A kind of row: those that have all of its columns.
 
     Attributes:
-        columns: a row that has all of these is of the kind.
         more: other columns that are used where a row has them.
         make: the examples of a row; raises ValueError that says what is wrong with it.
     """
 
     columns: tuple[str, ...]
     more: tuple[str, ...]
-    make: Callable[[Row], Iterator[Example]]
+    make: Callable[[Row], Iterable[Example]]
 
 
-class Notes:
-    """What to say of the files once they are read; of those that are alike, once.
-
-    Attributes:
-        columns: of each file that was read, the columns that it has and those that are used.
-        said: what else there is to say, with the files that it is true of.
-        messages: how many messages of chats were left out.
-    """
-
-    def __init__(self) -> None:
-        self.columns: dict[Path, tuple[dict[str, None], set[str]]] = {}
-        self.said: dict[str, dict[Path, None]] = {}
-        self.messages = 0
-
-    def add(self, file: Path, what: str) -> None:
-        self.said.setdefault(what, {})[file] = None
-
-    def say(self, source: Path) -> None:
-        for file, (names, used) in self.columns.items():
-            if others := [name for name in names if name not in used]:
-                self.add(file, f"columns that are left out: {abbreviated(others)}")
-        for what, files in self.said.items():
-            first, *more = files
-            where = f"{first} and {len(more)} more" if more else first
-            warn(f"{source if len(files) == len(self.columns) else where}: {what}")
-        if self.messages:
-            warn(
-                f"{self.messages} messages of chats are left out, as they are no question with the "
-                "answer directly after it; --keep-chats keeps them"
-            )
-
-
-def known_kinds(args: argparse.Namespace, note: Callable[[str], None], notes: Notes) -> list[Kind]:
-    """The kinds of rows; a row is of the first whose columns it has.
-
-    Args:
-        args: the command line, which may name the columns.
-        note: takes what is to be said of the file.
-        notes: counts messages that are left out.
-    """
+def known_kinds(
+    args: argparse.Namespace, note: Callable[[str], None], counts: Counter
+) -> list[Kind]:
+    """The kinds of rows; a row is of the first whose columns it has."""
     context = args.context_column
 
     def pairs(question: str, answer: str, below: str | None = None) -> Kind:
@@ -207,111 +155,106 @@ def known_kinds(args: argparse.Namespace, note: Callable[[str], None], notes: No
         pairs("prompt", "completion"),
         *(Kind((name,), (context or "context",), passages) for name in NESTED),
     ]
-    if context:  # which can stand before a question alone
+    if context:  # which stands before questions alone
         return kinds
-    turns = partial(make_turns, notes)
-    chats = (Kind((name,), (*CHATS, "system"), turns) for name in CHATS)
+    chats = (Kind((name,), (*CHATS, "system"), partial(make_turns, counts)) for name in CHATS)
     return [*kinds, *chats, Kind(("text",), (), make_text)]
-
-
-def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterator[Example]:
-    """The examples in each row of a file; a row of no kind, as without an answer, is empty.
-
-    Raises:
-        UserError: the file cannot be read, has no rows of a known kind, or one that is wrong.
-    """
-    note = partial(notes.add, file)
-    kinds = known_kinds(args, note, notes)
-    columns = {name for kind in kinds for name in (*kind.columns, *kind.more)}
-    rows = read_rows(file, columns, note)
-    first = list(islice(rows, FIRST_ROWS))
-    check_columns(file, first, kinds, args)
-    names, used = notes.columns[file] = {}, set()
-    found: dict[tuple[str, ...], Kind | None] = {}  # by the columns of a row
-    for number, row in enumerate(chain(first, rows), 1):
-        if (key := tuple(row)) not in found:
-            found[key] = kind = kind_of(row, kinds)
-            names |= dict.fromkeys(row)
-            used.update(kind.columns + kind.more if kind else ())
-        kind = found[key]
-        filled = {name: value for name, value in row.items() if value is not None}
-        try:
-            for example in kind.make(filled) if kind else [EMPTY]:
-                if not is_unicode(example.line):
-                    raise ValueError("holds half a character, an unpaired surrogate")
-                yield example
-        except ValueError as error:
-            raise UserError(f"{file}, row {number}: {error}") from None
-
-
-FIRST_ROWS = 50  # that show which columns there are; articles and chats may have a megabyte each
 
 
 def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
     return next((kind for kind in kinds if row.keys() >= set(kind.columns)), None)
 
 
+def read_examples(
+    file: Path, args: argparse.Namespace, notes: Notes, counts: Counter
+) -> Iterator[Example]:
+    """The examples in each row of a file; a row of no kind, as without an answer, is empty.
+
+    Raises:
+        UserError: the file cannot be read, has no rows of a known kind, or one that is wrong.
+    """
+
+    def note(remark: str) -> None:
+        notes.setdefault(remark, {})[file] = None
+
+    kinds = known_kinds(args, note, counts)
+    rows = read_rows(file, {name for kind in kinds for name in kind.columns + kind.more}, note)
+    first = list(islice(rows, 50))  # not more, since articles and chats may have a megabyte each
+    check_columns(file, first, kinds, args)
+    left_out: dict[str, None] = {}
+    found: dict[tuple[str, ...], Kind | None] = {}  # by the columns that a row has filled
+    try:
+        for number, row in enumerate(chain(first, rows), 1):  # noqa: B007 its use is below
+            filled = {k: value for k, value in row.items() if value is not None and value != []}
+            if (names := tuple(filled)) not in found:
+                found[names] = kind = kind_of(filled, kinds)
+                used = kind.columns + kind.more if kind else row
+                left_out |= dict.fromkeys(name for name in row if name not in used)
+            for example in found[names].make(filled) if found[names] else [EMPTY]:
+                if not is_unicode(example.line + example.topic):
+                    raise ValueError("holds half a character, an unpaired surrogate")
+                yield example
+    except ValueError as error:
+        raise UserError(f"{file}, row {number}: {error}") from None
+    finally:
+        if left_out:
+            note(f"columns that are left out: {abbreviated(left_out)}")
+
+
 def check_columns(file: Path, rows: list[Row], kinds: list[Kind], args: argparse.Namespace) -> None:
     """Raise UserError where the first rows of a file are of no kind, or lack the context."""
     names = dict.fromkeys(name for row in rows for name in row)
-    there = abbreviated(names) or "nothing"
-    found = [kind for row in rows if (kind := kind_of(row, kinds))]
-    context = args.context_column
-    if rows and not found and args.keep_chats:
-        raise UserError(f"{file} has no {' or '.join(CHATS)} for --keep-chats; it has {there}")
-    if rows and not found:
-        before = f" for --context-column {context} to stand before" if context else ""
+    there, context = abbreviated(names) or "nothing", args.context_column
+    if rows and not any(kind_of(row, kinds) for row in rows):
+        flag = " for --keep-chats" * args.keep_chats or " for --context-column" * bool(context)
         raise UserError(
-            f"{file} has no columns {args.question_column} and {args.answer_column}{before}; it "
-            f"has {there}, of which --question-column and --answer-column can name two"
+            f"{file} has no columns {' and '.join(kinds[0].columns)}{flag}; it has {there}, of "
+            "which --question-column and --answer-column can name two"
         )
-    if context and found and context not in names and found[0].columns[0] not in NESTED:
+    if rows and context and context not in names and names.keys().isdisjoint(NESTED):
         raise UserError(f"{file} has no column {context} for --context-column; it has {there}")
 
 
-def make_pair(question: str, answer: str, asked: tuple[str, ...], row: Row) -> Iterator[Example]:
-    """The example of a question and an answer.
+# --- The examples in a row ----------------------------------------------------------------------
 
-    Args:
-        question, answer: names of columns.
-        asked: the columns whose texts, one below the other, are the whole question.
-        row: what has them.
-    """
+# Times and the like, which a Parquet file may have beside the messages of a chat, become strings.
+to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
+def make_pair(question: str, answer: str, asked: tuple[str, ...], row: Row) -> list[Example]:
+    """The example of two columns; `asked` are those that make up the whole question."""
     texts = {name: text_in(row, name) for name in asked}
-    answered = text_in(row, answer)
-    if not (texts[question] and answered):
-        yield EMPTY
-        return
-    whole = "\n\n".join(filter(None, texts.values()))
-    yield Example(nfc(whole), nfc(whole), to_json({"text": join_question(whole, answered)}))
+    whole = "\n\n".join(filter(None, texts.values())) if texts[question] else ""
+    return [question_and_answer(whole, text_in(row, answer))]
 
 
-def make_text(row: Row) -> Iterator[Example]:
+def question_and_answer(question: str, answer: str) -> Example:
+    if not (question and answer):
+        return EMPTY
+    composed = nfc(question)
+    return Example(composed, composed, to_json({"text": join_question(question, answer)}))
+
+
+def make_text(row: Row) -> list[Example]:
     """The example of a text that is ready."""
     text = text_in(row, "text")
     question = question_of(nfc(text))
-    yield Example(question, question, to_json({"text": text})) if text else EMPTY
-
-
-NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
+    return [Example(question, question, to_json({"text": text})) if text else EMPTY]
 
 
 def make_passages(
     context: str | None, note: Callable[[str], None], article: Row
 ) -> Iterator[Example]:
     """An example for each question of an article in SQuAD's form; the passage is its topic."""
-    rows = list(innermost(article))
-    passage = context or "context"
+    rows, passage = list(innermost(article)), context or "context"
     if rows and not any(passage in row for row in rows):
         if context:
-            there = abbreviated(rows[0])
-            raise ValueError(f"has no {context} for --context-column; questions have {there}")
+            raise ValueError(f"has no {context} for --context-column, but {abbreviated(rows[0])}")
         note("questions without a context, which --context-column can name")
     for row in rows:
         answer = None if row.get("is_impossible") else row.get("answers", row.get(ANSWER))
-        pair = {QUESTION: row.get(QUESTION), ANSWER: answer, passage: row.get(passage)}
-        for example in make_pair(QUESTION, ANSWER, (passage, QUESTION), pair):
-            yield example._replace(topic=nfc(text_in(row, passage)) or example.topic)
+        (example,) = make_pair(QUESTION, ANSWER, (passage, QUESTION), row | {ANSWER: answer})
+        yield example._replace(topic=nfc(text_in(row, passage)) or example.topic)
 
 
 def innermost(row: Row) -> Iterator[Row]:
@@ -327,48 +270,34 @@ def innermost(row: Row) -> Iterator[Row]:
         yield from innermost(around | inner)
 
 
-def make_turns(notes: Notes, row: Row) -> Iterator[Example]:
+def make_turns(counts: Counter, row: Row) -> Iterator[Example]:
     """An example for each question of a chat with the answer directly after it."""
-    messages, _ = read_chat(row)
+    messages = read_messages(row)
     turns = [
-        {QUESTION: asked["content"], ANSWER: answered["content"]}
+        (asked["content"].strip(), answered["content"].strip())
         for asked, answered in pairwise(messages)
         if (asked["role"], answered["role"]) == ("user", "assistant")
     ]
-    notes.messages += len(messages) - 2 * len(turns)
-    if not turns:
-        yield EMPTY
-    for turn in turns:
-        for example in make_pair(QUESTION, ANSWER, (QUESTION,), turn):
-            yield example._replace(topic=nfc(text_in(turns[0], QUESTION)))
+    counts["messages left out"] += len(messages) - 2 * len(turns)
+    for question, answer in turns or [("", "")]:
+        example = question_and_answer(question, answer)
+        yield example._replace(topic=nfc(turns[0][0])) if turns else example
 
 
-def make_chat(row: Row) -> Iterator[Example]:
+def make_chat(row: Row) -> list[Example]:
     """A chat as it is; one without a question or an answer has an empty side."""
-    messages, tools = read_chat(row)
+    messages, tools = read_messages(row), read_tools(row.get("tools"))
     asked = [m["content"].strip() for m in messages if m["role"] == "user"]
     answers = [m for m in messages if m["role"] == "assistant"]
     if not (any(asked) and any(m["content"].strip() or "tool_calls" in m for m in answers)):
-        yield EMPTY
-        return
+        return [EMPTY]
     question = nfc(next(filter(None, asked)))
     line = to_json({"messages": messages} | ({"tools": tools} if tools else {}))
-    yield Example(question, question, line)
-
-
-def read_chat(row: Row) -> tuple[list[Message], list[dict] | None]:
-    """The messages and the tools of a row; there are none where all is empty."""
-    if not any(row.get(name) for name in CHATS):
-        return [], None
-    return read_messages(row), read_tools(row.get("tools"))
+    return [Example(question, question, line)]
 
 
 def text_in(row: Row, name: str) -> str:
-    """The trimmed text of a column, "" where there is none; of several answers the first.
-
-    Raises:
-        ValueError: it holds something else.
-    """
+    """The trimmed text of a column, "" where there is none; of several answers the first."""
     value = row.get(name)
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):  # SQuAD's answers
         value = value[0] if value else None
@@ -392,15 +321,11 @@ def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
     """The files of a DatasetDict with what its splits become, test and validation first.
 
     Of a question that stands in several splits it is then training that loses it.
-
-    Raises:
-        UserError: the source is no DatasetDict, or a split has another name.
     """
-    if None in files.values():
-        raise UserError("--keep-splits is for a DatasetDict, and the source has no splits")
     if unknown := set(files.values()) - set(SPLIT_NAMES):
         raise UserError(
-            f"the source has a split {min(unknown)}; --keep-splits knows {', '.join(SPLIT_NAMES)}"
+            f"--keep-splits is for a DatasetDict of {', '.join(SPLIT_NAMES)}; the source has "
+            + (f"a split {unknown.pop()}" if unknown != {None} else "no splits")
         )
     named = [(file, SPLIT_NAMES[split]) for file, split in files.items()]
     return sorted(named, key=lambda pair: SPLITS.index(pair[1]), reverse=True)
@@ -409,13 +334,9 @@ def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
 def assign_split(topic: str, seed: int, shares: dict[str, float]) -> str:
     """The split of a topic, by these alone: more rows around it do not move it.
 
-    Args:
-        topic: mostly a question, in Unicode's composed form.
-        seed: draws differently.
-        shares: the fractions of the splits that are drawn; the rest is "train".
+    `shares` are the fractions of the splits that are drawn; the rest is "train".
     """
-    digest = hashlib.blake2b(f"{seed} {topic}".encode(), digest_size=8).digest()
-    drawn = int.from_bytes(digest, "big") / 2**64
+    drawn = int.from_bytes(digest(f"{seed} {topic}", 8), "big") / 2**64
     for split, share in shares.items():
         if drawn < share:
             return split
@@ -423,12 +344,9 @@ def assign_split(topic: str, seed: int, shares: dict[str, float]) -> str:
     return "train"
 
 
-def digest(text: str) -> bytes:
-    """What stands for a text among all that have come before: 16 bytes, whatever its length."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-# --- The three sets -----------------------------------------------------------------------------
+def digest(text: str, size: int = 16) -> bytes:
+    """What stands for a text among all that have come before, whatever its length."""
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 def select(
@@ -436,39 +354,38 @@ def select(
 ) -> Iterator[tuple[str, str]]:
     """The split and the line of each example that is neither empty nor a duplicate.
 
-    Args:
-        sources: the files, each with the split of its rows; validation and test sets that are
-            lacking are drawn from those of "train".
-        args: the command line.
-        notes: takes what is to be said of the files.
-        counts: takes how many examples were read ("read"), dropped ("empty", "duplicate",
-            "elsewhere": the question is in another split) and selected, by their split.
+    `sources` are the files, each with the split of its rows; validation and test sets that are
+    lacking are drawn from "train". `counts` takes how many examples were read ("read"), dropped
+    ("empty", "duplicate", "elsewhere": the question is in another split), and those of each split.
     """
     lacking = {"valid": args.valid_fraction, "test": args.test_fraction}
     shares = {k: v for k, v in lacking.items() if k not in dict(sources).values()}
     lines: set[bytes] = set()
     questions: dict[bytes, str] = {}
     taken = Counter()  # from each split of the source
-    with tqdm(None, "Preparing", args.limit, False, unit=" rows", disable=None) as progress:
+    with tqdm(None, "Preparing", args.limit, False, unit=" examples", disable=None) as progress:
         for file, source in sources:
-            examples = read_examples(file, args, notes)
-            while taken[source] != args.limit and (example := next(examples, None)):
-                progress.update()
-                counts["read"] += 1
-                split = assign_split(example.topic, args.seed, shares)
-                split = split if source == "train" else source
-                key = digest(example.line)
-                if not example.line:
-                    counts["empty"] += 1
-                elif key in lines:
-                    counts["duplicate"] += 1
-                elif questions.setdefault(digest(example.question), split) != split:
-                    counts["elsewhere"] += 1
-                else:
-                    taken[source] += 1
-                    counts[split] += 1
-                    yield split, example.line
-                lines.add(key)
+            with closing(read_examples(file, args, notes, counts)) as examples:
+                while taken[source] != args.limit and (example := next(examples, None)):
+                    progress.update()
+                    counts["read"] += 1
+                    drawn = assign_split(example.topic, args.seed, shares)
+                    split = drawn if source == "train" else source
+                    key = digest(example.line)
+                    if not example.line:
+                        counts["empty"] += 1
+                    elif key in lines:
+                        counts["duplicate"] += 1
+                    elif questions.setdefault(digest(example.question), split) != split:
+                        counts["elsewhere"] += 1
+                    else:
+                        taken[source] += 1
+                        counts[split] += 1
+                        yield split, example.line
+                    lines.add(key)
+
+
+# --- The three sets -----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -477,9 +394,8 @@ def replace_sets(folder: Path) -> Iterator[dict[str, BinaryIO]]:
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{split}.jsonl" for split in SPLITS]
-    for file in files:
-        if file.is_dir():
-            raise UserError(f"{file} is a folder; --output can name another place")
+    for file in filter(Path.is_dir, files):
+        raise UserError(f"{file} is a folder; --output can name another place")
     try:
         with atomic_write(*files) as streams:
             yield dict(zip(SPLITS, streams, strict=True))
@@ -490,20 +406,13 @@ def replace_sets(folder: Path) -> Iterator[dict[str, BinaryIO]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line asks for, and say what became of the rows.
-
-    Raises:
-        UserError, OSError: something that the user can put right.
-    """
+    """Do what the command line asks for, and say what became of the rows."""
     source, output = Path(args.source), Path(args.output)
     files = find_files(source)
-    if args.keep_splits:
-        sources = own_splits(files)
-    else:
-        sources = [(file, "train") for file in files]
-        if len(names := dict.fromkeys(files.values())) > 1:
-            warn(f"the splits {', '.join(names)} are pooled; --keep-splits keeps them apart")
-    samples, notes, counts = [], Notes(), Counter()
+    sources = own_splits(files) if args.keep_splits else [(file, "train") for file in files]
+    if not args.keep_splits and len(names := dict.fromkeys(files.values())) > 1:
+        warn(f"the splits {', '.join(names)} are pooled; --keep-splits keeps them apart")
+    samples, notes, counts = [], {}, Counter()
     with nullcontext() if args.dry_run else replace_sets(output) as streams:
         for split, line in select(sources, args, notes, counts):
             if streams:
@@ -520,29 +429,34 @@ def run(args: argparse.Namespace) -> None:
         if args.dry_run:
             print(f"Would write to {output}: {written}. The first of them:")
             print("", *samples, sep="\n---\n")
-        check_filled(counts, source)
-        notes.say(source)
+        empty = [split for split in SPLITS if not counts[split]]
+        if len(empty) == len(SPLITS):
+            raise UserError(f"{source} leaves nothing to train on")
+        if empty:
+            rest = "would be empty: take more rows, or choose other fractions"
+            raise UserError(f"{empty[0]}.jsonl {rest}")
+        say(notes, counts["messages left out"])
     if not args.dry_run:
         print(f"Wrote to {output}: {written}.")
 
 
-def check_filled(counts: Counter, source: Path) -> None:
-    """Raise UserError where a set is left empty."""
-    lacking = [split for split in SPLITS if not counts[split]]
-    if len(lacking) == 3:
-        raise UserError(f"{source} leaves nothing to train on")
-    if lacking:
-        raise UserError(
-            f"{lacking[0]}.jsonl would be empty: take more rows, or choose other fractions"
+def say(notes: Notes, messages: int) -> None:
+    """Warn of what the files have that is left out or was guessed; of those alike, once."""
+    for remark, (first, *more) in notes.items():
+        warn(f"{first}{f' and {len(more)} more' if more else ''}: {remark}")
+    if messages:
+        warn(
+            f"{messages} messages of chats are left out, as they are no question with the answer "
+            "directly after it; --keep-chats keeps them"
         )
 
 
-def main() -> int:
+def main() -> None:
     begin_process()
     args = parse_arguments()
     with raising_signals("nothing was written"):
-        return run_and_report_errors(partial(run, args), "the output")
+        sys.exit(run_and_report_errors(partial(run, args), "the output"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -129,7 +129,10 @@ def read_arrow(file: Path, columns: set[str], remark: Remark) -> Iterator[Row]:
 
 def wanted(names: list[str], columns: set[str]) -> list[str]:
     """The columns to read; at least one, so that there are rows."""
-    return [name for name in names if name in columns] or names[:1]
+    kept = [name for name in names if name in columns]
+    if len(kept) > len(set(kept)):
+        raise ValueError(f"two of its columns have the same name: {', '.join(kept)}")
+    return kept or names[:1]
 
 
 def rows_of(names: list[str], batches: Iterable[dict[str, list]]) -> Iterator[Row]:
@@ -147,7 +150,9 @@ def read_csv(file: Path, columns: set[str], remark: Remark) -> Iterator[Row]:
         if separator != usual:
             remark(f"read with {SEPARATORS[separator]} between the values")
         stream.seek(0)
-        for row in csv.DictReader(stream, delimiter=separator, strict=True):
+        rows = csv.DictReader(stream, delimiter=separator, strict=True)
+        wanted(rows.fieldnames or [], columns)
+        for row in rows:
             if None in row:
                 raise UserError(f"{file} has more values in a line than names in its first line")
             yield row
