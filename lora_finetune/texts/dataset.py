@@ -71,7 +71,7 @@ def read(path: Path, mask_prompt: bool) -> File:
     rows, digest, first_kind, num_questions = deque(), hashlib.sha256(), None, 0
     try:
         with path.open("rb") as lines:
-            check_format(path, lines.peek())
+            check_format(path)
             for number, line in enumerate(lines, 1):
                 digest.update(line)
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
