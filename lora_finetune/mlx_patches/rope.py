@@ -1,15 +1,12 @@
-"""Rotary embeddings as PyTorch computes them from a model's folder, in the place of others.
+"""Rotary embeddings as PyTorch computes them from a model's folder.
 
-mlx-lm leaves out some scalings, and does not know some settings of others. Here the formulas are
-written once, after transformers' `modeling_rope_utils` (5.24) and the papers that it names (YaRN,
-arXiv 2309.00071; LongRoPE, 2402.13753). rope_correction.py puts them into a loaded model.
+The formulas are after transformers' `modeling_rope_utils` (5.24) and the papers that it names
+(YaRN, arXiv 2309.00071; LongRoPE, 2402.13753).
 
-Two kinds of scaling depend on the length of a text: "dynamic", and "longrope", which has factors
-for texts up to the length that a model was first trained on and others for longer ones.
-transformers takes the length of a whole batch, padding included. Here it is that of each text
-(`text_lengths`): neither padding nor the texts beside it change a text, and training computes what
-generation does. Where a text grows beyond that length while it is generated, what follows is
-rotated anew, and what came before stays in the cache as it was: so does transformers.
+"dynamic" and "longrope" depend on the length of a text. transformers takes the length of a whole
+batch, padding included. Here it is that of each text (`text_lengths`): neither padding nor the
+texts beside it change a text, and training computes what generation does. When a text outgrows the
+length while it is generated, what is cached stays as it was, as in transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ import numpy as np
 
 # --- The formulas -------------------------------------------------------------------------------
 
-# A length in tokens, or those of the texts of a batch: int32 (rows,).
+# A length in tokens; as an array a number, or one for each text of a batch.
 Length = int | mx.array
 
 
@@ -60,7 +57,7 @@ class Rotary:
 
     @property
     def is_phimoe(self) -> bool:
-        """Of Phi-MoE, whose module takes only this multiplier from the length, no frequencies."""
+        """Phi-MoE takes the multiplier for a text's length, and always the short frequencies."""
         return "short_mscale" in self.settings and self.kind != "default"
 
     @property
@@ -71,31 +68,29 @@ class Rotary:
         is_dynamic = self.kind == "dynamic" and not self.settings.get("alpha")
         return self.max_length if is_dynamic else math.inf
 
-    def frequencies(self, length: Length) -> mx.array | np.ndarray:
-        """By how many radians a position turns each pair: float32 (dims / 2,) or (rows, dims / 2).
+    def frequencies(self, length: Length) -> mx.array:
+        """By how many radians a position turns each pair, for a text's length: float32 (dims / 2,).
 
         Raises:
             ValueError: the rope_type is not known.
         """
-        of_kind = FREQUENCIES.get(self.kind)
-        if of_kind is None:
+        if self.kind not in FREQUENCIES:
             raise ValueError(f"the rope_type {self.kind!r} of its config.json is not known")
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / self.dims
-        xp = mx if isinstance(length, mx.array) else np
-        length = xp.array(0 if self.is_phimoe else length)[..., None]
-        return of_kind(self, exponents, length, xp).astype(xp.float32)
+        plain = self.settings["rope_theta"] ** -exponents
+        return mx.array(FREQUENCIES[self.kind](self, plain, 0 if self.is_phimoe else length))
 
     @lru_cache(64)  # noqa: B019 (one for each kind of layer, as long as its model)
     def periods(self, length: int) -> mx.array:
-        """One over the frequencies, as `mx.fast.rope` takes them; computed for all layers once."""
-        with np.errstate(divide="ignore"):
-            return mx.array(1 / self.frequencies(length))
+        """One over the frequencies, as `mx.fast.rope` takes them, computed once for all layers."""
+        periods = 1 / self.frequencies(length)
+        mx.eval(periods)
+        return periods
 
     def scale(self, length: Length) -> float | mx.array:
-        """What the rotated dimensions are multiplied by: a number, or for each text (rows,)."""
+        """What the rotated dimensions are multiplied by."""
         settings = self.settings
         if self.is_phimoe:
-            pick = mx.where if isinstance(length, mx.array) else lambda a, b, c: b if a else c
             return pick(length > self.boundary, settings["long_mscale"], settings["short_mscale"])
         if self.kind not in ("yarn", "longrope"):
             return 1.0
@@ -103,42 +98,45 @@ class Rotary:
             return settings["attention_factor"]
         if self.kind == "longrope":
             return math.sqrt(1 + math.log(max(self.factor, 1)) / math.log(self.original_length))
-        mscale, of_all = settings.get("mscale"), settings.get("mscale_all_dim")
-        both = mscale and of_all
-        return yarn_mscale(self.factor, mscale if both else 1) / yarn_mscale(
-            self.factor, of_all if both else 0
-        )
+        weights = settings.get("mscale"), settings.get("mscale_all_dim")
+        above, below = weights if all(weights) else (1, 0)
+        return yarn_mscale(self.factor, above) / yarn_mscale(self.factor, below)
 
 
 def yarn_mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(max(factor, 1)) + 1
 
 
-def default(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
-    return rotary.settings["rope_theta"] ** -exponents
+def pick(condition: bool | mx.array, yes: Any, no: Any) -> Any:
+    if isinstance(condition, mx.array):
+        return mx.where(condition, mx.array(yes), mx.array(no))
+    return yes if condition else no
 
 
-def linear(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
-    return default(rotary, exponents) / rotary.settings["factor"]
+def default(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
+    return plain
 
 
-def proportional(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
-    """The first pairs turn, and the others do not, in a head that is rotated whole."""
+def linear(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
+    return plain / rotary.settings["factor"]
+
+
+def proportional(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
+    """Of a head that is rotated whole, only the first pairs turn."""
     turning = int(rotary.settings.get("partial_rotary_factor", 1.0) * rotary.dims // 2)
-    still = np.arange(len(exponents)) >= turning
-    return np.where(still, 0, default(rotary, exponents) / rotary.settings.get("factor", 1.0))
+    still = np.arange(len(plain)) >= turning
+    return np.where(still, 0, plain / rotary.settings.get("factor", 1.0))
 
 
-def llama3(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
+def llama3(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
     """Slow pairs are slowed down by the factor, fast ones are not, with a passage in between."""
-    plain = default(rotary, exponents)
     low, high = (rotary.settings[f"{name}_freq_factor"] for name in ("low", "high"))
     turns = rotary.original_length * plain / (2 * math.pi)  # in the original length
     share = np.clip((turns - low) / (high - low), 0, 1)
     return plain * (share + (1 - share) / rotary.settings["factor"])
 
 
-def yarn(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
+def yarn(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
     """As llama3, but the passage is linear in the number of the pair."""
     settings, dims = rotary.settings, rotary.dims
 
@@ -152,25 +150,26 @@ def yarn(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
     if settings.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)
-    slowed = np.clip((np.arange(len(exponents)) - low) / ((high - low) or 0.001), 0, 1)
-    return default(rotary, exponents) * (1 - slowed + slowed / rotary.factor)
+    slowed = np.clip((np.arange(len(plain)) - low) / ((high - low) or 0.001), 0, 1)
+    return plain * (1 - slowed + slowed / rotary.factor)
 
 
-def longrope(rotary: Rotary, exponents: np.ndarray, length: Any, xp: Any) -> Any:
-    short, long = (np.array(rotary.settings[f"{name}_factor"]) for name in ("short", "long"))
-    plain = default(rotary, exponents)
-    return xp.where(length > rotary.boundary, xp.array(plain / long), xp.array(plain / short))
+def longrope(rotary: Rotary, plain: np.ndarray, length: Length) -> np.ndarray | mx.array:
+    short, long = (plain / rotary.settings[f"{name}_factor"] for name in ("short", "long"))
+    return pick(length > rotary.boundary, long, short)
 
 
-def dynamic(rotary: Rotary, exponents: np.ndarray, length: Any, xp: Any) -> Any:
+def dynamic(rotary: Rotary, plain: np.ndarray, length: Length) -> mx.array:
     """A base that grows with the length, or by HunYuan's fixed `alpha`."""
-    settings, power = rotary.settings, rotary.dims / (rotary.dims - 2)
-    ratio = xp.maximum(length, rotary.max_length) / rotary.max_length
-    growth = settings.get("alpha") or settings["factor"] * ratio - (settings["factor"] - 1)
-    return (settings["rope_theta"] * growth**power) ** xp.array(-exponents)
+    settings, dims = rotary.settings, rotary.dims
+    ratio = mx.maximum(length, rotary.max_length) / rotary.max_length
+    growth = settings.get("alpha") or settings["factor"] * (ratio - 1) + 1
+    return growth ** mx.array(-np.arange(0, dims, 2, dtype=np.float32) / (dims - 2)) * mx.array(
+        plain
+    )
 
 
-FREQUENCIES: dict[str, Callable[..., Any]] = {
+FREQUENCIES: dict[str, Callable[[Rotary, np.ndarray, Length], np.ndarray | mx.array]] = {
     function.__name__: function
     for function in (default, linear, proportional, llama3, yarn, longrope, dynamic)
 }
@@ -185,15 +184,13 @@ KNOWN: ContextVar[Length] = ContextVar("KNOWN", default=0)
 def text_lengths(length: Length) -> Iterator[None]:
     """While it lasts, the texts that a model is called on are so long, without padding.
 
-    Of a prompt that goes in piece by piece this is the length of the whole; what is generated after
-    it adds to it.
+    For a prompt that goes in piece by piece this is the whole length; what is generated adds to it.
     """
-    before = KNOWN.get()
-    KNOWN.set(length)
+    token = KNOWN.set(length)
     try:
         yield
     finally:
-        KNOWN.set(before)
+        KNOWN.reset(token)
 
 
 def by_length(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,15 +220,20 @@ class Rope(nn.Module):
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         length = self.text_length(x, offset)
-        scale = self.rotary.scale(length)
-        if isinstance(length, mx.array):
-            return self.rotated(x, self.rotary.frequencies(length), scale, offset)
-        if scale != 1:
-            x = mx.concatenate([x[..., : self.dims] * scale, x[..., self.dims :]], axis=-1)
-        periods, traditional = self.rotary.periods(length), self.traditional
-        return mx.fast.rope(
-            x, self.dims, traditional=traditional, base=None, scale=1, offset=offset, freqs=periods
-        )
+        if not getattr(length, "ndim", 0):
+            return self.rotated(x, offset, length)
+        offsets = mx.broadcast_to(mx.array(offset), length.shape)
+        rows = [self.rotated(x[i : i + 1], offsets[i], length[i]) for i in range(len(x))]
+        return mx.concatenate(rows)
+
+    def rotated(self, x: mx.array, offset: int | mx.array, length: Length) -> mx.array:
+        scale, is_array = self.rotary.scale(length), isinstance(length, mx.array)
+        if is_array or scale != 1:
+            head = (x[..., : self.dims] * scale).astype(x.dtype)
+            x = mx.concatenate([head, x[..., self.dims :]], axis=-1)
+        periods = 1 / self.rotary.frequencies(length) if is_array else self.rotary.periods(length)
+        options = {"traditional": self.traditional, "base": None, "scale": 1, "freqs": periods}
+        return mx.fast.rope(x, self.dims, offset=offset, **options)
 
     def text_length(self, x: mx.array, offset: int | mx.array) -> Length:
         """How long the texts are, as far as it matters: 0 up to the boundary."""
@@ -245,18 +247,3 @@ class Rope(nn.Module):
         if reached <= boundary:
             return 0
         return mx.maximum(known, reached) if offset else known  # what is reached may be padding
-
-    def rotated(
-        self, x: mx.array, frequencies: mx.array, scale: float | mx.array, offset: int | mx.array
-    ) -> mx.array:
-        """As `mx.fast.rope`, with frequencies ((rows,) dims / 2) and scale ((rows,)) of a text."""
-        positions = mx.array(offset).reshape(-1, 1, 1, 1) + mx.arange(x.shape[-2])[:, None]
-        angles = positions * frequencies.reshape(-1, 1, 1, self.dims // 2)
-        scale = mx.array(scale).reshape(-1, 1, 1, 1)
-        cos, sin, rest = mx.cos(angles) * scale, mx.sin(angles) * scale, x[..., self.dims :]
-        x = x[..., : self.dims]
-        shape = (-1, 2) if self.traditional else (2, -1)
-        axis = -1 if self.traditional else -2
-        a, b = (each.squeeze(axis) for each in mx.split(mx.unflatten(x, -1, shape), 2, axis))
-        turned = mx.stack([a * cos - b * sin, a * sin + b * cos], axis).flatten(-2)
-        return mx.concatenate([turned.astype(x.dtype), rest], axis=-1)

@@ -1,7 +1,7 @@
-"""Rotary embeddings of a loaded model, replaced by rope.py's where they differ from PyTorch's.
+"""The ropes of a loaded model, replaced by rope.py's where they differ from PyTorch's.
 
-mlx-lm leaves out the scalings of many models, and some settings of others. What a layer's module
-does to positions is measured by calling it, so one rule serves all kinds of modules.
+mlx-lm leaves out the scalings of many models, and some settings of others. Each rope is called on
+unit vectors and compared with ours, so one rule serves all kinds of modules.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from lora_finetune.base.errors import warn
@@ -22,9 +21,6 @@ import mlx.nn as nn
 import numpy as np
 from transformers import PretrainedConfig
 
-# The attribute for nanochat's periods, which are negative since it rotates the other way.
-PERIODS = "_rope_freqs"
-
 
 def load(
     build: Callable[[dict[str, Any]], tuple[nn.Module, Any]],
@@ -34,8 +30,7 @@ def load(
     """A model that mlx-lm builds, with positions as PyTorch computes them.
 
     Some models of mlx-lm refuse a scaling, or fail where there is none: these are built with one
-    that changes nothing, and corrected afterwards. So are those whose scaling depends on the length
-    of a text, which is always replaced, and mlx-lm's longrope, which loses the layout of the pairs.
+    that changes nothing. So are those with longrope, for which mlx-lm loses the layout of pairs.
 
     Args:
         build: makes a model, and something else that is returned, of a configuration.
@@ -47,85 +42,13 @@ def load(
     """
     if not getattr(theirs, "rope_parameters", None):
         return build(words)
-    scaling, found = str(scalings(words)), None
-    if "'alpha'" in scaling or not re.search("'(longrope|su|dynamic)'", scaling):
-        with suppress(Exception):
-            found = build(words)
-    found = found or build(without_scaling(words))
-    correct(found[0], theirs)
-    return found
-
-
-def correct(model: nn.Module, config: Any) -> None:
-    """Replace what rotates otherwise than a configuration of transformers says.
-
-    Layers that do not rotate stay so. A warning tells where something cannot be replaced.
-    """
-    kinds, rotaries, doubtful = getattr(config, "layer_types", None) or [], {}, set()
-    for path, attention in model.named_modules():
-        if re.search("vision|visual|audio", path) or not has_rope(attention):
-            continue
-        number = re.search(r"\.(\d+)\.", f"{path}.")
-        layer = int(number[1]) if number else 0
-        kind = kinds[layer] if layer < len(kinds) else None
-        if kind not in rotaries:
-            rotaries[kind] = of_layer(config, layer, kind)
-        if rotaries[kind] and not correct_layer(attention, config, rotaries[kind]):
-            doubtful.add(rotaries[kind].kind)
-    if doubtful:
-        warn(
-            "the rotary embedding of this kind of model cannot be replaced in mlx-lm, so with the "
-            f"rope_type of its config.json ({', '.join(sorted(doubtful))}) long texts may be "
-            "computed otherwise than by PyTorch"
-        )
-
-
-def has_rope(attention: nn.Module) -> bool:
-    return bool(rope_names(attention)) or PERIODS in attention
-
-
-def rope_names(attention: nn.Module) -> list[str]:
-    """The attributes of a layer that are modules to rotate with."""
-    found = attention.children().items()
-    return [n for n, m in found if isinstance(m, nn.Module) and re.search("rope|rotary", n)]
-
-
-def correct_layer(attention: nn.Module, config: Any, rotary: Rotary) -> bool:
-    """Correct the rotation in one layer; False where it cannot be replaced, or not be measured."""
-    latent = hasattr(attention, "qk_rope_head_dim")  # keys as DeepSeek's
-    pairs = getattr(config, "rope_interleave", None) if latent else None
-    done = [correct_module(attention, name, rotary, pairs) for name in rope_names(attention)]
-    for name in ("scale", "softmax_scale") if latent else ():
-        scale = attention_scale(config, rotary)
-        if hasattr(attention, name) and not math.isclose(
-            getattr(attention, name), scale, rel_tol=1e-6
-        ):
-            setattr(attention, name, scale)
-    if PERIODS in attention:  # the norms that follow take any scale away
-        periods = mx.sign(attention[PERIODS]) * rotary.periods(0)
-        if not mx.allclose(attention[PERIODS], periods, rtol=1e-5):
-            attention[PERIODS] = periods
-        done.append(rotary.boundary == math.inf)
-    return all(done)
-
-
-def correct_module(attention: nn.Module, name: str, rotary: Rotary, pairs: bool | None) -> bool:
-    """Put ours in the place of a module, unless it does the same, or does not rotate at all.
-
-    Args:
-        pairs: whether neighbouring dimensions form a pair (`traditional`), where the configuration
-            says so; None: as in the module.
-    """
+    is_longrope = re.search("'(longrope|su)'", str(scalings(words)))
     try:
-        traditional = is_traditional(attention[name], rotary)
-    except (TypeError, ValueError):
-        return False
-    if traditional is not None:
-        rope = Rope(rotary, traditional if pairs is None else pairs)
-        # Only ours knows how long a text is without its padding.
-        if rotary.boundary < math.inf or not same(attention[name], rope):
-            attention[name] = rope
-    return True
+        model, other = build(without_scaling(words) if is_longrope else words)
+    except Exception:
+        model, other = build(without_scaling(words))
+    correct(model, theirs)
+    return model, other
 
 
 def read_settings(config: dict[str, Any]) -> PretrainedConfig | None:
@@ -141,7 +64,36 @@ def read_settings(config: dict[str, Any]) -> PretrainedConfig | None:
         return None
 
 
-def of_layer(config: Any, layer: int, kind: str | None) -> Rotary | None:
+def correct(model: nn.Module, config: PretrainedConfig) -> None:
+    """Replace what rotates otherwise than a configuration says; layers that do not rotate stay so.
+
+    A warning tells where something cannot be replaced.
+    """
+    kinds, rotaries, done = getattr(config, "layer_types", None) or [], {}, []
+    for path, attention in model.named_modules():
+        names = [n for n, m in attention.children().items() if isinstance(m, nn.Module)]
+        names = [name for name in names if re.search("rope|rotary", name)]
+        if not names or re.search("vision|visual|audio", path):
+            continue
+        number = re.search(r"\.(\d+)\.", f"{path}.")
+        layer = int(number[1]) if number else 0
+        kind = kinds[layer] if layer < len(kinds) else None
+        if kind not in rotaries:
+            rotaries[kind] = of_layer(config, layer, kind)
+        if rotaries[kind]:
+            done += [correct_rope(attention, name, rotaries[kind], config) for name in names]
+    settings = config.rope_parameters
+    nested = [settings[kind] for kind in config.nested_rope_parameter_keys(settings)]
+    types = {each["rope_type"] for each in nested or [settings]}
+    if not all(done) or not done and types != {"default"}:
+        warn(
+            "the rotary embedding of this kind of model cannot be replaced in mlx-lm, so with the "
+            f"rope_type of its config.json ({', '.join(sorted(types))}) long texts may be computed "
+            "otherwise than by PyTorch"
+        )
+
+
+def of_layer(config: PretrainedConfig, layer: int, kind: str | None) -> Rotary | None:
     """How a layer of that number and kind rotates; None where the configuration does not say."""
     settings = config.rope_parameters
     truncate = settings.get("truncate", True)  # transformers looks for it only here
@@ -151,60 +103,68 @@ def of_layer(config: Any, layer: int, kind: str | None) -> Rotary | None:
             return None
     if config.is_heterogeneous:
         config = config.per_layer_config[layer]
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    share = settings.get("partial_rotary_factor", 1.0)
+    dims = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Without a scaling, most of transformers' models rotate the whole head whatever it says.
     is_read = settings["rope_type"] != "default" or "partial_rotary" in pytorch_program(config)
-    whole = settings["rope_type"] == "proportional" or not is_read
-    dims = size if whole else int(size * share)
-    return Rotary(
-        settings | {"truncate": truncate}, dims, getattr(config, "max_position_embeddings", 0)
-    )
+    if is_read and settings["rope_type"] != "proportional":
+        dims = int(dims * settings.get("partial_rotary_factor", 1.0))
+    length = getattr(config, "max_position_embeddings", 0)
+    return Rotary(settings | {"truncate": truncate}, dims, length)
 
 
-def attention_scale(config: Any, rotary: Rotary) -> float:
-    """What attention with latent keys multiplies its scores by, DeepSeek's and its like."""
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+def correct_rope(attention: nn.Module, name: str, rotary: Rotary, config: PretrainedConfig) -> bool:
+    """Put ours in the place of a rope, unless it does the same or does not rotate at all.
+
+    Returns:
+        False where the rope cannot be measured.
+    """
+    rope = attention[name]
+    width = max(rotary.dims, getattr(rope, "dims", None) or getattr(rope, "dim", None) or 0)
+    try:
+        found = rotations(rope, width)
+    except (TypeError, ValueError):
+        return False
+    partners = np.flatnonzero(np.abs(found[0, 0, 1:]) > 1e-4)
+    if not len(partners):
+        return True
+    traditional = bool(partners[0] == 0)
+    if hasattr(attention, "qk_rope_head_dim"):  # latent keys, as DeepSeek's
+        if getattr(config, "rope_interleave", None) is not None:
+            traditional = config.rope_interleave
+        scale_scores(attention, rotary, config)
+    ours = Rope(rotary, traditional)
+    # Only ours knows how long a text is without its padding.
+    if rotary.boundary < math.inf or not agrees(found, ours, width):
+        attention[name] = ours
+    return True
+
+
+def scale_scores(attention: nn.Module, rotary: Rotary, config: PretrainedConfig) -> None:
+    """Latent attention has YaRN's mscale in the scale of its scores, whatever the scaling."""
     weight = rotary.settings.get("mscale_all_dim")
-    is_scaled = weight and rotary.kind != "default"
-    return scale * yarn_mscale(rotary.factor, weight) ** 2 if is_scaled else scale
-
-
-def turned(module: nn.Module, dims: int, positions: tuple[int, ...]) -> list[np.ndarray]:
-    """The rotation matrices (dims, dims) of a module at some positions; rows are inputs."""
-    with mx.stream(mx.cpu):  # a GPU would have kernels to compile
-        vectors = mx.eye(dims)[None, :, None]
-        results = [module(vectors, offset=position)[0, :, 0] for position in positions]
-        mx.eval(results)
-    return [np.array(result) for result in results]
-
-
-def width_of(module: nn.Module, rotary: Rotary) -> int:
-    return max(rotary.dims, getattr(module, "dims", None) or getattr(module, "dim", None) or 0)
-
-
-def is_traditional(module: nn.Module, rotary: Rotary) -> bool | None:
-    """Whether a module turns neighbours as a pair; None where it turns nothing."""
-    [result] = turned(module, width_of(module, rotary), (1,))
-    partners = np.flatnonzero(np.abs(result[0, 1:]) > 1e-4)
-    return bool(partners[0] == 0) if len(partners) else None
+    if weight and rotary.kind != "default":
+        name = "scale" if hasattr(attention, "scale") else "softmax_scale"
+        size = config.qk_nope_head_dim + config.qk_rope_head_dim
+        setattr(attention, name, size**-0.5 * yarn_mscale(rotary.factor, weight) ** 2)
 
 
 # The rotations at these positions determine any frequency to a few millionths.
-POSITIONS = tuple(16**power for power in range(6))
+POSITIONS = 16 ** np.arange(6)
 
 
-def same(module: nn.Module, rope: Rope) -> bool:
-    """Whether a module rotates as ours does, up to the rounding of large angles in float32."""
-    width = width_of(module, rope.rotary)
-    pairs = zip(*(turned(each, width, POSITIONS) for each in (module, rope)), strict=True)
-    for position, (found, expected) in zip(POSITIONS, pairs, strict=True):
-        angles = position * np.array(1 / rope.rotary.periods(position + 1))
-        angles = np.repeat(angles, 2) if rope.traditional else np.tile(angles, 2)
-        allowed = 2e-5 * (1 + np.pad(angles, (0, width - rope.dims)))
-        if (np.abs(found - expected) > allowed).any():
-            return False
-    return True
+def rotations(rope: nn.Module, width: int) -> np.ndarray:
+    """The matrices (positions, width, width) by which a rope rotates; rows are inputs."""
+    with mx.stream(mx.cpu):  # a GPU would have kernels to compile
+        vectors = mx.eye(width)[None, :, None]
+        return np.array(mx.stack([rope(vectors, offset=n)[0, :, 0] for n in POSITIONS.tolist()]))
+
+
+def agrees(found: np.ndarray, rope: Rope, width: int) -> bool:
+    """Whether rotations are ours, up to the rounding of large angles in float32."""
+    angles = POSITIONS[:, None] * np.array(rope.rotary.frequencies(0))
+    angles = np.repeat(angles, 2, axis=1) if rope.traditional else np.tile(angles, 2)
+    allowed = 2e-5 * (1 + np.pad(angles, ((0, 0), (0, width - rope.dims))))
+    return bool((np.abs(found - rotations(rope, width)) <= allowed[:, None]).all())
 
 
 # A scaling that changes nothing, with every key that some model of mlx-lm requires.
@@ -213,9 +173,9 @@ NEUTRAL |= {"short_factor": 1.0, "long_factor": 1.0, "short_mscale": 1.0, "long_
 
 
 def scalings(config: dict[str, Any]) -> list[Any]:
-    names = ("rope_scaling", "rope_parameters")
     text = config.get("text_config")
-    return [config.get(n) for n in names] + (scalings(text) if isinstance(text, dict) else [])
+    found = [config.get("rope_scaling"), config.get("rope_parameters")]
+    return found + (scalings(text) if isinstance(text, dict) else [])
 
 
 def without_scaling(config: dict[str, Any]) -> dict[str, Any]:
