@@ -21,9 +21,9 @@ from lora_finetune.mlx_patches import (  # before mlx_lm: see compiling.py, whic
     activations,
     rope_correction,
 )
-from lora_finetune.mlx_patches.model_corrections import corrected
-from lora_finetune.mlx_patches.model_settings import reads_recorded, unread_so_far, warn_of_unread
-from lora_finetune.mlx_patches.module_classes import intercepted
+from lora_finetune.mlx_patches.corrections import corrected
+from lora_finetune.mlx_patches.modules import intercepted
+from lora_finetune.mlx_patches.settings import reads_recorded, unread_so_far, warn_of_unread
 from lora_finetune.model_folder.model_config import in_mlx_words, is_untied
 from lora_finetune.model_folder.model_folder import (
     TOKENIZER_FILES,
