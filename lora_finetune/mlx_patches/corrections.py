@@ -25,10 +25,7 @@ Weights = dict[str, mx.array]
 
 
 def corrected(
-    model_class: type[nn.Module],
-    args_class: type,
-    config: Settings,
-    theirs: PretrainedConfig | None,
+    model_class: type[nn.Module], config: Settings, theirs: PretrainedConfig | None
 ) -> Callable[[Any], nn.Module]:
     """A function that builds a corrected model from its arguments, for mlx-lm's `load_model`.
 
@@ -49,7 +46,7 @@ def corrected(
         if theirs:
             set_latent_norms(model)
             put_activations(model, theirs)
-            put_windows(model, lambda c: model_class(args_class.from_dict(c)), config, theirs)
+            put_windows(model, theirs)
         take_biases(model, theirs)
         return model
 
@@ -64,34 +61,32 @@ def corrected(
 REFUSED: dict[str, tuple[str, Callable[[Settings], bool]]] = {
     "dbrx": (  # dbrx.py:145 always normalizes to 1
         "moe_normalize_expert_weights other than 1",
-        lambda config: config["ffn_config"].get("moe_normalize_expert_weights", 1) != 1,
+        lambda c: c["ffn_config"].get("moe_normalize_expert_weights", 1) != 1,
     ),
     "exaone_moe": (  # exaone_moe.py:192 then rotates in all layers, PyTorch in none
         "a sliding_window in no layer",
-        lambda config: (
-            config.get("sliding_window")
-            and "sliding_attention" not in config.get("layer_types", ["sliding_attention"])
-        ),
+        lambda c: c["sliding_window"] and "sliding_attention" not in c["layer_types"],
     ),
     "falcon_h1": (  # falcon_h1.py:460 multiplies weights, but not biases
         "biases",
-        lambda config: any(
-            config.get(f"{name}_bias") for name in ("attention", "mlp", "mamba_proj", "projectors")
-        ),
+        lambda c: any(c.get(f"{n}_bias") for n in ("attention", "mlp", "mamba_proj", "projectors")),
     ),
     "gpt_bigcode": (  # gpt_bigcode.py:65 expects the keys of all heads behind all queries
         "multi_query = False",
-        lambda config: not config.get("multi_query", True),
+        lambda c: not c.get("multi_query", True),
     ),
     "minimax": (
         "layers of lightning attention",
-        lambda config: config["model_type"] == "minimax" and not is_minimax_m2(config),
+        lambda c: c["model_type"] == "minimax" and not is_minimax_m2(c),
     ),
     "phimoe": (  # phimoe.py:120 takes that many, PyTorch always two
         "num_experts_per_tok other than 2",
-        lambda config: config.get("num_experts_per_tok", 2) != 2,
+        lambda c: c.get("num_experts_per_tok", 2) != 2,
     ),
 }
+
+# deepseek_v3.py:222, afmoe.py:228 and others normalize the scores of two experts and more only.
+NORMALIZE = ("norm_topk_prob", "moe_renormalize", "route_norm")
 
 
 def check(family: str, config: Settings) -> None:
@@ -107,9 +102,6 @@ def check(family: str, config: Settings) -> None:
             "take another model"
         )
 
-
-# deepseek_v3.py:222, afmoe.py:228 and others normalize the scores of two experts and more only.
-NORMALIZE = ("norm_topk_prob", "moe_renormalize", "route_norm")
 
 # --- In all families ----------------------------------------------------------------------------
 

@@ -5,21 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib.util import find_spec
-from pathlib import Path
+from contextlib import contextmanager
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches.modules import parameters_of, subclass
-from lora_finetune.model_folder.model_config import (
-    SAME,
-    module_name,
-    pytorch_program,
-    pytorch_settings,
-    with_model_type,
-)
+from lora_finetune.model_folder.model_config import SAME, pytorch_program
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -167,20 +159,6 @@ def warn_of_unread(model: nn.Module, theirs: PretrainedConfig | None, read: set[
         read = read.union(SETTINGS)
     if unread := unread_settings(theirs, read):
         warn(f"{unread}; the model may compute something else than in PyTorch")
-
-
-def unread_so_far(config: dict[str, Any], read: set[str]) -> str:
-    """What to add to the error where loading failed, perhaps for a setting mlx-lm does not know.
-
-    Settings that a model reads only when called are not in `read` yet, so the words of mlx-lm's
-    source count as read too.
-    """
-    with suppress(Exception):  # the configuration may be damaged in any way
-        program = Path(find_spec(module_name(with_model_type(config))).origin)
-        words = re.findall(r"\w+", program.read_text("utf-8"))
-        if unread := unread_settings(pytorch_settings(config), read.union(words, SETTINGS)):
-            return f"; {unread}"
-    return ""
 
 
 def unread_settings(theirs: PretrainedConfig, read: set[str]) -> str:
