@@ -39,7 +39,7 @@ def corrected(
     family = model_class.__module__.rpartition(".")[2]
 
     def build(args: Any) -> nn.Module:
-        check(family, config | (config.get("text_config") or {}))
+        check(family, config)
         model = model_class(args)
         if family in CORRECTIONS:
             CORRECTIONS[family](model, theirs)
@@ -55,34 +55,17 @@ def corrected(
 
 # --- What is refused ----------------------------------------------------------------------------
 
-# By the name of mlx-lm's module, what it does not compute as PyTorch does, and when a configuration
-# has it. No released model has any of these but MiniMax-Text-01, which is another model than
-# MiniMax-M2, mlx-lm's minimax.
-REFUSED: dict[str, tuple[str, Callable[[Settings], bool]]] = {
-    "dbrx": (  # dbrx.py:145 always normalizes to 1
-        "moe_normalize_expert_weights other than 1",
-        lambda c: c["ffn_config"].get("moe_normalize_expert_weights", 1) != 1,
-    ),
-    "exaone_moe": (  # exaone_moe.py:192 then rotates in all layers, PyTorch in none
-        "a sliding_window in no layer",
-        lambda c: c["sliding_window"] and "sliding_attention" not in c["layer_types"],
-    ),
-    "falcon_h1": (  # falcon_h1.py:460 multiplies weights, but not biases
-        "biases",
-        lambda c: any(c.get(f"{n}_bias") for n in ("attention", "mlp", "mamba_proj", "projectors")),
-    ),
-    "gpt_bigcode": (  # gpt_bigcode.py:65 expects the keys of all heads behind all queries
-        "multi_query = False",
-        lambda c: not c.get("multi_query", True),
-    ),
-    "minimax": (
-        "layers of lightning attention",
-        lambda c: c["model_type"] == "minimax" and not is_minimax_m2(c),
-    ),
-    "phimoe": (  # phimoe.py:120 takes that many, PyTorch always two
-        "num_experts_per_tok other than 2",
-        lambda c: c.get("num_experts_per_tok", 2) != 2,
-    ),
+# By the name of mlx-lm's module, the only values with which it computes what PyTorch does, and all
+# released models have: it always normalizes to 1 (dbrx.py:145), multiplies weights but not biases
+# (falcon_h1.py:460), expects the keys of all heads behind all queries (gpt_bigcode.py:65), and has
+# other experts than two (phimoe.py:120).
+ONLY: dict[str, Settings] = {
+    "dbrx": {"moe_normalize_expert_weights": 1},
+    "falcon_h1": {
+        f"{name}_bias": False for name in ("attention", "mlp", "mamba_proj", "projectors")
+    },
+    "gpt_bigcode": {"multi_query": True},
+    "phimoe": {"num_experts_per_tok": 2},
 }
 
 # deepseek_v3.py:222, afmoe.py:228 and others normalize the scores of two experts and more only.
@@ -90,12 +73,23 @@ NORMALIZE = ("norm_topk_prob", "moe_renormalize", "route_norm")
 
 
 def check(family: str, config: Settings) -> None:
-    """Raise UserError for settings with which mlx-lm computes something else."""
-    what, is_so = REFUSED.get(family, ("", lambda _: False))
-    found = [what] if is_so(config) else []
-    number = config.get("num_experts_per_tok", config.get("num_experts_per_token"))
-    if number == 1 and any(config.get(name) for name in NORMALIZE):
-        found = ["a normalized score for a single expert"]
+    """Raise UserError for settings with which mlx-lm computes something else than PyTorch."""
+    settings = config | (config.get("text_config") or {}) | (config.get("ffn_config") or {})
+    only = ONLY.get(family, {}).items()
+    found = [f"{n} = {settings[n]}" for n, v in only if settings.get(n) not in (None, v)]
+    number = settings.get("num_experts_per_tok", settings.get("num_experts_per_token"))
+    if number == 1 and any(settings.get(name) for name in NORMALIZE):
+        found.append("a normalized score for a single expert")
+    if config["model_type"] == "minimax" and not is_minimax_m2(config):  # MiniMax-Text-01
+        found.append("layers of lightning attention")
+    # exaone_moe.py:192 then rotates in all layers, PyTorch in none.
+    kinds = settings.get("layer_types") or ["sliding_attention"]
+    if (
+        family == "exaone_moe"
+        and "sliding_attention" not in kinds
+        and settings.get("sliding_window")
+    ):
+        found.append("a sliding_window in no layer")
     if found:
         raise UserError(
             f"this model has {found[0]}, which mlx-lm's {family} does not compute as PyTorch does; "

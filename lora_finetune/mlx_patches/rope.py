@@ -3,10 +3,9 @@
 The formulas are after transformers' `modeling_rope_utils` (5.24) and the papers that it names
 (YaRN, arXiv 2309.00071; LongRoPE, 2402.13753).
 
-"dynamic" and "longrope" depend on the length of a text. transformers takes the length of a whole
-batch, padding included. Here it is that of each text (`text_lengths`): neither padding nor the
-texts beside it change a text, and training computes what generation does. When a text outgrows the
-length while it is generated, what is cached stays as it was, as in transformers.
+"dynamic" and "longrope" depend on a text's length. transformers takes the length of a whole batch,
+padding included; here it is that of each text (`text_lengths`), so that training computes what
+generation does. What is cached stays as it is when a text outgrows it, as in transformers.
 """
 
 from __future__ import annotations
@@ -31,17 +30,11 @@ Length = int | mx.array
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """How a layer rotates queries and keys.
+    """How a layer rotates queries and keys."""
 
-    Attributes:
-        settings: `rope_parameters` as transformers has them: rope_type, rope_theta, factor, …
-        dims: how many of the dimensions of a head, from the first on, are rotated, in pairs.
-        max_length: `max_position_embeddings`.
-    """
-
-    settings: dict[str, Any]
-    dims: int
-    max_length: int
+    settings: dict[str, Any]  # `rope_parameters` as transformers has them: rope_type, factor, …
+    dims: int  # how many dimensions of a head, from the first on, are rotated, in pairs
+    max_length: int  # `max_position_embeddings`
 
     @property
     def kind(self) -> str:
@@ -113,14 +106,6 @@ def pick(condition: bool | mx.array, yes: Any, no: Any) -> Any:
     return yes if condition else no
 
 
-def default(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
-    return plain
-
-
-def linear(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
-    return plain / rotary.settings["factor"]
-
-
 def proportional(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
     """Of a head that is rotated whole, only the first pairs turn."""
     turning = int(rotary.settings.get("partial_rotary_factor", 1.0) * rotary.dims // 2)
@@ -140,8 +125,7 @@ def yarn(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
     """As llama3, but the passage is linear in the number of the pair."""
     settings, dims = rotary.settings, rotary.dims
 
-    def pair_with(turns: float) -> float:
-        """The number of the pair, as a real one, with so many turns in the original length."""
+    def pair_with(turns: float) -> float:  # in the original length; the number is a real one
         wavelength = rotary.original_length / (turns * 2 * math.pi)
         return dims * math.log(wavelength) / (2 * math.log(settings["rope_theta"]))
 
@@ -170,9 +154,9 @@ def dynamic(rotary: Rotary, plain: np.ndarray, length: Length) -> mx.array:
 
 
 FREQUENCIES: dict[str, Callable[[Rotary, np.ndarray, Length], np.ndarray | mx.array]] = {
-    function.__name__: function
-    for function in (default, linear, proportional, llama3, yarn, longrope, dynamic)
-}
+    "default": lambda _, plain, __: plain,
+    "linear": lambda rotary, plain, _: plain / rotary.settings["factor"],
+} | {each.__name__: each for each in (proportional, llama3, yarn, longrope, dynamic)}
 
 # --- The module ---------------------------------------------------------------------------------
 
@@ -182,10 +166,7 @@ KNOWN: ContextVar[Length] = ContextVar("KNOWN", default=0)
 
 @contextmanager
 def text_lengths(length: Length) -> Iterator[None]:
-    """While it lasts, the texts that a model is called on are so long, without padding.
-
-    For a prompt that goes in piece by piece this is the whole length; what is generated adds to it.
-    """
+    """While it lasts, a model is called on texts so long, without padding, or on pieces of them."""
     token = KNOWN.set(length)
     try:
         yield
@@ -194,10 +175,7 @@ def text_lengths(length: Length) -> Iterator[None]:
 
 
 def by_length(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of something, a batch's tokens and targets, … that knows how long the texts are.
-
-    A text ends with its last target, or is short enough to be all padding.
-    """
+    """The function of (…, tokens, targets, …) with text lengths; texts end in their last target."""
 
     def knowing(first: Any, tokens: mx.array, is_target: mx.array, *others: Any) -> Any:
         ends = (mx.arange(1, is_target.shape[1] + 1) * is_target).max(axis=1)
@@ -210,8 +188,7 @@ def by_length(function: Callable[..., Any]) -> Callable[..., Any]:
 class Rope(nn.Module):
     """Rotates queries or keys (rows, heads, length, size) by their positions.
 
-    Attributes:
-        traditional: whether pairs are neighbours; else they are half of `dims` apart.
+    Pairs are neighbours if `traditional`, else half of `dims` apart.
     """
 
     def __init__(self, rotary: Rotary, traditional: bool):

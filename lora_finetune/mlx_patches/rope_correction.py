@@ -27,28 +27,25 @@ def load(
     words: dict[str, Any],
     theirs: PretrainedConfig | None,
 ) -> tuple[nn.Module, Any]:
-    """A model that mlx-lm builds, with positions as PyTorch computes them.
+    """A model, and what else `build` makes of a configuration, with positions as in PyTorch.
 
     Some models of mlx-lm refuse a scaling, or fail where there is none: these are built with one
     that changes nothing. So are those with longrope, for which mlx-lm loses the layout of pairs.
 
     Args:
-        build: makes a model, and something else that is returned, of a configuration.
         words: the configuration as mlx-lm has it.
         theirs: the settings of the text model as transformers has them, None where it has none.
-
-    Raises:
-        ValueError: the rope_type is not known.
     """
     if not getattr(theirs, "rope_parameters", None):
         return build(words)
-    is_longrope = re.search("'(longrope|su)'", str(scalings(words)))
     try:
-        model, other = build(without_scaling(words) if is_longrope else words)
+        if re.search("'(longrope|su)'", str(scalings(words))):
+            words = without_scaling(words)
+        found = build(words)
     except Exception:
-        model, other = build(without_scaling(words))
-    correct(model, theirs)
-    return model, other
+        found = build(without_scaling(words))
+    correct(found[0], theirs)
+    return found
 
 
 def read_settings(config: dict[str, Any]) -> PretrainedConfig | None:
@@ -65,10 +62,7 @@ def read_settings(config: dict[str, Any]) -> PretrainedConfig | None:
 
 
 def correct(model: nn.Module, config: PretrainedConfig) -> None:
-    """Replace what rotates otherwise than a configuration says; layers that do not rotate stay so.
-
-    A warning tells where something cannot be replaced.
-    """
+    """Replace what rotates otherwise than a configuration says, or warn."""
     kinds, rotaries, done = getattr(config, "layer_types", None) or [], {}, []
     for path, attention in model.named_modules():
         names = [n for n, m in attention.children().items() if isinstance(m, nn.Module)]
@@ -113,11 +107,7 @@ def of_layer(config: PretrainedConfig, layer: int, kind: str | None) -> Rotary |
 
 
 def correct_rope(attention: nn.Module, name: str, rotary: Rotary, config: PretrainedConfig) -> bool:
-    """Put ours in the place of a rope, unless it does the same or does not rotate at all.
-
-    Returns:
-        False where the rope cannot be measured.
-    """
+    """Put ours in the place of a rope that rotates otherwise; False where it cannot be measured."""
     rope = attention[name]
     width = max(rotary.dims, getattr(rope, "dims", None) or getattr(rope, "dim", None) or 0)
     try:
@@ -140,7 +130,7 @@ def correct_rope(attention: nn.Module, name: str, rotary: Rotary, config: Pretra
 
 
 def scale_scores(attention: nn.Module, rotary: Rotary, config: PretrainedConfig) -> None:
-    """Latent attention has YaRN's mscale in the scale of its scores, whatever the scaling."""
+    """Put YaRN's mscale into the scale of latent attention, where some of mlx-lm's leave it out."""
     weight = rotary.settings.get("mscale_all_dim")
     if weight and rotary.kind != "default":
         name = "scale" if hasattr(attention, "scale") else "softmax_scale"
