@@ -232,7 +232,7 @@ def test_tied_logits_of_minicpm3_are_scaled_as_others(tmp_path: Path) -> None:
     ("model_type", "settings", "what"),
     [
         ("dbrx", {"moe_normalize_expert_weights": 2}, "moe_normalize_expert_weights = 2"),
-        ("exaone_moe", {"layer_types": ["full_attention"] * 4}, "a sliding_window in no layer"),
+        ("exaone_moe", {"layer_types": ["full_attention"] * 4}, "no window"),
         ("falcon_h1", {"mlp_bias": True}, "mlp_bias = True"),
         ("gpt_bigcode", {"multi_query": False}, "multi_query = False"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok = 3"),

@@ -29,12 +29,11 @@ def corrected(
 ) -> Callable[[Any], nn.Module]:
     """A function that builds a corrected model from its arguments, for mlx-lm's `load_model`.
 
+    It raises UserError where that cannot be done.
+
     Args:
         config: in mlx-lm's words.
         theirs: the settings of the text model as transformers has them, None where it has none.
-
-    Raises (when called):
-        UserError: mlx-lm's model of this kind cannot be corrected.
     """
     family = model_class.__module__.rpartition(".")[2]
 
@@ -61,9 +60,9 @@ def corrected(
 # other experts than two (phimoe.py:120).
 ONLY: dict[str, Settings] = {
     "dbrx": {"moe_normalize_expert_weights": 1},
-    "falcon_h1": {
-        f"{name}_bias": False for name in ("attention", "mlp", "mamba_proj", "projectors")
-    },
+    "falcon_h1": dict.fromkeys(
+        ("attention_bias", "mlp_bias", "mamba_proj_bias", "projectors_bias"), False
+    ),
     "gpt_bigcode": {"multi_query": True},
     "phimoe": {"num_experts_per_tok": 2},
 }
@@ -82,14 +81,8 @@ def check(family: str, config: Settings) -> None:
         found.append("a normalized score for a single expert")
     if config["model_type"] == "minimax" and not is_minimax_m2(config):  # MiniMax-Text-01
         found.append("layers of lightning attention")
-    # exaone_moe.py:192 then rotates in all layers, PyTorch in none.
-    kinds = settings.get("layer_types") or ["sliding_attention"]
-    if (
-        family == "exaone_moe"
-        and "sliding_attention" not in kinds
-        and settings.get("sliding_window")
-    ):
-        found.append("a sliding_window in no layer")
+    if family == "exaone_moe" and "sliding_attention" not in settings["layer_types"]:
+        found.append("no window")  # exaone_moe.py:192 then rotates in all layers, PyTorch in none
     if found:
         raise UserError(
             f"this model has {found[0]}, which mlx-lm's {family} does not compute as PyTorch does; "
@@ -103,7 +96,7 @@ def check(family: str, config: Settings) -> None:
 def set_latent_norms(model: nn.Module) -> None:
     """Norms of latent queries and keys have an epsilon of 1e-6 in all of transformers' models.
 
-    Some of mlx-lm's take `rms_norm_eps` (youtu_llm.py:63) or 1e-5 (longcat_flash.py:73).
+    Some of mlx-lm's have another (youtu_llm.py:63, longcat_flash.py:73).
     """
     for path, module in model.named_modules():
         if path.endswith(("q_a_layernorm", "kv_a_layernorm")):
@@ -116,9 +109,8 @@ WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
 def take_biases(model: nn.Module, theirs: PretrainedConfig | None) -> None:
     """Give linear layers and norms a bias where the folder has one, when weights are loaded.
 
-    Which layers have one is a setting in transformers that mlx-lm's models often do not know. A
-    bias of mlx-lm's model that the folder lacks is removed where some setting `…bias` is False;
-    otherwise loading reports it as missing.
+    mlx-lm's models often do not know transformers' settings for it. A bias that the folder lacks is
+    removed if some setting `…bias` is False; otherwise loading reports it as missing.
     """
     settings = theirs.to_dict() if theirs else {}
     may_lack = any(n.endswith("bias") and value is False for n, value in settings.items())
@@ -219,8 +211,8 @@ def correct_falcon_h1(model: nn.Module, theirs: PretrainedConfig | None) -> None
     """Falcon-H1: besides, the multipliers of keys and values, and norms by groups.
 
     falcon_h1.py:472 never gets to `key_multiplier`, as a branch before takes the keys, and leaves
-    the values out. The keys' multiplier is put into the scale of the scores, since the weights may
-    come from a folder that mlx-lm has converted; attention's output is linear in the values.
+    the values out. They are not put into the weights, which mlx-lm may have converted, but into the
+    scale of the scores and the output of attention, which is linear in the values.
     """
     attentions = [layer.self_attn for layer in model.layers]
     for attention in attentions:
@@ -244,9 +236,8 @@ def scale_tied_logits(model: nn.Module, _: PretrainedConfig | None) -> None:
 def share_keys_and_values(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Gemma 3n: layers with shared keys and values share them without a cache too.
 
-    gemma3n.py:131 takes them from the cache, and without one lets such a layer use projections of
-    its own, which were never trained: training and tests would see another model than generation.
-    transformers 5 does not save those projections.
+    Without one, gemma3n.py:131 lets such a layer use projections of its own, which were never
+    trained and which transformers 5 does not save.
     """
 
     def sharing(original: Callable, model, inputs=None, cache=None, input_embeddings=None):
@@ -282,29 +273,20 @@ class KeysAndValues:
 
 
 def norm_where_rotated(model: nn.Module, _: PretrainedConfig | None) -> None:
-    """Llama 4 without experts: layers without rotation have no norm of queries and keys.
-
-    llama4_text.py:69 gives it to all.
-    """
+    """Llama 4 without experts: layers without rotation, unlike llama4_text.py:69, have no norm."""
     for layer in model.layers:
         layer.self_attn.use_qk_norm &= bool(layer.self_attn.use_rope)
 
 
 def limit_time_steps(model: nn.Module, _: PretrainedConfig | None) -> None:
-    """Nemotron-H: time steps are limited from below by `time_step_min`, and in no other way.
-
-    nemotron_h.py:75 has the limits of `time_step_limit`, or none.
-    """
+    """Nemotron-H: the only limit of time steps is `time_step_min`; nemotron_h.py:75 has others."""
     for layer in model.layers:
         if model.args.time_step_min is not None and hasattr(layer.mixer, "time_step_limit"):
             layer.mixer.time_step_limit = (model.args.time_step_min, float("inf"))
 
 
 def zero_padding_row(model: nn.Module, theirs: PretrainedConfig | None) -> None:
-    """Youtu: the embedding of the padding token is zero, which transformers sees to when it loads.
-
-    Where the output is tied, so is the logit.
-    """
+    """Youtu: transformers loads zeros as the embedding of the padding token."""
 
     def zeroing(original: Callable, model: nn.Module, weights: list, strict: bool = True):
         loaded = original(model, weights, strict)

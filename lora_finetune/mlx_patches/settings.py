@@ -60,17 +60,14 @@ def put_activations(model: nn.Module, theirs: PretrainedConfig) -> None:
 
 
 def has_activations(model: nn.Module, theirs: PretrainedConfig) -> bool:
-    """Whether all layers use the function that the configuration names.
-
-    Layers with convolutions may use it too, and are not looked at: then it cannot be said.
-    """
+    """Whether all layers, convolutions aside, surely use the function that is named."""
     used = {function_of(layer) for layer in feed_forward_layers(model)}
     has_convolutions = any("conv" in type(m).__name__.lower() for m in model.modules())
     return used == {wanted_function(theirs)} and not has_convolutions
 
 
 def wanted_function(theirs: PretrainedConfig) -> str | None:
-    """The activation that a configuration names by its name in mlx.nn, None if it is not known."""
+    """The activation of a configuration by its name in mlx.nn, None if it is not known."""
     named = next((getattr(theirs, n) for n in SETTINGS if getattr(theirs, n, None)), None)
     return FUNCTIONS.get(named) if isinstance(named, str) else None
 
@@ -81,10 +78,7 @@ def feed_forward_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def function_of(layer: nn.Module) -> str | None:
-    """The activation in a feed-forward layer by its name in mlx.nn, None if it is not known.
-
-    It is looked for in the names that the layer's code mentions.
-    """
+    """The activation that the code of a feed-forward layer names, as in mlx.nn; None if unclear."""
     kind = type(layer.activation if "activation" in layer else layer)
     code = getattr(kind.__call__, "__code__", None)
     names = [n for n in getattr(code, "co_names", ()) if n in CALLED or "elu" in n]
@@ -162,14 +156,10 @@ def warn_of_unread(model: nn.Module, theirs: PretrainedConfig | None, read: set[
 
 
 def unread_settings(theirs: PretrainedConfig, read: set[str]) -> str:
-    """The settings that PyTorch's model reads, mlx-lm's does not, and that are no defaults.
+    """In words, the settings that PyTorch's model reads and mlx-lm's, which has `read` others, not.
 
     A setting at transformers' default counts as known, since mlx-lm's models were written for it.
     Defaults can depend on other settings, so they are those of a configuration with the known ones.
-
-    Args:
-        theirs: the settings of the text model as transformers has them.
-        read: the names that mlx-lm's model has read.
     """
     pairs = [*getattr(theirs, "attribute_map", {}).items(), *SAME.items()]
     in_pytorch = {a or b for a, b in READ_BY_PYTORCH.findall(pytorch_program(theirs))}
