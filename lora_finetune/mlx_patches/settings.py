@@ -13,7 +13,6 @@ from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches.modules import parameters_of, subclass
 from lora_finetune.model_folder.model_config import SAME, pytorch_program
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from transformers import PretrainedConfig
@@ -31,10 +30,8 @@ FUNCTIONS = {
     "quick_gelu": "gelu_fast_approx",
 }  # fmt: skip
 
-# What mlx-lm's feed-forward layers call, and the function of mlx.nn that it is; those of two
-# arguments multiply by the second.
-GATED = {"swiglu": "silu", "geglu": "gelu_approx"}
-CALLED = {name: name for name in FUNCTIONS.values()} | {"relu_squared": "relu2"} | GATED
+# What mlx-lm's feed-forward layers call, and the function of mlx.nn that it is.
+CALLED = {name: name for name in FUNCTIONS.values()} | {"swiglu": "silu", "relu_squared": "relu2"}
 
 # Names of the last linear layer of a feed-forward layer.
 DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
@@ -90,10 +87,7 @@ def with_function(original: type, wanted: str) -> type:
     """A kind of layer whose program is the same, with another activation."""
     call, function = original.__call__, getattr(nn, wanted)
 
-    def gated(gate: mx.array, x: mx.array) -> mx.array:
-        return function(gate) * x
-
-    names = dict.fromkeys(CALLED, function) | dict.fromkeys(GATED, gated)
+    names = dict.fromkeys(CALLED, function) | {"swiglu": lambda gate, x: function(gate) * x}
     names["nn"] = SimpleNamespace(**vars(nn) | names)
     copied = FunctionType(
         call.__code__, call.__globals__ | names, call.__name__, call.__defaults__, call.__closure__
