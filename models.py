@@ -19,7 +19,7 @@ from lora_finetune.base.errors import UserError, hint
 from lora_finetune.base.files import file_checksum
 from lora_finetune.mlx_patches import (  # before mlx_lm: see compiling.py, which comes with it
     activations,
-    rope_correction,
+    rope,
 )
 from lora_finetune.mlx_patches.corrections import corrected
 from lora_finetune.mlx_patches.modules import intercepted
@@ -167,10 +167,10 @@ def built(
         config = load_config(Path())
         if not is_untied(config) and has_own_head(read_weights(Path())):
             config["tie_word_embeddings"] = False
-        theirs = rope_correction.read_settings(config)
+        theirs = rope.read_settings(config)
         classes = partial(model_classes, theirs=theirs)
         words = in_mlx_words(config, theirs)
-        model, used = rope_correction.load(partial(build, classes=classes), words, theirs)
+        model, used = rope.load(partial(build, classes=classes), words, theirs)
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
     return model, config | quantization, theirs
 

@@ -99,7 +99,7 @@ def with_function(original: type, wanted: str) -> type:
 
 # Settings that do not change what a model computes; or that determine the shapes and names of its
 # weights, so that loading fails where they are not read; or that are corrected elsewhere: rotary
-# embeddings (rope_correction.py), and windows (windows.py).
+# embeddings (rope.py), and windows (corrections.py).
 WITHOUT_EFFECT = re.compile(
     # in training and of the form of outputs
     r".*dropout.*|.*_drop|.*pdrop|initializer.*|init_.*|.*_init_std|.*_init_variance.*|rescale_.*|"
