@@ -101,31 +101,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-<<<<<<< HEAD
-if __name__ == "__main__":  # --help and a wrong flag answer at once: the imports take a second
-    begin_process()
-    args = parse_arguments()
-
-from lora_finetune.texts.chat import Message, read_messages, read_tools
-from lora_finetune.texts.dataset import join_question, question_of
-from lora_finetune.texts.sources import Batch, Wanted, find_files, read_batches
-
-from tqdm import tqdm
-
-# --- The examples in the rows -------------------------------------------------------------------
-
-# The columns that rows are known by; of several in a file the first count.
-PAIRS = ((QUESTION, ANSWER), ("instruction", "output"), ("prompt", "completion"))
-NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
-CHATS = ("messages", "conversations")
-TEXT = "text"
-
-Row = dict[str, Any]
-# Times and the like, which a Parquet file may have beside the messages of a chat, become strings.
-to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
-=======
 # --- The rows of a file -------------------------------------------------------------------------
->>>>>>> main
 
 
 class Example(NamedTuple):

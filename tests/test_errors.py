@@ -15,13 +15,8 @@ from threading import Thread
 
 import models
 import tiny
-<<<<<<< HEAD
 from conftest import TEXTS, Run, listing, one_error
-from lora_finetune.adapters import adapters
-=======
-from conftest import ROOT, TEXTS, Run, listing, one_error
 from lora_finetune.adapters import npz
->>>>>>> main
 from lora_finetune.base.errors import UserError
 
 import mlx.core as mx

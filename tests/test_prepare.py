@@ -1780,14 +1780,11 @@ def test_a_command_line_that_makes_no_sense_is_reported_with_the_flag(
     fails(source, flag, mentions=(flag,))
 
 
-<<<<<<< HEAD
 def test_a_wrong_command_line_is_reported(prepare: Run, tmp_path: Path) -> None:
     for flag in ("--limit", "--frobnicate"):
         one_error(prepare(tmp_path / "missing", tmp_path, flag, "0"), flag)
 
 
-=======
->>>>>>> main
 @pytest.mark.parametrize(
     ("name", "mention"),
     [("file", "file"), ("file/below", "file"), ("file/below/that", "file"), ("n" * 300, "nnn")],
@@ -1871,13 +1868,8 @@ HELP = {
 }
 
 
-<<<<<<< HEAD
 def test_help_names_every_flag_and_default(prepare: Run, tmp_path: Path) -> None:
     ended = prepare(tmp_path, tmp_path, "--help")
-=======
-def test_help_names_every_flag_and_default(run: Run) -> None:
-    ended = run("--help", script=SCRIPT.name)
->>>>>>> main
     assert (ended.returncode, ended.stderr) == (0, "")
     options = " ".join(ended.stdout.partition("options:")[2].split())
     flags = dict(re.findall(r"(--[a-z-]+)((?:(?! --?[a-z]).)*)", options))

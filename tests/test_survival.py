@@ -211,9 +211,9 @@ def test_a_signal_before_the_first_iteration_saves_nothing(
     args: list[object], tmp_path: Path
 ) -> None:
     long = ["--val-batches", -1, "--batch-size", 1]
-    process = background.start(tmp_path, *args, *long, "--data", make_data(tmp_path, valid=500))
+    process = background.start(tmp_path, *args, *long, "--data", make_data(tmp_path, valid=1500))
     wait_for(tmp_path / "out", "Training: ", process)
-    time.sleep(0.3)
+    time.sleep(1)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 143
