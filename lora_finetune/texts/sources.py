@@ -217,7 +217,7 @@ def find_encoding(file: Path, remark: Remark) -> str:
     for encoding in ("utf-8-sig", "cp949"):
         try:
             with file.open(encoding=encoding, newline="") as stream:
-                while stream.read(2**20):
+                while stream.read(2**16):
                     pass
         except UnicodeDecodeError:
             continue
