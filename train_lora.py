@@ -19,7 +19,7 @@ from pathlib import Path
 
 import lora_finetune  # noqa: F401  first: on a Linux CPU it loads a fast BLAS for MLX
 import models
-from lora_finetune.adapters import adapters, export
+from lora_finetune.adapters import export, loading
 from lora_finetune.base import linux_cpu, memory
 from lora_finetune.base.command_line import (
     Parser,
@@ -39,10 +39,10 @@ from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import activations, attention, recurrences, rope
 from lora_finetune.model_folder import model_folder
-from lora_finetune.run import checkpoint, report
+from lora_finetune.run import checkpoint, generate, report
 from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
 from lora_finetune.run.run import Run, must_agree, open_run
-from lora_finetune.texts import dataset, prompts
+from lora_finetune.texts import batching, dataset, prompts, tokenizing
 from lora_finetune.training import distributed, frozen_prefix, losses
 from lora_finetune.training import step as training_step
 from lora_finetune.training.distributed import ALONE, Group
@@ -51,9 +51,6 @@ from lora_finetune.training.step import NotFiniteError, Trainer
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import stream_generate
-from mlx_lm.generate import GenerationResponse
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters
 from tqdm import tqdm
@@ -149,8 +146,8 @@ def run(config: Config, group: Group) -> None:
     """
     # Check: what is wrong without a model is told before one is fetched.
     files = read_files(config)
-    this = open_run(config, files, group.is_first)
-    texts, exports = read_requests(config, this, group)
+    this = open_run(config, files, group)
+    texts, exports = read_requests(this)
 
     # Load.
     prepare_device(group)
@@ -161,28 +158,30 @@ def run(config: Config, group: Group) -> None:
     limits, identity = models.find_limits(model), models.fingerprints(model, folder)
 
     # Adapt.
-    adapt(config, this, model)
+    adapt(this, model)
     export.check_forms(exports, model, folder)
 
     # Read.
-    learnt = learnt_format(config, this, files, tokenizer)
-    asked = encode_prompts(config, texts, learnt, tokenizer, limits)
+    settle_settings(this, files, tokenizer, identity)
+    asked = encode_prompts(this, texts, tokenizer, limits)
     examples = read_examples(config, files, tokenizer, limits)
     warn_beyond_context(examples, asked, model_folder.context_length(folder))
-    group.compare(must_agree(config, this, model, examples, identity))
+    group.compare(must_agree(this, model, examples, identity))
 
     # Train and test.
     with replacements(config):
         loss = losses.make_loss(model) if files else None
         if config.train:
-            train(config, this, group, model, loss, examples, identity | {LEARNT_FORMAT: learnt})
+            train(this, model, loss, examples)
+        else:
+            checkpoint.warn_of_other_model(this.adapter, this.settings, identity)
         if config.test:
-            test(config, this, group, model, loss, examples["test"])
+            test(this, model, loss, examples["test"])
     group.leave()
 
     # Generate and export, in the first process alone.
     if group.is_first:
-        generate_all(config, model, tokenizer, asked, limits.vocab_size)
+        generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
         export.write_all(exports, model, folder, model_folder.public_name(config.model, folder))
         if config.train:
             report.print_outcome(config, this)
@@ -192,18 +191,22 @@ def run(config: Config, group: Group) -> None:
 LEARNT_FORMAT = "the form of the texts"
 
 
-def read_files(config: Config) -> dict[str, dataset.File]:
+Files = dict[str, dataset.File]  # by the names of their splits
+
+
+def read_files(config: Config) -> Files:
     """The data files of the phases that are asked for, by their splits."""
     splits = ["train", "valid"] * config.train + ["test"] * config.test
     return {s: dataset.read(Path(config.data, f"{s}.jsonl"), config.mask_prompt) for s in splits}
 
 
-def read_requests(config: Config, this: Run, group: Group) -> tuple[list[str], list[export.Export]]:
+def read_requests(this: Run) -> tuple[list[str], list[export.Export]]:
     """The prompts to generate after, and the exports to write; none but in the first process."""
-    if not group.is_first:
+    config = this.config
+    if not this.group.is_first:
         return [], []
     exports = [export.Export(form, Path(folder)) for form, folder in config.export or []]
-    export.check_folders(exports, this.adapter)
+    export.check_folders(exports)
     return prompts.read(config.prompt or []), exports
 
 
@@ -217,48 +220,49 @@ def prepare_device(group: Group) -> None:
     memory.set_limits(memory.available())
 
 
-def adapt(config: Config, this: Run, model: nn.Module) -> None:
+def adapt(this: Run, model: nn.Module) -> None:
     """Put LoRA into the model, with the adapter to start from."""
     print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
+    config, start = this.config, this.start
     mx.random.seed(config.seed)
-    layers, start = config.lora_layers if config.train else None, this.start
+    layers = config.lora_layers if config.train else None
     with memory.device_errors("take a smaller or a quantized model"):
-        adapters.adapt(model, start.adapter, start.source, layers, config.lora_rank, start.scale)
+        loading.adapt(model, start.adapter, start.source, layers, config.lora_rank, start.scale)
     print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
 
 
-def learnt_format(
-    config: Config, this: Run, files: dict[str, dataset.File], tokenizer: TokenizerWrapper
-) -> str | None:
-    """The format of prompts that goes with what the adapter learns, or has learnt."""
-    if config.train:
-        return prompts.learnt_format(files["train"], tokenizer)
-    return checkpoint.settings_of(this.adapter).get(LEARNT_FORMAT)
+def settle_settings(
+    this: Run, files: Files, tokenizer: TokenizerWrapper, identity: dict[str, str]
+) -> None:
+    """Complete the settings of a run, or read those of the adapter's."""
+    if this.config.train:
+        learnt = prompts.learnt_format(files["train"], tokenizer)
+        this.settings |= identity | {LEARNT_FORMAT: learnt}
+    else:
+        this.settings = checkpoint.settings_of(this.adapter)
 
 
 def encode_prompts(
-    config: Config, texts: list[str], learnt: str | None, tokenizer: TokenizerWrapper,
-    limits: models.Limits,
-) -> list[prompts.Prompt]:  # fmt: skip
-    return prompts.encode(
-        texts, config.prompt_format, learnt, config.system, tokenizer, config.max_tokens, limits
+    this: Run, texts: list[str], tokenizer: TokenizerWrapper, limits: models.Limits
+) -> list[prompts.Prompt]:
+    asked, learnt, system = (
+        this.config.prompt_format,
+        this.settings.get(LEARNT_FORMAT),
+        this.config.system,
     )
+    return prompts.encode(texts, asked, learnt, system, tokenizer, this.config.max_tokens, limits)
 
 
 def read_examples(
-    config: Config, files: dict[str, dataset.File], tokenizer: TokenizerWrapper,
-    limits: models.Limits,
-) -> dict[str, dataset.Examples]:  # fmt: skip
-    length = dataset.text_length(
-        config.max_seq_length, config.is_typed("max_seq_length"), limits.max_positions
-    )
-    return dataset.load(
-        files, tokenizer, limits.vocab_size, bool(config.add_eos_token), config.mask_prompt, length
-    )
+    config: Config, files: Files, tokenizer: TokenizerWrapper, limits: models.Limits
+) -> dict[str, batching.Examples]:
+    is_typed, add_eos = config.is_typed("max_seq_length"), bool(config.add_eos_token)
+    length = tokenizing.text_length(config.max_seq_length, is_typed, limits.max_positions)
+    return tokenizing.load(files, tokenizer, limits.vocab_size, add_eos, config.mask_prompt, length)
 
 
 def warn_beyond_context(
-    examples: dict[str, dataset.Examples], asked: list[prompts.Prompt], context_length: float
+    examples: dict[str, batching.Examples], asked: list[prompts.Prompt], context_length: float
 ) -> None:
     """Warn where a text, or a prompt with its continuation, exceeds the model's context length."""
     lengths = [max(split.lengths) for split in examples.values()]
@@ -287,34 +291,31 @@ def replacements(config: Config) -> Iterator[None]:
 # --- Training -----------------------------------------------------------------------------------
 
 
-def train(
-    config: Config, this: Run, group: Group, model: nn.Module, loss: Loss,
-    examples: dict[str, dataset.Examples], identity: dict[str, str],
-) -> None:  # fmt: skip
+def train(this: Run, model: nn.Module, loss: Loss, examples: dict[str, batching.Examples]) -> None:
     """Train to the last iteration, or to the one at which a signal asks for a stop.
-
-    Args:
-        identity: what the result depends on beside the flags, by the names to report it under.
 
     Raises:
         UserError: a loss, a gradient or a parameter is not finite; nothing of it is saved. Or the
             device failed, or another process; the last whole iteration is saved.
         Interrupted: a signal asked for a stop; the last whole iteration is saved.
     """
-    this.begin(identity)
-    state = this.start.state
+    config, group = this.config, this.group
+    this.begin()
     report.print_data(config, examples["train"])
     if prefix := frozen_prefix.find(model):
         loss = prefix.loss(loss)
         examples = {split: prefix.examples(examples[split]) for split in ("train", "valid")}
     model.train()  # before the step is traced: some layers have kernels without a gradient else
-    moments = state.optimizer if state else {}
+    moments = this.start.state.optimizer if this.start.state else {}
     trainer = Trainer(model, loss, config.learning_rate, moments, group)
-    with saved_on_failure(config, this, trainer, group), memory.device_errors(MEMORY_ADVICE):
-        fit_memory(config, this, group, model, loss, examples["train"])
+    with saved_on_failure(this, trainer), memory.device_errors(MEMORY_ADVICE):
+        rows, progress = -(-config.batch_size // group.size), this.progress
+        progress.micro_batches = training_step.fit_memory(
+            model, loss, examples["train"], rows, progress.micro_batches, group
+        )
         if prefix:
             examples = frozen_prefix.keep_states(prefix, examples, config, this, group)
-        training_loop(config, this, group, model, loss, examples, trainer)
+        training_loop(this, model, loss, examples, trainer)
     report.draw_losses(this)
 
 
@@ -322,19 +323,22 @@ MEMORY_ADVICE = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
 def training_loop(
-    config: Config, this: Run, group: Group, model: nn.Module, loss: Loss,
-    examples: dict[str, dataset.Examples], trainer: Trainer,
-) -> None:  # fmt: skip
+    this: Run,
+    model: nn.Module,
+    loss: Loss,
+    examples: dict[str, batching.Examples],
+    trainer: Trainer,
+) -> None:
     """Step after step to the last iteration; once in a while report, validate and save.
 
     A resumed run begins with what was left undone at the iteration at which it was stopped.
     """
-    progress = this.progress
-    batches = dataset.training_batches(
+    config, progress, group = this.config, this.progress, this.group
+    batches = batching.training_batches(
         examples["train"], config.batch_size, config.seed, progress.iteration,
         progress.micro_batches, group.rank, group.size,
     )  # fmt: skip
-    steps = trainer.steps(batches, ahead=partial(may_begin_next, config, this, group))
+    steps = trainer.steps(batches, ahead=partial(may_begin_next, this))
     bar = tqdm(desc="Training", initial=progress.iteration, total=this.iters, disable=None)
     for iteration in range(progress.iteration, this.iters + 1):
         last = iteration == this.iters
@@ -346,7 +350,7 @@ def training_loop(
             report.report_training(this)
         due = progress.validated < 0 or last or progress.every(config.steps_per_eval)
         if due and progress.validated != iteration:
-            validate(config, this, group, model, loss, examples["valid"])
+            validate(this, model, loss, examples["valid"])
         if config.patience and progress.not_improved >= config.patience and not last:
             last = stop_early(this)
         if last or (progress.every(config.save_every) and not progress.finished):
@@ -356,45 +360,27 @@ def training_loop(
     bar.close()
 
 
-def may_begin_next(config: Config, this: Run, group: Group) -> bool:
+def may_begin_next(this: Run) -> bool:
     """Whether the step after the present one may be begun before this one has ended.
 
     Not where something is due in between, nor where a step waits in its middle, for its
     micro-batches or for other processes: there is nothing to gain.
     """
-    following, progress = this.progress.iteration + 1, this.progress
+    config, progress, following = this.config, this.progress, this.progress.iteration + 1
     every = config.steps_per_report, config.steps_per_eval, config.save_every
     is_due = following == this.iters or any(following % number == 0 for number in every)
-    is_whole = group.size == progress.micro_batches == 1
+    is_whole = this.group.size == progress.micro_batches == 1
     return training_step.AHEAD and is_whole and not is_due
 
 
-def fit_memory(
-    config: Config, this: Run, group: Group, model: nn.Module, loss: Loss,
-    examples: dataset.Examples,
-) -> None:  # fmt: skip
-    """Find in how many micro-batches a batch fits into the memory of each process."""
-    rows, progress = -(-config.batch_size // group.size), this.progress
-    own = training_step.fit_memory(model, loss, examples, rows, progress.micro_batches)
-    progress.micro_batches = max(number for _, number in group.gather(count=own))
-    if own < progress.micro_batches:
-        warn(
-            "another process has less memory, so each share of a batch is computed in "
-            f"{progress.micro_batches} micro-batches, with the same result"
-        )
-
-
-def validate(
-    config: Config, this: Run, group: Group, model: nn.Module, loss: Loss,
-    examples: dataset.Examples,
-) -> None:  # fmt: skip
+def validate(this: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
     """Report the validation loss, and keep the adapter if it is the best so far.
 
     The validation before the first step is reported with the number of that step.
     """
     progress, start = this.progress, time.perf_counter()
-    batches = config.batch_size, config.val_batches
-    mean = evaluate(model, loss, examples, *batches, group, progress.micro_batches)
+    batches = this.config.batch_size, this.config.val_batches
+    mean = evaluate(model, loss, examples, *batches, this.group, progress.micro_batches)
     model.train()
     took = time.perf_counter() - start
     training_step.check_finite(mean, "the validation loss")
@@ -431,16 +417,14 @@ def save(this: Run, trainer: Trainer) -> None:
 
 
 @contextmanager
-def saved_on_failure(config: Config, this: Run, trainer: Trainer, group: Group) -> Iterator[None]:
+def saved_on_failure(this: Run, trainer: Trainer) -> Iterator[None]:
     """While it lasts, whatever ends training saves the last whole iteration first.
 
     After a loss that is not finite only the best adapter is saved: those before it may be bad too.
     """
-    save_now = group.rescue = partial(
-        save_unfinished, config, this, trainer, this.progress.iteration
-    )
+    save_now = partial(save_unfinished, this, trainer, this.progress.iteration)
     try:
-        with group.hear_stops():
+        with this.group.hear_stops():
             yield
     except Interrupted as interrupted:
         raise Interrupted(interrupted.signal, save_now()) from None
@@ -458,7 +442,7 @@ def saved_on_failure(config: Config, this: Run, trainer: Trainer, group: Group) 
         ) from None
 
 
-def save_unfinished(config: Config, this: Run, trainer: Trainer, first: int) -> str:
+def save_unfinished(this: Run, trainer: Trainer, first: int) -> str:
     """Save the last whole iteration of a run that ends early; returns the words that say so.
 
     Args:
@@ -475,7 +459,7 @@ def save_unfinished(config: Config, this: Run, trainer: Trainer, first: int) -> 
         report.draw_losses(this)
     except Exception as error:  # a full disk, or a device that lets nothing be read any more
         return f"iteration {iteration} could not be saved: {first_line(error)}"
-    without = "" if config.start_iter is None else " and without --start-iter"
+    without = "" if this.config.start_iter is None else " and without --start-iter"
     return (
         f"iteration {iteration} is saved; the same command with "
         f"--resume-adapter-file {this.adapter}{without} goes on"
@@ -488,7 +472,7 @@ def save_unfinished(config: Config, this: Run, trainer: Trainer, first: int) -> 
 def evaluate(
     model: nn.Module,
     loss: Loss,
-    examples: dataset.Examples,
+    examples: batching.Examples,
     batch_size: int,
     num_batches: int,
     group: Group = ALONE,
@@ -505,7 +489,7 @@ def evaluate(
     """
     model.eval()
     total, num_targets = 0.0, 0
-    batches = dataset.evaluation_batches(
+    batches = batching.evaluation_batches(
         examples, batch_size, num_batches, micro_batches * group.size
     )
     for rows in tqdm(group.deal(batches), "Evaluating", leave=False, disable=None):
@@ -520,11 +504,9 @@ def evaluate(
     return total / max(num_targets, 1)
 
 
-def test(
-    config: Config, this: Run, group: Group, model: nn.Module, loss: Loss,
-    examples: dataset.Examples,
-) -> None:  # fmt: skip
+def test(this: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
     """Report the loss and the perplexity on the test set."""
+    config, group = this.config, this.group
     print("Testing", flush=True)
     stops = group.hear_stops() if group.size > 1 else nullcontext()  # one alone ends at once
     with memory.device_errors("lower --batch-size or --max-seq-length"), stops:
@@ -532,72 +514,6 @@ def test(
     perplexity = math.exp(mean) if mean < 700 else math.inf
     report.print_line(f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}.")
     this.add_to_log({"test_loss": mean, "test_ppl": perplexity})
-
-
-# --- Generation ---------------------------------------------------------------------------------
-
-
-def generate_all(
-    config: Config, model: nn.Module, tokenizer: TokenizerWrapper, asked: list[prompts.Prompt],
-    vocab_size: int,
-) -> None:  # fmt: skip
-    """Generate after each prompt, with LoRA in the weights where they are not quantized."""
-    with models.merged(model) if asked else nullcontext():
-        for prompt in asked:
-            generate(model, tokenizer, prompt, vocab_size, config.temp, config.seed)
-
-
-def generate(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    prompt: prompts.Prompt,
-    vocab_size: int,
-    temperature: float,
-    seed: int,
-) -> None:
-    """Print the prompt, its continuation as it is generated, and a line with tokens per second."""
-    print("Generating", flush=True)
-    model.eval()
-    mx.random.seed(seed)
-    tokenizer.eos_token_ids |= prompt.end_tokens
-    print(prompt.text, end="", flush=True)
-    tokens, begun, before_space = [], False, tokenizer.decode(prompt.tokens) + " "
-    for part in stream(model, tokenizer, prompt, vocab_size, temperature):
-        text = part.text
-        tokens.append(part.token)
-        if text and not begun and tokenizer.decode(prompt.tokens + tokens).startswith(before_space):
-            text = " " + text.lstrip(" ")  # which mlx-lm strips from the first word
-        begun = begun or bool(text)
-        if part.finish_reason:
-            text = text.rstrip("\ufffd")  # a character that --max-tokens cut through
-        print(text, end="", flush=True)
-    print(f"\n========== {part.generation_tokens} tokens, {part.generation_tps:.3f} tokens/sec")
-
-
-def stream(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    prompt: prompts.Prompt,
-    vocab_size: int,
-    temperature: float,
-) -> Iterator[GenerationResponse]:
-    """The continuation of a prompt; raises UserError at a token that the tokenizer lacks.
-
-    Args:
-        vocab_size: some models have logits for more tokens, which never come.
-    """
-    sample = make_sampler(temp=temperature)
-    try:
-        advice = memory.device_errors("shorten the prompt or lower --max-tokens")
-        with advice, rope.text_lengths(len(prompt.tokens)):
-            yield from stream_generate(
-                model, tokenizer, prompt.tokens, max_tokens=prompt.max_tokens,
-                sampler=lambda log_probabilities: sample(log_probabilities[..., :vocab_size]),
-            )  # fmt: skip
-    except (TypeError, IndexError) as error:  # mlx-lm's, by the kind of its detokenizer
-        raise UserError(
-            "the model generated a token that its tokenizer does not have; download both again"
-        ) from error
 
 
 if __name__ == "__main__":

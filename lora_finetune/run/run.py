@@ -12,9 +12,8 @@ from hashlib import sha256
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import npz
 from lora_finetune.base.command_line import ROOT
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write, real_file
@@ -28,7 +27,8 @@ from lora_finetune.run.checkpoint import (
     write_state,
 )
 from lora_finetune.run.config import Config
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching, dataset
+from lora_finetune.training.distributed import ALONE, Group
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,7 +45,7 @@ class Run:
     Attributes:
         adapter: the adapter file.
         path: the folder, with state.npz, best.npz, log.jsonl, losses.png and lock.
-        writes: whether this process writes them; of several processes the first does.
+        config, group: its flags, and its processes, of which the first writes the files.
         start: the adapter to start from, and the state of the run that it is of.
         progress: how far it has come.
         iters: the iteration to train to.
@@ -55,8 +55,12 @@ class Run:
         replaces: whether an earlier run is to be renamed first.
     """
 
-    def __init__(self, adapter: Path, start: Start = FRESH, writes: bool = True):
-        self.adapter, self.path, self.writes = adapter, run_folder(adapter), writes
+    def __init__(
+        self, adapter: Path, start: Start = FRESH, config: Config | None = None,
+        group: Group = ALONE,
+    ):  # fmt: skip
+        self.adapter, self.path, self.writes = adapter, run_folder(adapter), group.is_first
+        self.config, self.group = config, group
         self.state, self.best = self.path / "state.npz", self.path / "best.npz"
         self.log, self.picture = self.path / "log.jsonl", self.path / "losses.png"
         self.start, self.iters, self.settings = start, 0, {}
@@ -103,14 +107,9 @@ class Run:
         except OSError:
             pass  # a file system without locks
 
-    def begin(self, settings: dict[str, Any]) -> None:
-        """Begin to train, or go on as the state tells; warn of what has changed since.
-
-        Args:
-            settings: are added to those that are known already.
-        """
+    def begin(self) -> None:
+        """Begin to train, or go on as the state tells; warn of what has changed since."""
         self.lock()
-        self.settings |= settings
         start, state = self.start, self.start.state
         changed = bool(start.source) and warn_of_changes(start, self.settings)
         if changed:
@@ -168,7 +167,7 @@ class Run:
 
     def keep_best(self, model: nn.Module) -> None:
         """Keep the adapter as it is now as the best, to be written with the next save."""
-        self.pending_best = adapters.file_arrays(model)
+        self.pending_best = npz.file_arrays(model)
 
     def save(self, model: nn.Module, optimizer: dict[str, mx.array]) -> None:
         """Save the run: first its state, which holds all, then what is written from it."""
@@ -186,7 +185,7 @@ class Run:
         """Write the best adapter, if there is one that is not written yet."""
         if self.writes and self.pending_best:
             self.set_earlier_aside()
-            adapters.write_arrays(self.best, self.pending_best)
+            npz.write_arrays(self.best, self.pending_best)
             self.pending_best = {}
 
     def is_at_end(self) -> bool:
@@ -218,17 +217,17 @@ class Run:
 def read_best(file: Path) -> dict[str, np.ndarray]:
     """The arrays of a best adapter, none where they cannot be read."""
     try:
-        return adapters.read_arrays(file)
+        return npz.read_arrays(file)
     except (UserError, OSError):
         return {}
 
 
-def open_run(config: Config, files: dict[str, dataset.File], is_first: bool) -> Run:
+def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Run:
     """The run of a configuration, checked as far as that goes without a model.
 
     Args:
         files: the data files, by their splits.
-        is_first: whether this process writes for all.
+        group: the processes of the run.
 
     Raises:
         UserError: there is no such adapter, it is damaged, a run cannot save there, or nothing is
@@ -239,12 +238,12 @@ def open_run(config: Config, files: dict[str, dataset.File], is_first: bool) -> 
         if not adapter.exists():
             raise UserError(f"there is no adapter file {adapter}; --train makes one")
         start = read_start(adapter, False, None)
-        return Run(start.source, start, is_first)
+        return Run(start.source, start, config, group)
     resumed = config.resume_adapter_file
     start = read_start(real_file(Path(resumed)), True, config.lora_scale) if resumed else FRESH
     if not resumed and config.lora_scale:
         start = start._replace(scale=config.lora_scale)
-    run = Run(adapter, start, is_first)
+    run = Run(adapter, start, config, group)
     run.check()
     if config.start_iter not in (None, run.progress.iteration):
         run.progress = Progress(config.start_iter)
@@ -266,9 +265,8 @@ def open_run(config: Config, files: dict[str, dataset.File], is_first: bool) -> 
 
 
 def must_agree(
-    config: Config, run: Run, model: nn.Module, examples: dict[str, dataset.Examples],
-    identity: dict[str, str],
-) -> dict[str, object]:  # fmt: skip
+    run: Run, model: nn.Module, examples: dict[str, batching.Examples], identity: dict[str, str]
+) -> dict[str, object]:
     """All that the processes of a run must have the same, by the names to report each under.
 
     Args:
@@ -276,7 +274,7 @@ def must_agree(
         identity: of the model, by names.
     """
     state = run.start.state
-    arrays = {"the adapter to start from": list(adapters.trainable_arrays(model).values())}
+    arrays = {"the adapter to start from": list(npz.trainable_arrays(model).values())}
     arrays |= {"Adam's moments to start from": [*state.optimizer.values()] if state else []}
     for split, e in examples.items():
         arrays[f"the tokens of {split}.jsonl"] = [e.tokens, e.is_target]
@@ -285,7 +283,7 @@ def must_agree(
     contents |= {name: [a.tobytes() for a in some] for name, some in arrays.items()}
     return {
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
-        **config.flags("own", marked=False),
+        **run.config.flags("own", marked=False),
         **run.settings,
         **identity,
         **{name: sha256(b"".join(content)).hexdigest() for name, content in contents.items()},

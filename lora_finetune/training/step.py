@@ -12,7 +12,7 @@ from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching
 from lora_finetune.training.distributed import ALONE, Group
 from lora_finetune.training.losses import Loss
 
@@ -66,7 +66,7 @@ class Result(NamedTuple):
     parameter_sum: mx.array
 
 
-Step = Callable[[Parameters, dict, list[dataset.Batch]], Result]
+Step = Callable[[Parameters, dict, list[batching.Batch]], Result]
 
 
 def make_step(model: nn.Module, loss: Loss, group: Group = ALONE) -> Step:
@@ -79,7 +79,7 @@ def make_step(model: nn.Module, loss: Loss, group: Group = ALONE) -> Step:
     gradients_of = make_gradients(model, loss)
     optimizer = optim.Adam(0.0)  # its learning rate is in the state
 
-    def step(parameters: Parameters, state: dict, batch: list[dataset.Batch]) -> Result:
+    def step(parameters: Parameters, state: dict, batch: list[batching.Batch]) -> Result:
         tokens = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
         if batch:
             sums = gradients_of(parameters.tree, *batch[0])
@@ -139,7 +139,7 @@ class Trainer:
         self.parameters, self.state = Parameters.of(model), adam_state(model, learning_rate, saved)
 
     def steps(
-        self, batches: Iterator[list[dataset.Batch]], ahead: Callable[[], bool]
+        self, batches: Iterator[list[batching.Batch]], ahead: Callable[[], bool]
     ) -> Iterator[tuple[float, int, float]]:
         """The sum of the loss of each step, its number of targets, and the seconds it took.
 
@@ -156,23 +156,29 @@ class Trainer:
             return None if batch is None else self.step(parameters, state, batch)
 
         start = time.perf_counter()
-        present = begin(self.parameters, self.state)
-        while present:
-            mx.async_eval(present.loss)
-            # Python prepares it while a GPU has the most to do, between the loss and the gradients.
-            following = begin(present.parameters, present.state) if ahead() else None
-            mx.async_eval(present.parameter_sum, present.parameters, present.state)
-            if following:
-                mx.async_eval(following.loss)
-            mx.eval(present.loss, present.parameter_sum, present.parameters, present.state)
-            total = present.loss.item()
-            check_finite(total, "the loss")
-            check_finite(present.parameter_sum.item(), "a gradient or a parameter")
-            self.parameters, self.state = present.parameters, present.state
+        try:
+            present = begin(self.parameters, self.state)
+            while present:
+                mx.async_eval(present.loss)
+                # Python prepares it while a GPU has most to do, between the loss and the gradients.
+                following = begin(present.parameters, present.state) if ahead() else None
+                mx.async_eval(present.parameter_sum, present.parameters, present.state)
+                if following:
+                    mx.async_eval(following.loss)
+                self.take_over(present)
+                yield present.loss.item(), present.tokens, time.perf_counter() - start
+                start = time.perf_counter()
+                present = following or begin(self.parameters, self.state)
+        finally:  # a step that was begun leaves its own parameters in the model
             self.model.update(self.parameters.tree)
-            yield total, present.tokens, time.perf_counter() - start
-            start = time.perf_counter()
-            present = following or begin(self.parameters, self.state)
+
+    def take_over(self, result: Result) -> None:
+        """Wait for the results of a step, and make them the model's; raises as `steps` does."""
+        mx.eval(result.loss, result.parameter_sum, result.parameters, result.state)
+        check_finite(result.loss.item(), "the loss")
+        check_finite(result.parameter_sum.item(), "a gradient or a parameter")
+        self.parameters, self.state = result.parameters, result.state
+        self.model.update(self.parameters.tree)
 
     def named_state(self) -> dict[str, mx.array]:
         """The step and each parameter's moments (`….m`, `….v`), as MLX names them."""
@@ -241,9 +247,12 @@ def gap_after(array: mx.array) -> int:
 
 
 def fit_memory(
-    model: nn.Module, loss: Loss, examples: dataset.Examples, batch_size: int, micro_batches: int
-) -> int:
+    model: nn.Module, loss: Loss, examples: batching.Examples, batch_size: int, micro_batches: int,
+    group: Group = ALONE,
+) -> int:  # fmt: skip
     """In how many micro-batches, at least, the largest batch fits into memory, found by trying.
+
+    It is the same number for all processes, of which one may have less memory.
 
     Where a single text does not fit, the layers keep only their inputs for the backward pass, and
     compute the rest again.
@@ -282,4 +291,10 @@ def fit_memory(
             f"GB of memory, so each batch is computed in {micro_batches} micro-batches, with the "
             "same result"
         )
-    return micro_batches
+    most = max(number for _, number in group.gather(count=micro_batches))
+    if micro_batches < most:
+        warn(
+            "another process has less memory, so each share of a batch is computed in "
+            f"{most} micro-batches, with the same result"
+        )
+    return most
