@@ -42,7 +42,7 @@ from lora_finetune.model_folder import model_folder
 from lora_finetune.run import checkpoint, generate, report
 from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
 from lora_finetune.run.run import Run, must_agree, open_run
-from lora_finetune.texts import dataset, prompts
+from lora_finetune.texts import batching, dataset, prompts, tokenizing
 from lora_finetune.training import distributed, frozen_prefix, losses
 from lora_finetune.training import step as training_step
 from lora_finetune.training.distributed import ALONE, Group
@@ -173,6 +173,8 @@ def run(config: Config, group: Group) -> None:
         loss = losses.make_loss(model) if files else None
         if config.train:
             train(this, model, loss, examples)
+        else:
+            checkpoint.warn_of_other_model(this.adapter, this.settings, identity)
         if config.test:
             test(this, model, loss, examples["test"])
     group.leave()
@@ -232,13 +234,12 @@ def adapt(this: Run, model: nn.Module) -> None:
 def settle_settings(
     this: Run, files: Files, tokenizer: TokenizerWrapper, identity: dict[str, str]
 ) -> None:
-    """Complete the settings of a run, or look whether the adapter's are of this model."""
+    """Complete the settings of a run, or read those of the adapter's."""
     if this.config.train:
         learnt = prompts.learnt_format(files["train"], tokenizer)
         this.settings |= identity | {LEARNT_FORMAT: learnt}
     else:
         this.settings = checkpoint.settings_of(this.adapter)
-        checkpoint.warn_of_other_model(this.adapter, this.settings, identity)
 
 
 def encode_prompts(
@@ -254,14 +255,14 @@ def encode_prompts(
 
 def read_examples(
     config: Config, files: Files, tokenizer: TokenizerWrapper, limits: models.Limits
-) -> dict[str, dataset.Examples]:
+) -> dict[str, batching.Examples]:
     is_typed, add_eos = config.is_typed("max_seq_length"), bool(config.add_eos_token)
-    length = dataset.text_length(config.max_seq_length, is_typed, limits.max_positions)
-    return dataset.load(files, tokenizer, limits.vocab_size, add_eos, config.mask_prompt, length)
+    length = tokenizing.text_length(config.max_seq_length, is_typed, limits.max_positions)
+    return tokenizing.load(files, tokenizer, limits.vocab_size, add_eos, config.mask_prompt, length)
 
 
 def warn_beyond_context(
-    examples: dict[str, dataset.Examples], asked: list[prompts.Prompt], context_length: float
+    examples: dict[str, batching.Examples], asked: list[prompts.Prompt], context_length: float
 ) -> None:
     """Warn where a text, or a prompt with its continuation, exceeds the model's context length."""
     lengths = [max(split.lengths) for split in examples.values()]
@@ -290,7 +291,7 @@ def replacements(config: Config) -> Iterator[None]:
 # --- Training -----------------------------------------------------------------------------------
 
 
-def train(this: Run, model: nn.Module, loss: Loss, examples: dict[str, dataset.Examples]) -> None:
+def train(this: Run, model: nn.Module, loss: Loss, examples: dict[str, batching.Examples]) -> None:
     """Train to the last iteration, or to the one at which a signal asks for a stop.
 
     Raises:
@@ -322,14 +323,18 @@ MEMORY_ADVICE = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
 def training_loop(
-    this: Run, model: nn.Module, loss: Loss, examples: dict[str, dataset.Examples], trainer: Trainer
+    this: Run,
+    model: nn.Module,
+    loss: Loss,
+    examples: dict[str, batching.Examples],
+    trainer: Trainer,
 ) -> None:
     """Step after step to the last iteration; once in a while report, validate and save.
 
     A resumed run begins with what was left undone at the iteration at which it was stopped.
     """
     config, progress, group = this.config, this.progress, this.group
-    batches = dataset.training_batches(
+    batches = batching.training_batches(
         examples["train"], config.batch_size, config.seed, progress.iteration,
         progress.micro_batches, group.rank, group.size,
     )  # fmt: skip
@@ -368,7 +373,7 @@ def may_begin_next(this: Run) -> bool:
     return training_step.AHEAD and is_whole and not is_due
 
 
-def validate(this: Run, model: nn.Module, loss: Loss, examples: dataset.Examples) -> None:
+def validate(this: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
     """Report the validation loss, and keep the adapter if it is the best so far.
 
     The validation before the first step is reported with the number of that step.
@@ -467,7 +472,7 @@ def save_unfinished(this: Run, trainer: Trainer, first: int) -> str:
 def evaluate(
     model: nn.Module,
     loss: Loss,
-    examples: dataset.Examples,
+    examples: batching.Examples,
     batch_size: int,
     num_batches: int,
     group: Group = ALONE,
@@ -484,7 +489,7 @@ def evaluate(
     """
     model.eval()
     total, num_targets = 0.0, 0
-    batches = dataset.evaluation_batches(
+    batches = batching.evaluation_batches(
         examples, batch_size, num_batches, micro_batches * group.size
     )
     for rows in tqdm(group.deal(batches), "Evaluating", leave=False, disable=None):
@@ -499,7 +504,7 @@ def evaluate(
     return total / max(num_targets, 1)
 
 
-def test(this: Run, model: nn.Module, loss: Loss, examples: dataset.Examples) -> None:
+def test(this: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
     """Report the loss and the perplexity on the test set."""
     config, group = this.config, this.group
     print("Testing", flush=True)

@@ -213,11 +213,11 @@ FILES = {  # that are no JSON Lines, and what is said of them
     ),
     "Python": (f"{ROWS[0]}\n", "property name enclosed in double quotes at character 2"),
     "columns": (json.dumps({"text": ["a", "b"]}), 'its "text" is not a string, but a list'),
-    "a list in an object": (json.dumps({"data": ROWS}), "holds others by their keys (data); write"),
+    "a list in an object": (json.dumps({"data": ROWS}), 'with a "completion"; it has data'),
     "other names": ('{"body": "a"}', 'with a "completion"; it has body'),
     "an object by key": (
         json.dumps({f"key {i}": ROWS[0] for i in range(50_000)}),
-        "holds others by their keys (key 0, key 1, key 2, key 3, key 4 and 49995 more); write each",
+        'with a "completion"; it has key 0, key 1, key 2, key 3, key 4 and 49995 more',
     ),
     "CSV": ("text,number\na,1\n", "CSV with commas: name it .csv for prepare_lora_data.py"),
     "CSV with semicolons": (

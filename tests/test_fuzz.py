@@ -30,7 +30,7 @@ from lora_finetune.base.errors import UserError
 from lora_finetune.run import checkpoint
 from lora_finetune.run.config import read_config
 from lora_finetune.run.run import open_run
-from lora_finetune.texts import dataset
+from lora_finetune.texts import dataset, tokenizing
 from lora_finetune.training import losses
 from lora_finetune.training.distributed import ALONE
 from lora_finetune.training.step import Trainer
@@ -227,7 +227,7 @@ def resume(file: str) -> None:
 def read_data(file: Path) -> None:
     _, tokenizer = models.load("model")
     for mask_prompt in (False, True):
-        dataset.load(
+        tokenizing.load(
             {"train": dataset.read(file, mask_prompt)},
             tokenizer,
             vocabulary_size=300,

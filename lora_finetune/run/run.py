@@ -27,7 +27,7 @@ from lora_finetune.run.checkpoint import (
     write_state,
 )
 from lora_finetune.run.config import Config
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching, dataset
 from lora_finetune.training.distributed import ALONE, Group
 
 import mlx.core as mx
@@ -265,7 +265,7 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
 
 
 def must_agree(
-    run: Run, model: nn.Module, examples: dict[str, dataset.Examples], identity: dict[str, str]
+    run: Run, model: nn.Module, examples: dict[str, batching.Examples], identity: dict[str, str]
 ) -> dict[str, object]:
     """All that the processes of a run must have the same, by the names to report each under.
 
