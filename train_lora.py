@@ -156,7 +156,7 @@ from lora_finetune.adapters import adapters, export
 from lora_finetune.base import linux_cpu, memory
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import activations, attention, recurrences, rope
-from lora_finetune.model_folder import model_folder
+from lora_finetune.model_folder import files
 from lora_finetune.run import checkpoint, outcome, run_files
 from lora_finetune.run.plan import Plan, check, to_compare
 from lora_finetune.texts import dataset, prompts
@@ -616,11 +616,11 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
     activations.install(slow_exp=on_cpu and linux_cpu.can_compile())
     memory.set_limits(memory.available())
     with group.first_here():
-        folder = model_folder.find_model(args.model or str(demo_model.fetch()))
+        folder = files.find_model(args.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(folder)
     with memory.device_errors("take a smaller or a quantized model"):
-        limits, fingerprints = models.find_limits(model), models.fingerprints(model, folder)
+        limits, fingerprints = models.find_limits(model), files.fingerprints(model, folder)
         print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
         mx.random.seed(args.seed)
         layers = args.lora_layers if args.train else None
@@ -641,7 +641,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
             args.max_seq_length, "max_seq_length" in args.typed, limits.max_positions
         ),
     )  # fmt: skip
-    warn_beyond_context(examples, asked, model_folder.context_length(folder))
+    warn_beyond_context(examples, asked, files.context_length(folder))
     if group.size > 1:
         group.compare(to_compare(args, plan, model, examples, fingerprints))
     with attention.by_blocks(), recurrences.by_chunks():
@@ -663,7 +663,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
         for prompt in asked:
             generate(model, tokenizer, prompt, limits.vocab_size, args.temp, args.seed)
     if plan.exports:
-        export.write_all(plan.exports, model, folder, model_folder.public_name(args.model, folder))
+        export.write_all(plan.exports, model, folder, files.public_name(args.model, folder))
     if args.train:
         commands = outcome.next_commands(args, plan.files.adapter, plan.progress)
         print(outcome.summary(plan.progress), *commands, sep="\n", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from conftest import Ended, Run
 from lora_finetune.adapters import adapters, base_arrays, export
 from lora_finetune.base.errors import Interrupted
 from lora_finetune.base.signals import raising_signals
+from lora_finetune.model_folder.weights import read_weights
 from lora_finetune.run import checkpoint
 from test_architectures import ADAPTED, ARCHITECTURES, adapt, build, logits
 from test_errors import one_error
@@ -123,7 +124,7 @@ def test_every_form_says_what_the_adapter_says(
 
 def quantized_layers(folder: Path) -> set[str]:
     """The weights that are quantized in a model's folder."""
-    names = set(models.read_weights(folder))
+    names = set(read_weights(folder))
     return {n.replace(".scales", ".weight") for n in names if n.endswith(".scales")}
 
 

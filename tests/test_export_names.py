@@ -12,6 +12,8 @@ import models
 import tiny
 from conftest import Run
 from lora_finetune.adapters import adapters, base_arrays, export
+from lora_finetune.mlx_patches.loading import load_as_stored
+from lora_finetune.model_folder.weights import read_weights
 from test_export import make_adapter, make_base, randomize
 from test_model_config import REFERENCE, write_folder
 
@@ -39,7 +41,7 @@ def adapted_in(folder: Path) -> nn.Module:
 
 def written_by_mlx(folder: Path, base: Path) -> Path:
     """A folder as mlx-community has them, made from one of transformers."""
-    model, _ = models.load_as_stored(base)
+    model = load_as_stored(base)[0]
     save_model(folder, model)
     save_config(json.loads((base / "config.json").read_text()), folder / "config.json")
     tiny.build_tokenizer(appends_eos=False).save(str(folder / "tokenizer.json"))
@@ -53,7 +55,7 @@ def test_peft_is_given_the_names_of_transformers_modules(name: str, tmp_path: Pa
     if name == "longcat_flash":
         assert "has no effect" in export.why_not_peft(model, base)
         return
-    paths, arrays = list(models.lora_modules(model)), models.read_weights(base)
+    paths, arrays = list(models.lora_modules(model)), read_weights(base)
     expected = {path: min(n) for path, n in base_arrays.sources(base, arrays, paths).items()}
     expected = {path: MODULES.get(name, {}).get(array, array) for path, array in expected.items()}
     for folder in (base, written_by_mlx(tmp_path / "mlx", base)):
@@ -70,10 +72,10 @@ def test_a_folder_of_mlx_goes_back_to_the_arrays_of_transformers(name: str, tmp_
         assert "transformers" in reason
         return
     assert reason is None
-    weights = dict(tree_flatten(models.load_as_stored(folder)[0].parameters()))
+    weights = dict(tree_flatten(load_as_stored(folder)[0].parameters()))
     found = base_arrays.in_checkpoint(folder, weights, REFERENCE[name]["config"]["model_type"])
     assert {array: list(found[array].shape) for array in found} == REFERENCE[name]["shapes"]
-    own = models.read_weights(base).items()
+    own = read_weights(base).items()
     other = {array for array, numbers in own if not np.allclose(found[array], numbers, atol=1e-6)}
     # Where transformers loads Youtu's embedding, it zeroes the row of the padding.
     assert other == ({"model.embed_tokens.weight"} if name == "youtu" else set())
@@ -90,7 +92,7 @@ def test_a_merged_float_model_is_its_base_but_for_the_adapted_arrays(
     flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
     ended = call(*flags, "--export", "merged-float", tmp_path / "out")
     assert (ended.returncode, ended.stderr) == (0, "")
-    before, after = models.read_weights(base), models.read_weights(tmp_path / "out")
+    before, after = read_weights(base), read_weights(tmp_path / "out")
     assert {n: a.shape for n, a in after.items()} == {n: a.shape for n, a in before.items()}
     changed = {n for n, array in before.items() if not mx.array_equal(array, after[n])}
     adapter = adapters.read_adapter(tmp_path / "a.npz")
@@ -128,9 +130,7 @@ def test_a_model_that_transformers_does_not_know_has_the_names_of_its_files_in_p
 ) -> None:
     """Its modules are of code that comes with it."""
     base = make_base(tmp_path / "base", "internlm2")
-    mx.save_safetensors(
-        str(base / "model.safetensors"), models.read_weights(base), {"format": "pt"}
-    )
+    mx.save_safetensors(str(base / "model.safetensors"), read_weights(base), {"format": "pt"})
     names = export.peft_names(adapted_in(base), base)
     assert names == {path: path for path in names} and len(names) == 2
 

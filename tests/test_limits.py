@@ -9,7 +9,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Ended, Run, one_error
-from lora_finetune.model_folder import model_folder
+from lora_finetune.model_folder import files
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -187,7 +187,7 @@ def test_the_length_a_model_was_made_for_is_that_of_its_configuration(
     tmp_path: Path, config: dict, length: float
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert model_folder.context_length(tmp_path) == length
+    assert files.context_length(tmp_path) == length
 
 
 # --- Tokens -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import models
 from lora_finetune.adapters import adapter_configs
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write
-from lora_finetune.model_folder import model_folder
+from lora_finetune.model_folder.files import LFS_POINTER
 from lora_finetune.model_folder.transformers_names import paths_by_name
 from models import attention_projections, is_linear, linear_shape, natural_order, router_projections
 
@@ -181,7 +181,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         return arrays
     except Exception:  # zipfile, zlib and NumPy each raise in their own way on a damaged file
         with file.open("rb") as stream:
-            if stream.read(len(model_folder.LFS_POINTER)) == model_folder.LFS_POINTER:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise UserError(f"{file} is a Git LFS pointer; `git lfs pull` fetches it") from None
         kind = file.suffix if file.suffix == ".safetensors" else ".npz"
         raise UserError(f"{file} is not a whole {kind} file of plain arrays") from None

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_finetune.base.errors import abbreviated
-from lora_finetune.model_folder.model_folder import text_settings
+from lora_finetune.mlx_patches.loading import as_loaded
+from lora_finetune.model_folder.files import text_settings
 from lora_finetune.model_folder.transformers_names import (
     MODEL_TYPES,
     ONE_WAY,
     checkpoint_name,
     is_turned,
 )
-from models import as_loaded
 
 import mlx.core as mx
 import numpy as np

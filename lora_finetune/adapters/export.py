@@ -13,9 +13,10 @@ import models
 from lora_finetune.adapters import adapter_configs, adapters, base_arrays, merging
 from lora_finetune.base.errors import UserError, abbreviated, hint
 from lora_finetune.base.signals import raising_signals
+from lora_finetune.mlx_patches.loading import can_merge, load_as_stored
 from lora_finetune.model_folder import transformers_names
-from lora_finetune.model_folder.model_folder import read_object
-from lora_finetune.model_folder.model_weights import read_weights
+from lora_finetune.model_folder.files import read_object
+from lora_finetune.model_folder.weights import read_weights
 
 import mlx.nn as nn
 import safetensors
@@ -122,7 +123,7 @@ def peft_names(model: nn.Module, base: Path) -> dict[str, str]:
 def why_not_merged(model: nn.Module, base: Path) -> str | None:
     """Why LoRA cannot be merged: a layer is quantized, or computed, in a way of its own."""
     for path, module in models.lora_modules(model).items():
-        if not models.can_merge(module.frozen):
+        if not can_merge(module.frozen):
             return f"LoRA cannot be merged into {path}, which is quantized in a way of its own"
     try:
         if not merging.is_rebuilt(base, dequantize=False):
@@ -146,7 +147,7 @@ def why_not_dequantized(model: nn.Module, base: Path) -> str | None:
         return (
             f"mlx-lm reads only the language model of {base}, and transformers wants the rest too"
         )
-    stored = dequantize_model(models.load_as_stored(base)[0])
+    stored = dequantize_model(load_as_stored(base)[0])
     weights = dict(tree_flatten(stored.parameters()))
     try:
         base_arrays.in_checkpoint(base, weights, config["model_type"])

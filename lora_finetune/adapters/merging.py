@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import models
 from lora_finetune.adapters import adapters, base_arrays
 from lora_finetune.base.errors import UserError, hint
-from lora_finetune.model_folder.model_folder import read_object
-from lora_finetune.model_folder.model_weights import read_weights
+from lora_finetune.mlx_patches.loading import float_weight, load_as_stored
+from lora_finetune.model_folder.files import read_object
+from lora_finetune.model_folder.weights import read_weights
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,7 +40,7 @@ def write_merged(
     Raises:
         UserError: it does something else.
     """
-    model, used = models.load_as_stored(base)
+    model, used, _ = load_as_stored(base)
     adapters.adapt(model, adapter, base, None)
     adapted = models.lora_modules(model)
     lost = rounding(adapted)
@@ -186,7 +187,7 @@ class Behaviour(NamedTuple):
         logits, adapted = sample_logits(model), models.lora_modules(model)
         frozen = [(path, module.frozen) for path, module in adapted.items()]
         model.update_modules(tree_unflatten(frozen))
-        noise = max(NOISE[models.float_weight(module)[1]] for _, module in frozen)
+        noise = max(NOISE[float_weight(module)[1]] for _, module in frozen)
         return Behaviour(logits, difference(sample_logits(model), logits), noise)
 
     def check(self, model: nn.Module, lost: float) -> None:
@@ -228,7 +229,7 @@ def rounding(adapted: dict[str, nn.Module]) -> float:
     """
     lost, size, names = 0.0, 0.0, set()
     for module in adapted.values():
-        weight, dtype = models.float_weight(module.frozen)
+        weight, dtype = float_weight(module.frozen)
         names.add(str(dtype).removeprefix("mlx.core."))
         a, b = module.pair()
         exact = weight + models.SCALE * (a @ b).T

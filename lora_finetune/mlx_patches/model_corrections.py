@@ -15,6 +15,7 @@ from lora_finetune.mlx_patches.activation_names import put_activations
 from lora_finetune.mlx_patches.activations import swiglu
 from lora_finetune.mlx_patches.attention_windows import put_windows
 from lora_finetune.mlx_patches.module_classes import modules_named, replace, take_biases
+from lora_finetune.model_folder.config import model_family
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,7 +39,7 @@ def corrected(
     Raises (when called):
         UserError: mlx-lm has another model under this name, or one with other kinds of layers.
     """
-    family = model_class.__module__.rpartition(".")[2]
+    family = model_family(model_class)
 
     def build(config: dict[str, Any]) -> nn.Module:
         return model_class(with_a_full_layer(family, args_class.from_dict(config)))
@@ -70,7 +71,7 @@ def check_is_same(model_class: type, config: dict[str, Any], args: Any) -> None:
 
     minimax.py is MiniMax-M2; transformers' minimax is MiniMax-Text-01, with lightning attention.
     """
-    family = model_class.__module__.rpartition(".")[2]
+    family = model_family(model_class)
     named = [str(name) for name in config.get("architectures") or ()]
     if family in MEANT and named and not any(name.startswith(MEANT[family]) for name in named):
         raise UserError(

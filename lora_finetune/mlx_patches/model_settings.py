@@ -6,15 +6,14 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches.activation_names import SETTINGS, has_activations
-from lora_finetune.model_folder.model_config import (
+from lora_finetune.model_folder.config import (
     SAME,
-    module_name,
+    mlx_module,
     pytorch_program,
     pytorch_settings,
     with_model_type,
@@ -82,7 +81,7 @@ def unread_so_far(config: dict[str, Any], read: set[str]) -> str:
     """
     with suppress(Exception):  # the configuration may be damaged in any way
         theirs = pytorch_settings(config)
-        program = Path(find_spec(module_name(with_model_type(config))).origin)
+        program = Path(mlx_module(with_model_type(config)).__file__)
         words = re.findall(r"\w+", program.read_text("utf-8"))
         if theirs and (unread := unread_settings(theirs, read.union(words, SETTINGS))):
             return f"; {described(unread)}"

@@ -60,7 +60,7 @@ def our_steps(folder: Path) -> Steps:
     from lora_finetune.training import losses, training_step
 
     activations.install(slow_exp=False)
-    model, _ = models.load_as_stored(folder)
+    model = models.load_as_stored(folder)[0]
     adapters.adapt(model, {}, None, len(model.layers))
     loss = losses.make_loss(model)
     model.train()

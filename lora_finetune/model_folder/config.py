@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import inspect
 import json
-import warnings
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 from lora_finetune.base.errors import UserError
 
 from mlx_lm.models.base import BaseModelArgs
-from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING
+from mlx_lm.utils import _get_classes
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 Settings = dict[str, Any]
@@ -42,7 +40,7 @@ CONSTANTS = {
     "rope_theta": 10000.0,
 }  # fmt: skip
 
-# Settings whose default in mlx-lm adds a part to models that do not name it, since they lack it.
+# A setting whose default in mlx-lm would add layers that a model without it does not have.
 NOT_THERE = {"hidden_size_per_layer_input": 0}
 
 # mlx-lm's name: transformers' name of the same setting, where its configuration has no alias.
@@ -68,14 +66,13 @@ SAME = {
 def pytorch_settings(config: Settings) -> PretrainedConfig | None:
     """The settings of the text model as transformers has them; None for a type it does not know.
 
-    It knows the default of every kind of model, and older names of the same. Only its own classes
-    read the configuration: no code comes from the model.
+    It knows all defaults, and older names of the same. No code comes from the model.
 
     Args:
         config: of config.json, in its own words.
 
     Raises:
-        Exception: of any kind, whatever its checks have against the configuration.
+        Exception: of any kind, where transformers' checks refuse the configuration.
     """
     if is_minimax_m2(config):
         config = config | {"model_type": "minimax_m2"}
@@ -83,9 +80,7 @@ def pytorch_settings(config: Settings) -> PretrainedConfig | None:
         return None
     # "su" is what longrope was called at first; transformers looks for its length too early.
     text = json.dumps(config).replace('"su"', '"longrope"')
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are for programmers
-        whole = AutoConfig.for_model(**json.loads(text))
+    whole = AutoConfig.for_model(**json.loads(text))
     theirs = whole.get_text_config(decoder=True)
     if isinstance(theirs, dict):  # Pixtral's
         return pytorch_settings(theirs)
@@ -104,7 +99,7 @@ def is_minimax_m2(config: Settings) -> bool:
 
 
 def pytorch_program(theirs: PretrainedConfig) -> str:
-    """The source text of transformers' model, which is looked at and not run."""
+    """The source text of transformers' model; it is not run."""
     file = Path(inspect.getfile(type(theirs)))
     program = file.with_name(file.name.replace("configuration_", "modeling_"))
     if not program.exists():  # such models, exaone for one, are Llama's
@@ -113,13 +108,13 @@ def pytorch_program(theirs: PretrainedConfig) -> str:
 
 
 def in_mlx_words(config: Settings, theirs: PretrainedConfig | None = None) -> Settings:
-    """The settings of a config.json as mlx-lm has them; those in the older words are left alone.
+    """The settings of a config.json of transformers 5 as mlx-lm has them; others are left alone.
 
-    Nothing is taken away: settings are added under the names that mlx-lm reads, and replaced where
-    `rope_parameters` say otherwise.
+    Settings are added under the names that mlx-lm reads, and replaced by those in
+    `rope_parameters`; none is removed.
 
     Args:
-        theirs: its `pytorch_settings`, from which what it leaves out is taken.
+        theirs: its `pytorch_settings`, for settings that config.json leaves out.
     """
     if not is_of_transformers_5(config):
         return config
@@ -152,23 +147,19 @@ def is_untied(config: Settings) -> bool:
     return config.get("tie_word_embeddings", inner.get("tie_word_embeddings")) is False
 
 
-# --- The model type -----------------------------------------------------------------------------
+# --- What mlx-lm reads --------------------------------------------------------------------------
 
 
 def with_model_type(config: Settings) -> Settings:
     """The configuration with the model type of mlx-lm; that of a text model may become the whole's.
 
-    Llama 4's text model is mlx-lm's llama4 where it has experts; what mlx-lm calls llama4_text has
-    none.
+    Llama 4's text model is mlx-lm's llama4 where it has experts; its llama4_text has none.
     """
     model_type = config["model_type"]
     whole = model_type.removesuffix("_text")
     if model_type == "llama4_text" and config.get("moe_layers") or not has_module(model_type):
         if whole != model_type and has_module(whole):
-            inner, config = config, config | {"model_type": whole}
-            fields = named_fields([importlib.import_module(module_name(config)).ModelArgs])
-            if set(fields) <= {"model_type", "text_config", "vocab_size"}:
-                config["text_config"] = inner
+            config = config | {"model_type": whole, "text_config": config}
         else:
             config["model_type"] = MODEL_TYPES.get(model_type, model_type)
     if model_type in ARCHITECTURES:
@@ -177,36 +168,29 @@ def with_model_type(config: Settings) -> Settings:
 
 
 def has_module(model_type: str) -> bool:
-    name = MODEL_REMAPPING.get(model_type, model_type)
-    return model_type not in MODEL_TYPES and find_spec(f"mlx_lm.models.{name}") is not None
-
-
-def module_name(config: Settings) -> str:
-    """The name of the module that mlx-lm builds the model with."""
-    model_type = config["model_type"]
-    name = MODEL_REMAPPING.get(model_type, model_type)
-    for architecture in config.get("architectures") or ():
-        name = MODEL_ARCHITECTURE_REMAPPING.get((model_type, architecture), name)
-    return f"mlx_lm.models.{name}"
+    return model_type not in MODEL_TYPES and mlx_module({"model_type": model_type}) is not None
 
 
 def mlx_module(config: Settings) -> ModuleType | None:
     """The module that mlx-lm builds the model with, None where it cannot be imported."""
     try:
-        return importlib.import_module(module_name(config))
+        return sys.modules[_get_classes(config)[1].__module__]
     except (Exception, SystemExit):  # mlx-lm will say why; olmo's exits
         return None
 
 
-# --- What mlx-lm reads --------------------------------------------------------------------------
+def model_family(model_class: type) -> str:
+    """The name of the mlx-lm module that a model's class comes from, such as "qwen2_moe"."""
+    return model_class.__module__.rpartition(".")[2]
 
 
 def text_classes(module: ModuleType, text: Settings) -> list[type]:
     """The dataclasses of mlx-lm that may read the text settings of a wrapper."""
-    modules = [m for m in vars(module).values() if isinstance(m, ModuleType)]
-    inner = mlx_module(text) if isinstance(text.get("model_type"), str) else None
-    classes = [c for m in (module, inner, *modules) for c in vars(m or ModuleType("")).values()]
-    return [c for c in classes if is_args(c) and "text_config" not in named_fields([c])]
+    modules = [module, *(m for m in vars(module).values() if isinstance(m, ModuleType))]
+    if inner := mlx_module(text):
+        modules.append(inner)
+    classes = [c for m in modules for c in vars(m).values() if is_args(c)]
+    return [c for c in classes if "text_config" not in named_fields([c])]
 
 
 def is_args(found: object) -> bool:
@@ -214,12 +198,8 @@ def is_args(found: object) -> bool:
 
 
 def named_fields(classes: list[type]) -> dict[str, dataclasses.Field]:
-    """The fields of some dataclasses by name; of two of one name, one without a default."""
-    fields = {}
-    for field in (field for each in classes for field in dataclasses.fields(each)):
-        if field.name not in fields or is_required(field):
-            fields[field.name] = field
-    return fields
+    """The fields of some dataclasses by name."""
+    return {field.name: field for each in classes for field in dataclasses.fields(each)}
 
 
 def is_required(field: dataclasses.Field) -> bool:
@@ -232,12 +212,7 @@ def is_required(field: dataclasses.Field) -> bool:
 def translated(
     settings: Settings, classes: list[type], theirs: PretrainedConfig | None
 ) -> Settings:
-    """Text settings with those that mlx-lm reads and transformers does not save under their names.
-
-    Args:
-        classes: mlx-lm's dataclasses that may read them.
-        theirs: the settings as transformers has them, None where it has none.
-    """
+    """Text settings with those that the given classes of mlx-lm read, by their names there."""
     fields = named_fields(classes)
     settings = settings | rotary(settings)
     settings |= sizes(settings, fields) | kinds_of_layers(settings, fields)
@@ -263,7 +238,7 @@ def rotary(settings: Settings) -> Settings:
     theta of the others becomes `rope_local_base_freq`.
     """
     parameters = settings.get("rope_parameters")
-    if not isinstance(parameters, dict) or not parameters:
+    if not parameters:
         return {}
     whole_head = {"partial_rotary_factor": 1.0}
     by_kind = {kind: whole_head | p for kind, p in parameters.items() if isinstance(p, dict)}
@@ -284,7 +259,7 @@ def rotary(settings: Settings) -> Settings:
 
 
 def sizes(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:
-    """Sizes that are null or missing, as transformers computes them in its models."""
+    """Sizes that are null or missing, as transformers' models compute them."""
     found = {}
     hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
     if settings.get("head_dim") is None and hidden and heads and "head_dim" in fields:
