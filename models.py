@@ -11,19 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_finetune.base.errors import UserError
-from lora_finetune.mlx_patches import activations  # before mlx_lm: see compiling.py
-from lora_finetune.mlx_patches.loading import float_weight, in_fast_types, load_as_stored
+from lora_finetune.mlx_patches import activations, loading  # before mlx_lm: see compiling.py
 from lora_finetune.mlx_patches.model_settings import reads_recorded, unread_so_far, warn_of_unread
-from lora_finetune.model_folder import tokenizer as tokenizers
+from lora_finetune.model_folder import files, tokenizer
 from lora_finetune.model_folder.config import model_family
-from lora_finetune.model_folder.files import (
-    check_files,
-    check_memory,
-    check_settings,
-    find_model,
-    read_object,
-    shortened,
-)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -60,53 +51,31 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     Raises:
         UserError: there is no such model, or it cannot be loaded; says which and why.
     """
-    folder = find_model(path_or_repo)
-    model_type = check_files(folder)
-    check_memory(folder)
+    folder = files.find_model(path_or_repo)
+    model_type = files.check_files(folder)
+    files.check_memory(folder)
     read: set[str] = set()
     try:
         what = f"the model {folder} cannot be loaded as mlx-lm's {model_type}"
         with reads_recorded(read):
-            model, config, theirs = load_as_stored(folder)
-            find_limits(model)  # what is wrong with some settings shows only in a call
+            model, config, theirs = loading.load_as_stored(folder)
+            loading.find_limits(model)  # what is wrong with some settings shows only in a call
         warn_of_unread(model, theirs, read)
-        model = in_fast_types(model)
+        model = loading.in_fast_types(model)
         what = f"the tokenizer of the model {folder} cannot be loaded"
-        tokenizer = tokenizers.load(folder, config)
-        tokenizer.encode("a")
+        wrapper = tokenizer.load(folder, config)
+        wrapper.encode("a")
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
-        check_memory(folder, error)
-        check_settings(folder)
-        unread = unread_so_far(read_object(folder / "config.json"), read)
+        files.check_memory(folder, error)
+        files.check_settings(folder)
+        unread = unread_so_far(files.read_object(folder / "config.json"), read)
         raise UserError(
-            f"{what} ({shortened(error)}{unread}); compare its files with their source, or take "
-            "another model"
+            f"{what} ({files.shortened(error)}{unread}); compare its files with their source, or "
+            "take another model"
         ) from error
-    return model, tokenizer
-
-
-class Limits(NamedTuple):
-    """The token ids, below `vocab_size`, and the number of positions that a model has.
-
-    MLX does not check the bounds of embedding lookups.
-    """
-
-    vocab_size: int
-    max_positions: float  # infinite where no table of positions is looked up
-
-
-def find_limits(model: nn.Module) -> Limits:
-    """The limits of a model, by the rows of its embeddings and its logits in a call."""
-    logits = model(mx.zeros((1, 3), mx.int32))  # never computed
-    rows = {
-        path: len(module.weight)
-        for path, module in model.named_modules()
-        if "Embedding" in type(module).__name__ and "weight" in module
-    }
-    positions = [rows.pop(path) for path in list(rows) if path.endswith("wpe")]  # GPT-2's name
-    return Limits(min([logits.shape[-1], *rows.values()]), min(positions, default=math.inf))
+    return model, wrapper
 
 
 # --- LoRA ---------------------------------------------------------------------------------------
@@ -162,24 +131,13 @@ def add_update(
             dx = mx.addmm(dx, dy, linear.weight)  # the sum costs no pass over the array of its own
         else:
             dx += mx.vjp(linear, [x], [dy])[1][0]
-        return dx, x_rows.T @ dz, z.flatten(0, -2).T @ dy_rows
+        return dx.astype(x.dtype), x_rows.T @ dz, z.flatten(0, -2).T @ dy_rows
 
     return forward(x, a, b)[0]
 
 
 class Adapted:
-    """A frozen layer with a low-rank update: the base class of all that are adapted."""
-
-    @classmethod
-    def from_base(cls, frozen: nn.Module, r: int = RANK, scale: float = SCALE) -> Adapted:
-        d_out, d_in = linear_shape(frozen)
-        adapted = cls(d_in, d_out, r, scale)
-        adapted.linear = frozen
-        return adapted
-
-    @property
-    def frozen(self) -> nn.Module:
-        return self.linear
+    """The base class of adapted layers: a frozen layer with a low-rank update."""
 
     def merged(self) -> nn.Module:
         """A layer that does the same, with the update in its weight.
@@ -187,12 +145,12 @@ class Adapted:
         The sum is made in float32 and rounded once, to the type of the weight. A quantized layer
         is dequantized and not quantized again, which would cost more than many an update.
         """
-        layer, (a, b) = copy.copy(self.linear), self.pair()
-        weight, dtype = float_weight(layer)
+        layer, (a, b) = copy.copy(self.frozen), self.pair()
+        weight, dtype = loading.float_weight(layer)
         if "scales" in layer:
             layer = nn.Linear(1, 1, bias=False)
-            if "bias" in self.linear:
-                layer.bias = self.linear.bias
+            if "bias" in self.frozen:
+                layer.bias = self.frozen.bias
         layer.weight = (weight + SCALE * (a @ b).T).astype(dtype)
         return layer
 
@@ -200,64 +158,68 @@ class Adapted:
 class LoRALinear(Adapted, LowRank):
     """A frozen linear layer, float or quantized, with a low-rank update."""
 
+    @classmethod
+    def from_base(cls, frozen: nn.Module, r: int = RANK, scale: float = SCALE) -> LoRALinear:
+        d_out, d_in = linear_shape(frozen)
+        adapted = cls(d_in, d_out, r, scale)
+        adapted.frozen = frozen
+        return adapted
+
     def __call__(self, x: mx.array) -> mx.array:
-        return add_update(x, self.linear, self.lora_a, self.lora_b, self.scale)
+        return add_update(x, self.frozen, self.lora_a, self.lora_b, self.scale)
 
 
-class LoRARouter(Adapted, LowRank):
+class LoRARouter(LoRALinear):
     """A frozen router that holds a bare `weight` (experts, d_in), which the update is added to.
 
     Such a module does more with its scores than a linear layer, so its output cannot be added to.
-    The sum has the weight's type, for a model that takes the type of its layers from the scores.
     """
 
     @property
     def weight(self) -> mx.array:
-        """The updated weight, for a model that reads it and does not call the router."""
+        """The updated weight, in its own type, since some models take theirs from the scores."""
         update = self.scale * (self.lora_a @ self.lora_b).T
-        return (self.linear.weight + update).astype(self.linear.weight.dtype)
+        return (self.frozen.weight + update).astype(self.frozen.weight.dtype)
 
     def __call__(self, *args, **options):
-        frozen = self.linear.weight
-        self.linear.weight = self.weight
+        weight = self.frozen.weight
+        self.frozen.weight = self.weight
         try:
-            return self.linear(*args, **options)
+            return self.frozen(*args, **options)
         finally:
-            self.linear.weight = frozen
+            self.frozen.weight = weight
 
 
 class LoRAFused(Adapted, nn.Module):
-    """A frozen projection to queries, keys and values at once; queries and values are updated.
+    """A frozen projection to queries, keys and values at once, with updates `q` and `v`.
 
-    The keys stay bit for bit those of the frozen projection. The updates are named `q` and `v`.
+    The keys stay bit for bit those of the frozen projection.
     """
 
     def __init__(
-        self, linear: nn.Module, layout: Layout, ranks: dict[str, int], scale: float = SCALE
+        self, frozen: nn.Module, layout: Layout, ranks: dict[str, int], scale: float = SCALE
     ):
         super().__init__()
-        self.linear = linear
-        self.layout = layout
-        d_in = linear_shape(linear)[1]
+        self.frozen, self.layout = frozen, layout
+        d_in = linear_shape(frozen)[1]
         for name, r in ranks.items():
             self[name] = LowRank(d_in, layout.num_rows(name), r, scale)
 
     def __call__(self, x: mx.array) -> mx.array | list[mx.array]:
-        ends = self.linear.get("indices")  # afm7's layer splits its output itself
+        ends = self.frozen.get("indices")  # afm7's layer splits its output itself
         if ends is None:
-            return add_update(x, self.linear, *self.pair(), SCALE)
-        whole = add_update(x, lambda x: mx.concatenate(self.linear(x), -1), *self.pair(), SCALE)
+            return add_update(x, self.frozen, *self.pair(), SCALE)
+        whole = add_update(x, lambda x: mx.concatenate(self.frozen(x), -1), *self.pair(), SCALE)
         return whole.split(ends, axis=-1)
 
     def pair(self) -> tuple[mx.array, mx.array]:
         """One A and B for the whole projection: the A's side by side, the B's with zeros added."""
         groups = self.layout.groups
-        rows = linear_shape(self.linear)[0] // groups
+        rows = linear_shape(self.frozen)[0] // groups
         low_a, low_b = [], []
-        for name in (name for name in "qv" if name in self):
+        for name in [name for name in "qv" if name in self]:
             a, b = self[name].pair()
-            b = b.reshape(len(b), groups, -1)
-            start = self.layout.first(name)
+            b, start = b.reshape(len(b), groups, -1), self.layout.first(name)
             low_a.append(a)
             low_b.append(mx.pad(b, [(0, 0), (0, 0), (start, rows - start - b.shape[2])]).flatten(1))
         return mx.concatenate(low_a, axis=1), mx.concatenate(low_b)
@@ -303,8 +265,8 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 
 def lora_modules(model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers by their paths."""
-    found = {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
-    return {path: found[path] for path in sorted(found, key=natural_order)}
+    found = [(path, m) for path, m in model.named_modules() if isinstance(m, Adapted)]
+    return dict(sorted(found, key=lambda pair: natural_order(pair[0])))
 
 
 @contextlib.contextmanager
@@ -332,10 +294,8 @@ VALUES = ("v_proj", "c_v", "attn_value", "kv_a_proj_with_mqa", "kv_proj")
 
 # Fused projections: rows of all queries, then all keys, then all values; or grouped by key-value
 # head, as in GPT-NeoX, InternLM2 and Qwen3-Next. Those of linear attention are the last of each.
-CONTIGUOUS = (
-    *("qkv_proj", "q_k_v_proj", "qkvg_proj", "Wqkv", "W_pack", "c_attn", "att_proj"),
-    "in_proj_qkv",
-)
+CONTIGUOUS = ("qkv_proj", "q_k_v_proj", "qkvg_proj", "Wqkv", "W_pack", "c_attn", "att_proj")
+CONTIGUOUS += ("in_proj_qkv",)
 GROUPED = ("query_key_value", "wqkv", "in_proj_qkvz")
 NOT_GROUPED = ("bailing",)  # model families whose query_key_value is contiguous
 
@@ -361,13 +321,13 @@ def find_targets(model: nn.Module, num_layers: int) -> dict[str, Shape]:
     last = last_layers(model, num_layers)
     attention = {path: s for path, s in attention_projections(model) if path.startswith(last)}
     routers = {path: s for path, s in router_projections(model) if path.startswith(last)}
+    found = attention | routers
     if not attention:
         raise UserError(
             f"the last {min(num_layers, len(model.layers))} layers of this model "
             f"({model_family(type(model))}) have no attention for LoRA to adapt; raise "
             "--lora-layers, or take another model"
         )
-    found = attention | routers
     return {path: found[path] for path in sorted(found, key=natural_order)}
 
 

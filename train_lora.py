@@ -156,6 +156,7 @@ from lora_finetune.adapters import adapters, export
 from lora_finetune.base import linux_cpu, memory
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import activations, attention, recurrences, rope
+from lora_finetune.mlx_patches.loading import find_limits
 from lora_finetune.model_folder import files
 from lora_finetune.run import checkpoint, outcome, run_files
 from lora_finetune.run.plan import Plan, check, to_compare
@@ -620,7 +621,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(folder)
     with memory.device_errors("take a smaller or a quantized model"):
-        limits, fingerprints = models.find_limits(model), files.fingerprints(model, folder)
+        limits, fingerprints = find_limits(model), files.fingerprints(model, folder)
         print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
         mx.random.seed(args.seed)
         layers = args.lora_layers if args.train else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_finetune.base import memory
 from lora_finetune.base.errors import hint
@@ -80,6 +81,28 @@ def as_loaded(folder: Path, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
     model, *_ = load_as_stored(folder)
     # Copies, since some are changed in place.
     return model.sanitize({name: array.astype(array.dtype) for name, array in arrays.items()})
+
+
+class Limits(NamedTuple):
+    """The token ids, below `vocab_size`, and the number of positions that a model has.
+
+    MLX does not check the bounds of embedding lookups.
+    """
+
+    vocab_size: int
+    max_positions: float  # infinite where no table of positions is looked up
+
+
+def find_limits(model: nn.Module) -> Limits:
+    """The limits of a model, by the rows of its embeddings and its logits in a call."""
+    logits = model(mx.zeros((1, 3), mx.int32))  # never computed
+    rows = {
+        path: len(module.weight)
+        for path, module in model.named_modules()
+        if "Embedding" in type(module).__name__ and "weight" in module
+    }
+    positions = [rows.pop(path) for path in list(rows) if path.endswith("wpe")]  # GPT-2's name
+    return Limits(min([logits.shape[-1], *rows.values()]), min(positions, default=math.inf))
 
 
 # --- Types --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from lora_finetune.texts.chat import Template
 import numpy as np
 
 if TYPE_CHECKING:
-    from models import Limits
+    from lora_finetune.mlx_patches.loading import Limits
 
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
