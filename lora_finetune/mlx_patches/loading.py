@@ -28,8 +28,10 @@ from mlx_lm.utils import _get_classes, dequantize_model, load_config, load_model
 from transformers import PretrainedConfig
 
 
-def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any], PretrainedConfig | None]:
-    """A model with its weights as they are in the folder, not read yet.
+def load_as_stored(
+    folder: Path, has_weights: bool = True
+) -> tuple[nn.Module, dict[str, Any], PretrainedConfig | None]:
+    """A model with its weights as they are in the folder, not read yet, or without them.
 
     Returns:
         The model; its config.json, with the quantization that mlx-lm found; and the settings of
@@ -45,7 +47,10 @@ def load_as_stored(folder: Path) -> tuple[nn.Module, dict[str, Any], PretrainedC
         classes = partial(model_classes, theirs=theirs)
 
         def build(words: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-            return load_model(Path(), lazy=True, model_config=words, get_model_classes=classes)
+            if has_weights:
+                return load_model(Path(), lazy=True, model_config=words, get_model_classes=classes)
+            make, arguments = classes(words)
+            return make(arguments.from_dict(words)), {}
 
         model, used = rope_correction.load(build, in_mlx_words(config, theirs), theirs)
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
@@ -78,7 +83,7 @@ def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tu
 
 def as_loaded(folder: Path, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
     """The parameters of the model in a folder, by mlx-lm's names, from arrays such as it has."""
-    model, *_ = load_as_stored(folder)
+    model, *_ = load_as_stored(folder, has_weights=False)
     # Copies, since some are changed in place.
     return model.sanitize({name: array.astype(array.dtype) for name, array in arrays.items()})
 

@@ -12,6 +12,8 @@ import dataclasses
 import inspect
 import json
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,9 +41,6 @@ CONSTANTS = {
     "mla_scale_q_lora": True, "mla_scale_kv_lora": True, "norm_topk_prob": True,
     "rope_theta": 10000.0,
 }  # fmt: skip
-
-# A setting whose default in mlx-lm would add layers that a model without it does not have.
-NOT_THERE = {"hidden_size_per_layer_input": 0}
 
 # mlx-lm's name: transformers' name of the same setting, where its configuration has no alias.
 SAME = {
@@ -133,8 +132,7 @@ def in_mlx_words(config: Settings, theirs: PretrainedConfig | None = None) -> Se
 
 def is_of_transformers_5(config: Settings) -> bool:
     """Whether a configuration was saved by transformers 5, or has its words for rotary settings."""
-    text = config.get("text_config")
-    if any(isinstance(c, dict) and c.get("rope_parameters") for c in (config, text)):
+    if config.get("rope_parameters") or (config.get("text_config") or {}).get("rope_parameters"):
         return True
     major = str(config.get("transformers_version", "")).partition(".")[0]
     return major.isdecimal() and int(major) >= 5
@@ -142,9 +140,7 @@ def is_of_transformers_5(config: Settings) -> bool:
 
 def is_untied(config: Settings) -> bool:
     """Whether a configuration says that the head is not the embedding."""
-    text = config.get("text_config")
-    inner = text if isinstance(text, dict) else {}
-    return config.get("tie_word_embeddings", inner.get("tie_word_embeddings")) is False
+    return ((config.get("text_config") or {}) | config).get("tie_word_embeddings") is False
 
 
 # --- What mlx-lm reads --------------------------------------------------------------------------
@@ -202,10 +198,6 @@ def named_fields(classes: list[type]) -> dict[str, dataclasses.Field]:
     return {field.name: field for each in classes for field in dataclasses.fields(each)}
 
 
-def is_required(field: dataclasses.Field) -> bool:
-    return field.default is field.default_factory is dataclasses.MISSING
-
-
 # --- The settings -------------------------------------------------------------------------------
 
 
@@ -214,19 +206,18 @@ def translated(
 ) -> Settings:
     """Text settings with those that the given classes of mlx-lm read, by their names there."""
     fields = named_fields(classes)
-    settings = settings | rotary(settings)
-    settings |= sizes(settings, fields) | kinds_of_layers(settings, fields)
+    # mlx-lm would add layers for such an input to models that do not name it, since they have none.
+    settings = {"hidden_size_per_layer_input": 0} | settings | rotary(settings)
+    settings |= other_meanings(settings, fields)
     for name, field in fields.items():
         if settings.get(name) is not None:
             continue
-        value = settings.get(SAME.get(name))
+        value = derived(name, settings)
         if value is None and not name.startswith("rope"):
             value = getattr(theirs, name, None)
         if value is not None:
             settings[name] = value
-        elif name not in settings and name in NOT_THERE:
-            settings[name] = NOT_THERE[name]
-        elif name in CONSTANTS and is_required(field):
+        elif name in CONSTANTS and field.default is dataclasses.MISSING:
             settings[name] = CONSTANTS[name]
     return settings
 
@@ -243,98 +234,96 @@ def rotary(settings: Settings) -> Settings:
     whole_head = {"partial_rotary_factor": 1.0}
     by_kind = {kind: whole_head | p for kind, p in parameters.items() if isinstance(p, dict)}
     full = by_kind.get("full_attention", next(iter(by_kind.values()), parameters))
-    found = {"partial_rotary_factor": full.get("partial_rotary_factor", 1.0)}
-    if by_kind:
-        found["rope_parameters"] = by_kind
-    if "rope_theta" in full:
-        found["rope_theta"] = full["rope_theta"]
-    local = [p["rope_theta"] for kind, p in by_kind.items() if p is not full and "rope_theta" in p]
+    rest = whole_head | full
+    found = {"partial_rotary_factor": rest.pop("partial_rotary_factor")}
+    if "rope_theta" in rest:
+        found["rope_theta"] = rest.pop("rope_theta")
+    local = [p["rope_theta"] for p in by_kind.values() if p is not full and "rope_theta" in p]
     if local:
         found["rope_local_base_freq"] = local[0]
-    kind = full.get("rope_type", full.get("type", "default"))
-    rest = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    is_scaled = kind != "default" or "mrope_section" in full
+    kind = rest.get("rope_type", "default")
+    is_scaled = kind != "default" or "mrope_section" in rest
     found["rope_scaling"] = rest | {"type": kind, "rope_type": kind} if is_scaled else None
-    return found
+    return found | {"rope_parameters": by_kind or parameters}
 
 
-def sizes(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:
-    """Sizes that are null or missing, as transformers' models compute them."""
+def other_meanings(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:
+    """Settings that have another meaning in mlx-lm under the same name."""
     found = {}
-    hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
-    if settings.get("head_dim") is None and hidden and heads and "head_dim" in fields:
-        found["head_dim"] = hidden // heads
     if "linear_head_dim" in settings and "short_conv_kernel_size" in fields:  # Bailing's
         found["head_dim"] = settings["linear_head_dim"]
-    if settings.get("n_inner") is None and "n_embd" in settings:
-        found["n_inner"] = 4 * settings["n_embd"]
-    head = settings.get("head_dim") or found.get("head_dim")
-    if settings.get("rotary_dim") is None and head and "rope_parameters" in settings:
-        found["rotary_dim"] = int(head * settings.get("partial_rotary_factor", 1.0))
-    if "swa_num_key_value_heads" in fields:  # so in transformers' code for MiMo
-        found["swa_num_key_value_heads"] = 2 * settings["num_key_value_heads"]
-    if settings.get("intermediate_size") is None and "expand" in settings and hidden:
-        found["intermediate_size"] = int(settings["expand"] * hidden)
-    for number, layer in (settings.get("per_layer_config") or {}).items():
-        if settings["layer_types"][int(number)] == "full_attention":
-            found |= {GLOBAL[name]: size for name, size in layer.items() if name in GLOBAL}
+    if "mamba_n_heads" in fields and "layer_types" in fields:  # Granite's hybrids
+        found["layer_types"] = ["attention" if full else "mamba" for full in is_full(settings)]
+    if "str" in str(getattr(fields.get("sliding_window_pattern"), "type", "")):  # EXAONE's
+        found["sliding_window_pattern"] = "".join("LG"[full] for full in is_full(settings))
+    if "hybrid_layer_pattern" in fields:  # MiMo's
+        found["moe_layer_freq"] = [int(sparse) for sparse in is_sparse(settings)]
     return found
 
 
-# Sizes of the layers with full attention, where they have their own.
-GLOBAL = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+def derived(name: str, settings: Settings) -> Any:
+    """A setting of mlx-lm that follows from other ones in transformers; None where none does."""
+    with suppress(KeyError):
+        return settings[SAME[name]] if name in SAME else DERIVED[name](settings)
 
 
-def kinds_of_layers(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:
-    """`layer_types` and `mlp_layer_types` as the patterns that mlx-lm has for them."""
-    found = {}
-    kinds, mlps = settings.get("layer_types") or [], settings.get("mlp_layer_types") or []
-    is_full = ["full" in kind for kind in kinds]
-    found |= {name: pattern(is_full, fields[name]) for name in PERIODS if name in fields and kinds}
-    if "position_embedding_type" in settings and not settings["position_embedding_type"]:
-        found["position_embedding_type"] = "nope"
-    if "hybrid_layer_pattern" in fields:
-        found["hybrid_layer_pattern"] = [int(not full) for full in is_full]
-    if "mamba_n_heads" in fields and "layer_types" in fields:  # mlx-lm's granitemoehybrid
-        found["layer_types"] = ["attention" if full else "mamba" for full in is_full]
-    if "linear_attn_config" in fields:
-        found["linear_attn_config"] = linear_attention(settings, is_full)
-    if mlps:
-        sparse = [kind == "sparse" for kind in mlps]
-        found["is_moe_layer"] = sparse
-        found["first_k_dense_replace"] = (sparse + [True]).index(True)
-        if "hybrid_layer_pattern" in fields:  # where mlx-lm's moe_layer_freq is a list
-            found["moe_layer_freq"] = [int(is_sparse) for is_sparse in sparse]
-    return found
+def is_full(settings: Settings) -> list[bool]:
+    """Whether each layer has full attention."""
+    return ["full" in kind for kind in settings["layer_types"]]
 
 
-# Settings that say every how many layers one has full attention, the last of each group.
-PERIODS = ("full_attention_interval", "sliding_window_pattern")
+def is_sparse(settings: Settings) -> list[bool]:
+    """Whether each layer is a mixture of experts."""
+    return [kind == "sparse" for kind in settings["mlp_layer_types"]]
 
 
-def pattern(is_full: list[bool], field: dataclasses.Field) -> int | str:
-    """Which layers have full attention, as a period, or in letters where mlx-lm reads these.
+def full_layer(settings: Settings) -> Settings:
+    """The sizes of a layer with full attention, where it has its own."""
+    return settings["per_layer_config"][str(is_full(settings).index(True))]
+
+
+def linear_attention(settings: Settings) -> Settings:
+    """The settings of Kimi's own configuration for linear attention; its layers count from 1."""
+    full = is_full(settings)
+    return {
+        "kda_layers": [n for n, is_so in enumerate(full, 1) if not is_so],
+        "full_attn_layers": [n for n, is_so in enumerate(full, 1) if is_so],
+        "num_heads": settings["linear_num_heads"],
+        "head_dim": settings["linear_head_dim"],
+        "short_conv_kernel_size": settings["linear_conv_kernel_dim"],
+    }
+
+
+def period(settings: Settings) -> int:
+    """Every how many layers one has full attention, the last of each group.
 
     Raises:
         UserError: a period cannot say it.
     """
-    if "str" in str(field.type):
-        return "".join("G" if full else "L" for full in is_full)
-    period = is_full.index(True) + 1 if True in is_full else len(is_full) + 1
-    if is_full != [n % period == 0 for n in range(1, len(is_full) + 1)]:
+    full = is_full(settings)
+    found = [*full, True].index(True) + 1
+    if full != [n % found == 0 for n in range(1, len(full) + 1)]:
         raise UserError(
             "the model's layer_types do not repeat, which mlx-lm cannot compute for this kind of "
             "model; take another model"
         )
-    return period
+    return found
 
 
-def linear_attention(settings: Settings, is_full: list[bool]) -> Settings:
-    """What Kimi's own configuration has for layers of linear attention; they count from 1."""
-    return {
-        "kda_layers": [n for n, full in enumerate(is_full, 1) if not full],
-        "full_attn_layers": [n for n, full in enumerate(is_full, 1) if full],
-        "num_heads": settings.get("linear_num_heads"),
-        "head_dim": settings.get("linear_head_dim"),
-        "short_conv_kernel_size": settings.get("linear_conv_kernel_dim"),
-    }
+# By mlx-lm's name, how a setting follows from transformers'; KeyError where it does not.
+DERIVED: dict[str, Callable[[Settings], Any]] = {
+    "head_dim": lambda s: s["hidden_size"] // s["num_attention_heads"],
+    "n_inner": lambda s: 4 * s["n_embd"],
+    "intermediate_size": lambda s: int(s["expand"] * s["hidden_size"]),
+    "rotary_dim": lambda s: int(s["head_dim"] * s["partial_rotary_factor"]),
+    "swa_num_key_value_heads": lambda s: 2 * s["num_key_value_heads"],
+    "global_head_dim": lambda s: full_layer(s)["head_dim"],
+    "num_global_key_value_heads": lambda s: full_layer(s)["num_key_value_heads"],
+    "position_embedding_type": lambda s: s["position_embedding_type"] or "nope",
+    "full_attention_interval": period,
+    "sliding_window_pattern": period,
+    "hybrid_layer_pattern": lambda s: [int(not full) for full in is_full(s)],
+    "is_moe_layer": is_sparse,
+    "first_k_dense_replace": lambda s: [*is_sparse(s), True].index(True),
+    "linear_attn_config": linear_attention,
+}
