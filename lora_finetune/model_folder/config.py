@@ -7,7 +7,6 @@ older words, and takes a default of its own for what it does not find.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import json
@@ -117,7 +116,7 @@ def in_mlx_words(config: Settings, theirs: PretrainedConfig | None = None) -> Se
     """
     if not is_of_transformers_5(config):
         return config
-    config = with_model_type(copy.deepcopy(config))
+    config = with_model_type(dict(config))
     module = mlx_module(config)
     if module is None:
         return config
@@ -125,7 +124,7 @@ def in_mlx_words(config: Settings, theirs: PretrainedConfig | None = None) -> Se
     if not isinstance(text, dict):
         return translated(config, [module.ModelArgs], theirs)
     if "tie_word_embeddings" in config:  # there transformers ties by the outer one
-        text["tie_word_embeddings"] = config["tie_word_embeddings"]
+        text = text | {"tie_word_embeddings": config["tie_word_embeddings"]}
     config["text_config"] = text = translated(text, text_classes(module, text), theirs)
     return text | config
 
@@ -153,18 +152,14 @@ def with_model_type(config: Settings) -> Settings:
     """
     model_type = config["model_type"]
     whole = model_type.removesuffix("_text")
-    if model_type == "llama4_text" and config.get("moe_layers") or not has_module(model_type):
-        if whole != model_type and has_module(whole):
+    if model_type == "llama4_text" and config.get("moe_layers") or mlx_module(config) is None:
+        if whole != model_type and mlx_module({"model_type": whole}):
             config = config | {"model_type": whole, "text_config": config}
         else:
             config["model_type"] = MODEL_TYPES.get(model_type, model_type)
     if model_type in ARCHITECTURES:
         config["architectures"] = [ARCHITECTURES[model_type]]
     return config
-
-
-def has_module(model_type: str) -> bool:
-    return model_type not in MODEL_TYPES and mlx_module({"model_type": model_type}) is not None
 
 
 def mlx_module(config: Settings) -> ModuleType | None:
@@ -182,15 +177,10 @@ def model_family(model_class: type) -> str:
 
 def text_classes(module: ModuleType, text: Settings) -> list[type]:
     """The dataclasses of mlx-lm that may read the text settings of a wrapper."""
-    modules = [module, *(m for m in vars(module).values() if isinstance(m, ModuleType))]
-    if inner := mlx_module(text):
-        modules.append(inner)
-    classes = [c for m in modules for c in vars(m).values() if is_args(c)]
+    modules = [module, mlx_module(text), *vars(module).values()]
+    found = [each for m in modules if isinstance(m, ModuleType) for each in vars(m).values()]
+    classes = [c for c in found if isinstance(c, type) and issubclass(c, BaseModelArgs)]
     return [c for c in classes if "text_config" not in named_fields([c])]
-
-
-def is_args(found: object) -> bool:
-    return isinstance(found, type) and issubclass(found, BaseModelArgs) and found != BaseModelArgs
 
 
 def named_fields(classes: list[type]) -> dict[str, dataclasses.Field]:

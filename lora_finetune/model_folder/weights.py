@@ -7,6 +7,7 @@ exceptions, by the module of mlx-lm that reads them; what fits already passes th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,14 @@ FAMILIES = {
 
 # --- Heads --------------------------------------------------------------------------------------
 
-# Names of the token embedding, as in `model.embed_tokens.weight`.
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-HEADS = ("lm_head.weight", "embed_out.weight")
-PARTS = ("weight", "scales", "biases")  # of a quantized layer
+HEADS = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
+EMBEDDINGS = re.compile(r".*(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight")
+
+
+def the_only(pattern: re.Pattern, names: Iterable[str]) -> str | None:
+    """The one name that matches, None where none or several do."""
+    found = [name for name in names if pattern.fullmatch(name)]
+    return found[0] if len(found) == 1 else None
 
 
 def has_own_head(weights: Weights) -> bool:
@@ -166,33 +171,27 @@ def has_own_head(weights: Weights) -> bool:
 
     transformers 5 uses such a head whatever `tie_word_embeddings` says.
     """
-    heads = [array for name, array in weights.items() if name.endswith("lm_head.weight")]
-    tables = [array for name, array in weights.items() if is_embedding(name)]
-    if len(heads) != 1 or len(tables) != 1:
+    head, table = the_only(HEADS, weights), the_only(EMBEDDINGS, weights)
+    if not head or not table:
         return False
-    return heads[0].shape != tables[0].shape or not mx.array_equal(heads[0], tables[0]).item()
-
-
-def is_embedding(name: str) -> bool:
-    return name.removesuffix(".weight").endswith(EMBEDDINGS) and name.endswith(".weight")
+    same_shape = weights[head].shape == weights[table].shape
+    return not same_shape or not mx.array_equal(weights[head], weights[table]).item()
 
 
 def with_tied_head(model: nn.Module, weights: Weights) -> Weights:
     """The weights with a copy of the embedding as lm_head, where mlx-lm's model cannot tie them."""
-    wanted = dict(tree_flatten(model.parameters()))
-    heads = [name for name in wanted if name.endswith(HEADS) and name not in weights]
-    tables = [name.removesuffix("weight") for name in weights if is_embedding(name)]
-    if len(heads) != 1 or len(tables) != 1:
-        return weights
-    head = heads[0].removesuffix("weight")
-    tied = {head + p: weights[tables[0] + p] for p in PARTS if tables[0] + p in weights}
-    return weights | tied
+    head = the_only(HEADS, dict(tree_flatten(model.parameters())))
+    table = the_only(EMBEDDINGS, weights)
+    if head and table and head not in weights:
+        for name in ("weight", "scales", "biases"):  # of a quantized layer
+            if (array := weights.get(table.removesuffix("weight") + name)) is not None:
+                weights[head.removesuffix("weight") + name] = array
+    return weights
 
 
 def check_head(model: nn.Module, weights: Weights) -> None:
     """Raise UserError where weights with an untied head are to go into a model without a head."""
-    names = dict(tree_flatten(model.parameters()))
-    if not any("lm_head." in name for name in names) and has_own_head(weights):
+    if has_own_head(weights) and not the_only(HEADS, dict(tree_flatten(model.parameters()))):
         raise UserError(
             "the weights have an lm_head that differs from the embedding, and mlx-lm always ties "
             "the two in this kind of model, so it would compute something else; take another model"
