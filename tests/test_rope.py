@@ -12,7 +12,7 @@ import tiny
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.loading import load_as_stored
 from lora_finetune.training import losses
-from lora_finetune.training.training_step import make_gradients
+from lora_finetune.training.step import make_gradients
 
 import mlx.core as mx
 import mlx.nn as nn
