@@ -180,7 +180,6 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
         ({"max_position_embeddings": 32768, "rope_parameters": YARN}, 131072),
         ({"max_position_embeddings": 2048, "rope_scaling": {"type": "su", "factor": None}}, 2048),
         ({"n_positions": 2048}, 2048),
-        ({"max_position_embeddings": 9, "rope_scaling": {"factor": "many"}}, 9),
         ({"max_position_embeddings": 9, "text_config": {"max_position_embeddings": 4096}}, 4096),
     ],
 )

@@ -184,7 +184,7 @@ def context_length(folder: Path) -> float:
     names, as the documentation of transformers has it.
     """
     settings = dict(text_settings(read_object(folder / "config.json")))
-    lengths = [settings[name] for name in CONTEXT_LENGTH if settings.get(name)]
+    lengths = [n for name in CONTEXT_LENGTH if isinstance(n := settings.get(name), int)]
     if not lengths:
         return math.inf
     scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
