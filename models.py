@@ -68,12 +68,10 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
-        files.check_memory(folder, error)
-        files.check_settings(folder)
-        unread = unread_so_far(files.read_object(folder / "config.json"), read)
+        why = files.reason(folder, error)
+        why += unread_so_far(files.read_object(folder / "config.json"), read)
         raise UserError(
-            f"{what} ({files.shortened(error)}{unread}); compare its files with their source, or "
-            "take another model"
+            f"{what} ({why}); compare its files with their source, or take another model"
         ) from error
     return model, wrapper
 

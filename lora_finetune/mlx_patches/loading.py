@@ -58,11 +58,11 @@ def load_as_stored(
 
 
 def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tuple[Any, type]:
-    """What builds mlx-lm's model, from weights as transformers 5 saves them, and its arguments.
+    """mlx-lm's model, corrected and for weights of transformers 5, and the class of its arguments.
 
     Args:
         config: in mlx-lm's words.
-        theirs: the settings of the text model as transformers has them, None where it has none.
+        theirs: as `load_as_stored` returns it.
     """
     base, arguments = _get_classes(config)
     settings = config | (config.get("text_config") or {})

@@ -62,15 +62,9 @@ SAME = {
 
 
 def pytorch_settings(config: Settings) -> PretrainedConfig | None:
-    """The settings of the text model as transformers has them; None for a type it does not know.
+    """The settings of the text model in a config.json as transformers has them, with all defaults.
 
-    It knows all defaults, and older names of the same. No code comes from the model.
-
-    Args:
-        config: of config.json, in its own words.
-
-    Raises:
-        Exception: of any kind, where transformers' checks refuse the configuration.
+    None for a type that it does not know. It may raise anything. No code comes from the model.
     """
     if is_minimax_m2(config):
         config = config | {"model_type": "minimax_m2"}
@@ -108,11 +102,7 @@ def pytorch_program(theirs: PretrainedConfig) -> str:
 def in_mlx_words(config: Settings, theirs: PretrainedConfig | None = None) -> Settings:
     """The settings of a config.json of transformers 5 as mlx-lm has them; others are left alone.
 
-    Settings are added under the names that mlx-lm reads, and replaced by those in
-    `rope_parameters`; none is removed.
-
-    Args:
-        theirs: its `pytorch_settings`, for settings that config.json leaves out.
+    None is removed. `theirs`, its `pytorch_settings`, has those that config.json leaves out.
     """
     if not is_of_transformers_5(config):
         return config
@@ -285,11 +275,7 @@ def linear_attention(settings: Settings) -> Settings:
 
 
 def period(settings: Settings) -> int:
-    """Every how many layers one has full attention, the last of each group.
-
-    Raises:
-        UserError: a period cannot say it.
-    """
+    """Every how many layers one has full attention, the last of each group; or a UserError."""
     full = is_full(settings)
     found = [*full, True].index(True) + 1
     if full != [n % found == 0 for n in range(1, len(full) + 1)]:

@@ -40,11 +40,7 @@ TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.jinja", "generation_con
 
 
 def find_model(path_or_repo: str | Path) -> Path:
-    """The folder of a model; a Hugging Face repository is downloaded, or found in the cache.
-
-    Raises:
-        UserError: no such folder, no such repository, or the hub is out of reach.
-    """
+    """The folder of a model; a Hugging Face repository is downloaded, or found in the cache."""
     folder = Path(os.path.expanduser(path_or_repo))  # noqa: PTH111 (raises for ~nobody)
     if folder.is_dir():
         return folder
@@ -73,14 +69,7 @@ def public_name(path_or_repo: str | None, folder: Path) -> str:
 
 
 def check_files(folder: Path) -> str:
-    """Check the files of a model folder, before mlx-lm reads them all at once.
-
-    Returns:
-        The type of the model, such as "llama".
-
-    Raises:
-        UserError: a file is missing, damaged, or a Git LFS pointer.
-    """
+    """The type of the model in a folder; raises UserError where a file is missing or damaged."""
     for needed in ("config.json", "tokenizer*", "model*.safetensors"):
         if not any(folder.glob(needed)):
             others = " (no pickle such as pytorch_model.bin is loaded)" if needed[0] == "m" else ""
@@ -150,11 +139,13 @@ def check_memory(folder: Path, error: BaseException | None = None) -> None:
         )
 
 
-def check_settings(folder: Path) -> None:
-    """Raise UserError where a file of settings is damaged, which may be why loading failed."""
+def reason(folder: Path, error: BaseException) -> str:
+    """Why loading failed; raises UserError where for lack of memory, or for a damaged file."""
+    check_memory(folder, error)
     for name in SETTINGS:
         if (folder / name).exists():
             read_object(folder / name)
+    return shortened(error)
 
 
 # --- Reading ------------------------------------------------------------------------------------

@@ -54,10 +54,9 @@ SWAPPED = [
 
 
 def in_mlx_layout(weights: Weights, model: nn.Module, settings: dict[str, Any]) -> Weights:
-    """The weights of a folder as mlx-lm's own conversion of them reads them.
+    """The weights of a folder as the `sanitize` of mlx-lm's model reads them.
 
     Args:
-        model: as mlx-lm has built it.
         settings: of the text model, as mlx-lm has them.
     """
     family = model_family(type(model))
