@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches import activations, loading  # before mlx_lm: see compiling.py
-from lora_finetune.mlx_patches.model_settings import reads_recorded, unread_so_far, warn_of_unread
+from lora_finetune.mlx_patches.settings import reads_recorded, warn_of_unread
 from lora_finetune.model_folder import files, tokenizer
 from lora_finetune.model_folder.config import model_family
 
@@ -68,10 +68,9 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
-        why = files.reason(folder, error)
-        why += unread_so_far(files.read_object(folder / "config.json"), read)
         raise UserError(
-            f"{what} ({why}); compare its files with their source, or take another model"
+            f"{what} ({files.reason(folder, error)}); compare its files with their source, or take "
+            "another model"
         ) from error
     return model, wrapper
 

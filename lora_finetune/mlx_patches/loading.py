@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from lora_finetune.base import memory
 from lora_finetune.base.errors import hint
-from lora_finetune.mlx_patches import rope_correction
-from lora_finetune.mlx_patches.model_corrections import corrected
+from lora_finetune.mlx_patches import rope
+from lora_finetune.mlx_patches.corrections import corrected
 from lora_finetune.model_folder.config import in_mlx_words, is_untied
 from lora_finetune.model_folder.weights import (
     check_head,
@@ -43,7 +43,7 @@ def load_as_stored(
         config = load_config(Path())
         if not is_untied(config) and has_own_head(read_weights(Path())):
             config["tie_word_embeddings"] = False
-        theirs = rope_correction.read_settings(config)
+        theirs = rope.read_settings(config)
         classes = partial(model_classes, theirs=theirs)
 
         def build(words: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -52,7 +52,7 @@ def load_as_stored(
             make, arguments = classes(words)
             return make(arguments.from_dict(words)), {}
 
-        model, used = rope_correction.load(build, in_mlx_words(config, theirs), theirs)
+        model, used = rope.load(build, in_mlx_words(config, theirs), theirs)
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
     return model, config | quantization, theirs
 
@@ -78,7 +78,7 @@ def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tu
                 weights = super().sanitize(weights)
             return with_tied_head(self, weights) if settings.get("tie_word_embeddings") else weights
 
-    return corrected(Model, arguments, config, theirs), arguments
+    return corrected(Model, config, theirs), arguments
 
 
 def as_loaded(folder: Path, arrays: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -21,9 +21,9 @@ from lora_finetune.base import memory
 from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
-from lora_finetune.mlx_patches.module_classes import intercepted
+from lora_finetune.mlx_patches.modules import intercepted
 from lora_finetune.model_folder.config import model_family
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching
 from lora_finetune.training.distributed import Group
 from lora_finetune.training.losses import Loss
 
@@ -102,7 +102,7 @@ class Prefix:
 
         return loss_from_states
 
-    def examples(self, examples: dataset.Examples) -> dataset.Examples:
+    def examples(self, examples: batching.Examples) -> batching.Examples:
         """The same texts in batches with their states, computed anew for each batch."""
 
         def states(rows: np.ndarray, tokens: np.ndarray) -> mx.array:
@@ -194,7 +194,7 @@ class Kept:
     """
 
     def __init__(
-        self, examples: dataset.Examples, groups: list[np.ndarray], dtype: mx.Dtype,
+        self, examples: batching.Examples, groups: list[np.ndarray], dtype: mx.Dtype,
         room: list[np.ndarray] | None,
     ):  # fmt: skip
         self.examples, self.groups, self.dtype, self.room = examples, groups, dtype, room
@@ -244,8 +244,8 @@ FREE_SHARE = 1 / 10
 
 
 def keep(
-    prefix: Prefix, examples: dataset.Examples, groups: list[np.ndarray], folder: Path
-) -> dataset.Examples | None:
+    prefix: Prefix, examples: batching.Examples, groups: list[np.ndarray], folder: Path
+) -> batching.Examples | None:
     """The same texts in batches with states that are kept; None, and a line, without room for it.
 
     Args:
@@ -254,7 +254,7 @@ def keep(
         folder: for the file, if there has to be one.
     """
     one = prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # which is never computed
-    widths = [dataset.padded_width(examples.lengths[g], examples.max_length) - 1 for g in groups]
+    widths = [batching.padded_width(examples.lengths[g], examples.max_length) - 1 for g in groups]
     size, room = one.shape[-1] * one.dtype.size, None
     shapes = [(len(rows), width, size) for rows, width in zip(groups, widths, strict=True)]
     free = min(memory.available(), memory.machine_memory()) - mx.get_active_memory()
@@ -287,9 +287,9 @@ def make_file(shapes: list[tuple[int, ...]], folder: Path) -> list[np.ndarray] |
 
 
 def keep_states(
-    prefix: Prefix, examples: dict[str, dataset.Examples], config: Any, this: Any,
+    prefix: Prefix, examples: dict[str, batching.Examples], config: Any, this: Any,
     group: Group,
-) -> dict[str, dataset.Examples]:  # fmt: skip
+) -> dict[str, batching.Examples]:  # fmt: skip
     """Keep the frozen states of all texts that come more than once, if there is room.
 
     They are computed in the batches of the first epoch, and of one validation. So that epoch takes
@@ -300,18 +300,18 @@ def keep_states(
     """
     training, validation, progress = examples["train"], examples["valid"], this.progress
     keep_some = partial(keep, prefix, folder=this.adapter.parent)
-    batches = dataset.evaluation_batches(
+    batches = batching.evaluation_batches(
         validation, config.batch_size, config.val_batches, progress.micro_batches * group.size
     )
     kept = {"valid": keep_some(validation, batches) or validation, "train": training}
     lengths = training.lengths
-    batches = dataset.epoch_batches(lengths, config.batch_size, config.seed, epoch=0)
+    batches = batching.epoch_batches(lengths, config.batch_size, config.seed, epoch=0)
     if this.iters > len(batches) * max(1, group.size - 1) and progress.has_room:
         groups = [
             micro_batch
             for rows in batches
-            for share in dataset.shares(rows, lengths[rows], group.size)
-            for micro_batch in dataset.split_batch(share, progress.micro_batches)
+            for share in batching.split_batch(rows, group.size)
+            for micro_batch in batching.split_batch(share, progress.micro_batches)
         ]
         kept["train"] = keep_some(training, groups) or training
         progress.has_room = kept["train"] is not training

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import models
 from lora_finetune.mlx_patches.activations import exp, log_sum_exp
 from lora_finetune.mlx_patches.compiling import hint_if_compiling
-from lora_finetune.mlx_patches.module_classes import intercepted
+from lora_finetune.mlx_patches.modules import intercepted
 
 import mlx.core as mx
 import mlx.nn as nn
