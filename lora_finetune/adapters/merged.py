@@ -11,7 +11,7 @@ import models
 from lora_finetune.adapters import loading
 from lora_finetune.adapters.npz import Adapter
 from lora_finetune.base.errors import UserError, abbreviated
-from lora_finetune.mlx_patches.loading import as_loaded, can_merge, load_as_stored
+from lora_finetune.mlx_patches.loading import as_loaded, can_merge, float_type, load_as_stored
 from lora_finetune.model_folder.files import read_object, text_settings
 from lora_finetune.model_folder.transformers_names import (
     MODEL_TYPES,
@@ -73,7 +73,7 @@ def write(
     """
     model, used, _ = load_as_stored(base)
     loading.adapt(model, adapter, base, None)
-    noise = max(NOISE[models.float_type(m.frozen)] for m in models.lora_modules(model).values())
+    noise = max(NOISE[float_type(m.frozen)] for m in models.lora_modules(model).values())
     copy_others(base, folder)
     if is_converted(base):
         weights = rebuilt(folder, base, model, used, dequantize)
