@@ -15,7 +15,7 @@ import background
 import models
 import tiny
 import train_lora
-from conftest import Run, listing
+from conftest import Run
 from lora_finetune.adapters import loading
 from lora_finetune.base import memory
 from lora_finetune.mlx_patches.modules import intercepted
@@ -289,7 +289,7 @@ def test_beyond_the_memory_a_file_serves_which_nobody_sees_and_a_kill_takes_alon
     assert sum(str(folder) in file and file.endswith(" (deleted)") for file in mapped) == 2
     process.kill()
     process.join()
-    names = {Path(file).name for file in listing(folder)}
+    names = {file.name for file in folder.iterdir()}
     whole = {"a.npz", "a.run", "out", "err"}
     assert {name for name in names if not name.endswith(".part")} == whole  # of a save that it hit
     lines = (folder / "err").read_text().splitlines()
