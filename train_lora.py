@@ -274,7 +274,6 @@ def train(
         loss = prefix.loss(loss)
         examples = {split: prefix.examples(examples[split]) for split in ("train", "valid")}
     model.train()  # before the step is traced: some layers have kernels without a gradient else
-    group.rescue = partial(save_unfinished, model, optimizer, plan, first)
     with group.hear_stops():
         try:
             with memory.device_errors(MEMORY_ADVICE):
