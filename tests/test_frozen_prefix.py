@@ -316,7 +316,7 @@ def test_without_room_on_the_disk_either_each_epoch_computes_them_and_so_it_goes
         for name, epochs in [("a.npz", 2), ("b.npz", 4)]:
             ended = call(*args, "--epochs", epochs, "--adapter-file", name)
             assert ended.returncode == 0
-            assert ended.stderr.count("has no room, so they are computed again in each epoch") == 2
+            assert ended.stderr.count("has no room, so each epoch computes them again") == 2
     ended = call(*args, "--epochs", 4, "--resume-adapter-file", "a.npz")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert not checkpoint.read(Path("a.npz")).progress.has_room

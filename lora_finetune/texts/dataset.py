@@ -8,7 +8,7 @@ import math
 import re
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -357,8 +357,6 @@ class Examples:
             text never counts.
         num_truncated: how many of the texts were longer.
         max_length: what they were cut to, and the most inputs in a batch, padding included.
-        states: gives for the indices and the tokens of a batch the hidden states that the model
-            starts from; None where it starts from the tokens.
     """
 
     tokens: np.ndarray
@@ -366,7 +364,6 @@ class Examples:
     is_target: np.ndarray
     num_truncated: int = 0
     max_length: float = math.inf
-    states: Callable[[np.ndarray, np.ndarray], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -385,8 +382,7 @@ class Examples:
         """The given texts, padded on the right, as `loss` takes them.
 
         Returns:
-            Tokens int32 (rows, width), and whether each is a target, bool (rows, width); and what
-            `states` gives, if there is such.
+            Tokens int32 (rows, width), and whether each is a target, bool (rows, width).
         """
         lengths = self.lengths[rows]
         shape = len(rows), padded_width(lengths, self.max_length)
@@ -394,7 +390,7 @@ class Examples:
         for row, (start, length) in enumerate(zip(self.starts[rows], lengths, strict=True)):
             tokens[row, :length] = self.tokens[start : start + length]
             is_target[row, :length] = self.is_target[start : start + length]
-        return (tokens, is_target, *([self.states(rows, tokens)] if self.states else []))
+        return tokens, is_target
 
 
 # A fast tokenizer shares a chunk of texts out among the cores, and takes up to 500 bytes of memory

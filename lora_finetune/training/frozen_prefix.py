@@ -1,18 +1,16 @@
 """The hidden states below the first adapted layer, which training does not change: computed once.
 
-Of causal layers, the states of a text depend neither on what is padded behind it nor on the texts
-beside it. So they can be kept for later epochs, and for every validation.
+Where layers are causal, the states of a text depend neither on what is padded behind it nor on the
+texts beside it. So they can be kept for later epochs, and for every validation.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -20,6 +18,7 @@ from lora_finetune.base import memory
 from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
+from lora_finetune.mlx_patches.module_classes import intercepted
 from lora_finetune.texts import dataset
 from lora_finetune.training.losses import Loss
 
@@ -28,25 +27,19 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-# Whether the layers are called compiled. Python takes milliseconds to call them, which a GPU might
-# have to wait for; what a CPU takes to compute them is a hundred times as long.
+# Whether the layers are called compiled. A GPU might have to wait for Python to call them.
 COMPILED = mx.default_device() == mx.gpu
 
 
 class Prefix:
-    """The layers of a model below the first one that is trained.
-
-    Attributes:
-        model: the model that they are in.
-        num_layers: how many they are.
-    """
+    """The first `num_layers` layers of a model, below the first one that is trained."""
 
     def __init__(self, model: nn.Module, num_layers: int):
         self.model, self.num_layers = model, num_layers
         self.call = compiled_if_possible(self.hidden) if COMPILED else self.hidden
 
     def states(self, tokens: np.ndarray, lengths: np.ndarray) -> mx.array:
-        """What these layers make of a batch: what the first trained layer is given.
+        """The hidden states that the first trained layer is given for a batch.
 
         Args:
             tokens: int32 (rows, width); all but the last of a row are inputs.
@@ -61,7 +54,7 @@ class Prefix:
         return mx.where(is_text[..., None], self.call(inputs, lengths), 0)
 
     def hidden(self, inputs: mx.array, lengths: mx.array) -> mx.array:
-        """The states (rows, length, size) of texts (rows, length) of lengths, in padding too."""
+        """The states (rows, width, size) of inputs (rows, width), in padding too."""
         given = []
 
         def pass_on(hidden: mx.array, *_: object, **__: object) -> mx.array:
@@ -71,8 +64,8 @@ class Prefix:
         was_training = self.model.training
         self.model.eval()  # some layers have faster kernels where there is no gradient
         try:
-            layers = intercepted_layers(self.model.layers[self.num_layers :], pass_on)
-            with layers, rope.text_lengths(lengths):
+            trained = all_intercepted(self.model.layers[self.num_layers :], pass_on)
+            with trained, rope.text_lengths(lengths):
                 self.model(inputs)
         finally:
             self.model.train(was_training)
@@ -80,12 +73,12 @@ class Prefix:
 
     @contextmanager
     def replaced(self, states: mx.array) -> Iterator[None]:
-        """While it lasts, these layers put out given states for a batch of that shape."""
+        """A block in which these layers return given states for a batch of that shape."""
 
         def reply(hidden: mx.array, *_: object, **__: object) -> mx.array:
             return states if hidden.shape == states.shape else hidden
 
-        with intercepted_layers(self.model.layers[: self.num_layers], reply):
+        with all_intercepted(self.model.layers[: self.num_layers], reply):
             yield
 
     def loss(self, loss: Loss) -> Loss:
@@ -98,37 +91,53 @@ class Prefix:
 
         return loss_from_states
 
-    def examples(self, examples: dataset.Examples) -> dataset.Examples:
+    def examples(self, examples: dataset.Examples) -> WithStates:
         """The same texts in batches with their states, computed anew for each batch."""
-
-        def states(rows: np.ndarray, tokens: np.ndarray) -> mx.array:
-            return self.states(tokens, examples.lengths[rows])
-
-        return replace(examples, states=states)
+        lengths = examples.lengths
+        return WithStates(examples, lambda rows, tokens: self.states(tokens, lengths[rows]))
 
 
 @contextmanager
-def intercepted_layers(layers: list[nn.Module], reply: Callable[..., mx.array]) -> Iterator[None]:
-    """While it lasts, `reply` answers in place of each of these layers."""
+def all_intercepted(layers: list[nn.Module], reply: Callable[..., mx.array]) -> Iterator[None]:
+    """A block in which `reply` answers in place of each of these layers."""
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(models.intercepted(layer, reply))
+            stack.enter_context(intercepted(layer, reply))
         yield
+
+
+class WithStates:
+    """Texts in batches with the states of the frozen layers, for `Prefix.loss`.
+
+    Attributes:
+        states: gives the states (rows, width − 1, size) for the indices and the tokens of a batch.
+    """
+
+    def __init__(self, examples: dataset.Examples, states: Callable[..., mx.array]):
+        self.examples, self.states = examples, states
+        self.lengths, self.max_length = examples.lengths, examples.max_length
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, mx.array]:
+        tokens, is_target = self.examples.batch(rows)
+        return tokens, is_target, self.states(rows, tokens)
 
 
 def find(model: nn.Module) -> Prefix | None:
     """The layers of a model below the first one that is trained; None where there are none.
 
-    None too, with a line that says so, where their states do not stand for all that they do: some
-    architectures hand keys and values of one layer to others, or more than states.
+    None too, with a warning, where the model needs more of them than their states: some
+    architectures hand keys and values of one layer to others.
     """
     trained = [bool(tree_flatten(layer.trainable_parameters())) for layer in model.layers]
     if not any(trained) or trained[0]:
         return None
     prefix = Prefix(model, trained.index(True))
-    # Suppressed: whatever an architecture does where layers do not do their part.
+    # Suppressed: whatever an architecture raises where layers do not do their work.
     with hint_if_compiling("the model's layers on a few tokens"), suppress(Exception):
-        if stands_for_its_layers(prefix):
+        if states_suffice(prefix):
             return prefix
     warn(
         f"in models of this kind ({models.model_family(model)}) the layers below the first adapted "
@@ -138,29 +147,27 @@ def find(model: nn.Module) -> Prefix | None:
     return None
 
 
-def stands_for_its_layers(prefix: Prefix) -> bool:
-    """Whether a model's logits are the same from states, and a text's states the same alone.
+def states_suffice(prefix: Prefix) -> bool:
+    """Whether a model's logits are the same from states, and padding has no effect on states.
 
-    Shown on a text, and a shorter one with padding behind it. The shorter one is computed alone in
-    between, so that nothing that layers may have left behind for others can serve.
+    Tried on two texts, of which the shorter one is padded. It is also computed alone, in between,
+    so that nothing that layers may have left behind for others can serve.
     """
     # int32 as in a batch, and no array[0], which is a gather: CUDA would have to compile another.
     tokens = np.array([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 0, 0, 0, 0]], np.int32)
-    model, lengths = prefix.model.eval(), [9, 5]
-    logits, states = model(mx.array(tokens[:, :-1])), prefix.states(tokens, np.array(lengths))
+    model, inputs, lengths = prefix.model.eval(), mx.array(tokens[:, :-1]), np.array([9, 5])
+    logits, states = model(inputs), prefix.states(tokens, lengths)
     mx.eval(logits, states)
-    if not mx.isfinite(logits[:1]).all().item():
-        return True  # of a broken model nothing can be shown, and its first validation ends the run
-    alone = prefix.states(tokens[1:, :5], np.array([5]))
+    alone = prefix.states(tokens[1:, :5], lengths[1:])
     mx.eval(alone)
     with prefix.replaced(states):
-        from_states = model(mx.array(tokens[:, :-1]))
-    most = mx.finfo(states.dtype).eps ** 0.5
-    errors = [relative_error(alone, states[1:, :4])]
-    errors += [
-        relative_error(from_states[i, : n - 1], logits[i, : n - 1]) for i, n in ((0, 9), (1, 5))
+        from_states = model(inputs)
+    errors = [
+        relative_error(alone, states[1:, :4]),
+        relative_error(from_states[:1], logits[:1]),
+        relative_error(from_states[1:, :4], logits[1:, :4]),
     ]
-    return all(error <= most for error in errors) and mx.isfinite(from_states).all().item()
+    return all(error <= mx.finfo(states.dtype).eps ** 0.5 for error in errors)
 
 
 def relative_error(found: mx.array, expected: mx.array) -> float:
@@ -172,6 +179,10 @@ def relative_error(found: mx.array, expected: mx.array) -> float:
 
 # --- Keeping ------------------------------------------------------------------------------------
 
+# The share of the memory that the states of training texts may take, and as much those of
+# validation; and the share of a disk that they leave free.
+MEMORY_SHARE, FREE_SHARE = 1 / 16, 1 / 10
+
 
 class Kept:
     """The states of texts, computed for a whole group when one of its texts is first asked for.
@@ -182,101 +193,81 @@ class Kept:
     Attributes:
         examples: the texts, in batches with states that are computed anew.
         groups: arrays of their indices, no two with a text in common.
-        place: of each text in them, its group and its row there.
-        states: those of each group, (rows, width, size), zero in padding; None until then.
+        states: of each text, (length − 1, size), or their bytes in the file.
         dtype: of the states.
-        room: for each group, where the bytes of its states go in a file: uint8 (rows, width, bytes
-            of one). None where they stay in memory.
+        file: uint8 (tokens, bytes of a state); None where all stay in memory.
     """
 
     def __init__(
-        self, examples: dataset.Examples, groups: list[np.ndarray], dtype: mx.Dtype,
-        room: list[np.ndarray] | None,
+        self, examples: WithStates, groups: list[np.ndarray], dtype: mx.Dtype,
+        file: np.ndarray | None,
     ):  # fmt: skip
-        self.examples, self.groups, self.dtype, self.room = examples, groups, dtype, room
-        self.place = {
-            text: (number, row)
-            for number, rows in enumerate(groups)
-            for row, text in enumerate(rows.tolist())
-        }
-        self.states: list[mx.array | np.ndarray | None] = [None] * len(groups)
+        self.examples, self.groups, self.dtype, self.file = examples, groups, dtype, file
+        self.group_of = {text: n for n, rows in enumerate(groups) for text in rows.tolist()}
+        self.states: dict[int, mx.array | np.ndarray] = {}
+        self.used = 0  # rows of the file
 
     def __call__(self, rows: np.ndarray, tokens: np.ndarray) -> mx.array:
-        """The states (rows, width − 1, size) of a batch, zero in padding; `rows` are its texts.
-
-        Where one group is missing, MLX may compute it with the step that the batch is for.
-        """
-        places = [self.place[text] for text in rows.tolist()]
-        missing = sorted({number for number, _ in places if self.states[number] is None})
+        """The states (rows, width − 1, size) of a batch, zero in padding."""
+        texts = rows.tolist()
+        missing = sorted({self.group_of[text] for text in texts if text not in self.states})
         for number in missing:
-            self.states[number] = self.compute(number)
-            if len(missing) > 1:
-                mx.eval(self.states[number])  # each in turn, in the memory that one takes
-        width = tokens.shape[1] - 1
-        return mx.stack([self.padded(*place, width) for place in places])
+            *_, states = self.examples.batch(self.groups[number])
+            # One group alone MLX may compute with the step that the batch is for.
+            if len(missing) > 1 or self.file is not None:
+                mx.eval(states)
+            self.keep(self.groups[number], states)
+        return mx.stack([self.padded(text, tokens.shape[1] - 1) for text in texts])
 
-    def compute(self, number: int) -> mx.array | np.ndarray:
-        """The states of a group, or their bytes in the file."""
-        *_, states = self.examples.batch(self.groups[number])
-        if self.room is None:
-            return states
-        # Of an array that the device failed to compute, NumPy itself would drop the error.
-        self.room[number][:] = np.asarray(memoryview(states.view(mx.uint8)))
-        return self.room[number]
+    def keep(self, group: np.ndarray, states: mx.array) -> None:
+        """Keep the states (rows, width, size) of a group of texts."""
+        for row, text in enumerate(group.tolist()):
+            kept = states[row, : self.examples.lengths[text] - 1]
+            if self.file is not None:
+                room = self.file[self.used : self.used + len(kept)]
+                room[:] = np.array(kept.view(mx.uint8))
+                self.used, kept = self.used + len(kept), room
+            self.states[text] = kept
 
-    def padded(self, number: int, row: int, width: int) -> mx.array:
-        """The states of a row of a group, (width, size)."""
-        states = self.states[number][row, :width]
-        if self.room is not None:
+    def padded(self, text: int, width: int) -> mx.array:
+        """The states of a text, (width, size)."""
+        states = self.states[text]
+        if self.file is not None:
             states = mx.array(states).view(self.dtype)
         return mx.pad(states, [(0, width - len(states)), (0, 0)])
 
 
-# How much of the memory there is the states of training texts may take, and as much those of
-# validation.
-MEMORY_SHARE = 1 / 16
-# How much of a disk they leave free.
-FREE_SHARE = 1 / 10
-
-
 def keep(
-    prefix: Prefix, examples: dataset.Examples, groups: list[np.ndarray], folder: Path
-) -> dataset.Examples | None:
-    """The same texts in batches with states that are kept; None, and a line, without room for it.
+    prefix: Prefix, examples: WithStates, groups: list[np.ndarray], folder: Path
+) -> WithStates | None:
+    """The same texts in batches with states that are kept; None, and a warning, without room.
 
     Args:
-        examples: as `Prefix.examples` gives them.
         groups: of texts that are computed together; each is as much work as a batch.
-        folder: for the file, if there has to be one.
+        folder: for a temporary file, if they take too much memory.
     """
     one = prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # which is never computed
-    widths = [dataset.padded_width(examples.lengths[g], examples.max_length) - 1 for g in groups]
-    size, room = one.shape[-1] * one.dtype.size, None
-    shapes = [(len(rows), width, size) for rows, width in zip(groups, widths, strict=True)]
-    free = min(memory.available(), memory.machine_memory()) - mx.get_active_memory()
-    if sum(map(math.prod, shapes)) > free * MEMORY_SHARE:
-        room = make_file(shapes, folder)
-        if room is None:
+    lengths, longest = examples.lengths, examples.max_length
+    inputs = sum(len(g) * (dataset.padded_width(lengths[g], longest) - 1) for g in groups)
+    free, file = min(memory.available(), memory.machine_memory()) - mx.get_active_memory(), None
+    if inputs * one.nbytes > free * MEMORY_SHARE:
+        size = inputs * one.nbytes / 1e9
+        taken = f"the hidden states of layers that do not change take {size:.3g} GB"
+        try:
+            file = make_file((inputs, one.nbytes), folder)
+        except OSError:
+            warn(f"{taken}, for which {folder} has no room, so each epoch computes them again")
             return None
-    return replace(examples, states=Kept(examples, groups, one.dtype, room))
+        warn(f"{taken} and are kept in a temporary file in {folder}, gone when this process ends")
+    return WithStates(examples.examples, Kept(examples, groups, one.dtype, file))
 
 
-def make_file(shapes: list[tuple[int, ...]], folder: Path) -> list[np.ndarray] | None:
-    """Arrays of bytes in a file without a name, which ends with the process; None without room."""
-    sizes = [*map(math.prod, shapes)]
-    size = sum(sizes)
-    taken = f"the hidden states of layers that do not change take {size / 1e9:.3g} GB"
-    try:
-        disk = shutil.disk_usage(folder)
-        if disk.free - size < disk.total * FREE_SHARE:
-            raise OSError
-        with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
-                os.posix_fallocate(file.fileno(), 0, size)
-            array = np.memmap(file, np.uint8, "w+", shape=size)
-    except OSError:
-        warn(f"{taken}, for which {folder} has no room, so they are computed again in each epoch")
-        return None
-    warn(f"{taken} and are kept in a temporary file in {folder}, gone when this process ends")
-    parts = np.split(array, np.cumsum(sizes)[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+def make_file(shape: tuple[int, int], folder: Path) -> np.memmap:
+    """Bytes in a file without a name, which ends with the process; raises OSError without room."""
+    disk, size = shutil.disk_usage(folder), shape[0] * shape[1]
+    if disk.free - size < disk.total * FREE_SHARE:
+        raise OSError
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
+            os.posix_fallocate(file.fileno(), 0, size)
+        return np.memmap(file, np.uint8, "w+", shape=shape)
