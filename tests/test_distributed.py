@@ -231,6 +231,22 @@ def test_where_one_is_killed_the_others_end_and_what_was_saved_is_whole(
             assert (f"process {rank} (on " in lines[0]) == (rank > 0)
 
 
+def test_where_one_answers_no_more_a_stop_ends_the_first_which_saves(
+    args: list[object], tmp_path: Path
+) -> None:
+    """As on connections of which MLX does not notice that the other end has gone."""
+    processes = launch(tmp_path, 2, *args, *LONG, wait_at_end=2.0)
+    wait_for_iteration(tmp_path, processes, random.Random(0))
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    processes[0].join(SOON)
+    processes[1].kill()
+    assert processes[0].exitcode == 2
+    line = printed(tmp_path, "err")[0][-1]
+    assert line.startswith("error: the connection to another process was lost (TimeoutError)")
+    assert f"iteration {assert_saved_whole(tmp_path)} is saved" in line
+
+
 def test_a_loss_that_is_not_finite_ends_all_with_one_line(
     args: list[object], tmp_path: Path
 ) -> None:

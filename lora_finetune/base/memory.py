@@ -6,7 +6,7 @@ import math
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,26 +21,17 @@ processes_here = 1  # of this run, which share the memory of this machine
 
 
 def available() -> int:
-    """Bytes that a run may take on MLX's default device, what it holds already included."""
-    in_use = mx.get_active_memory() + mx.get_cache_memory()
-    return device_limit(mx.device_info(), machine_memory(), in_use)
-
-
-def device_limit(device: Mapping[str, str | int], machine: int, in_use: int) -> int:
-    """Bytes that a run may take on a device.
+    """Bytes that a run may take on MLX's default device, what it holds already included.
 
     With Metal that is the recommended working set: beyond it a Mac swaps, and dies instead of
-    raising an error. With CUDA it is what is free, and each process has a GPU of its own.
-
-    Args:
-        device: as `mx.device_info` describes it.
-        machine: bytes that the process may take of the machine's memory, which a CPU shares.
-        in_use: bytes that MLX holds already; CUDA does not count them as free.
+    raising an error. With CUDA it is what is free, and each process has a GPU of its own. A CPU
+    shares the machine's memory.
     """
+    device = mx.device_info()
     recommended = device.get("max_recommended_working_set_size")
     if not recommended and "free_memory" in device:
-        return device["free_memory"] + in_use
-    return (recommended or machine) // processes_here
+        return device["free_memory"] + mx.get_active_memory() + mx.get_cache_memory()
+    return (recommended or machine_memory()) // processes_here
 
 
 def machine_memory(root: Path = Path("/")) -> int:
