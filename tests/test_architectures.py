@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import models
+import tiny
 from lora_finetune.adapters import adapters
 from lora_finetune.base.errors import UserError
-from lora_finetune.training import losses, training_step
+from lora_finetune.training import losses
+from lora_finetune.training import step as training_step
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -86,8 +88,7 @@ def train(model: nn.Module, steps: int = 2) -> list[float]:
     """
     loss = losses.make_loss(model)
     model.train()
-    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 1e-3, {}))
-    totals = [step([(TOKENS, IS_TARGET)]).compute()[0] for _ in range(steps)]
+    totals = list(tiny.train_on(model, loss, [[(TOKENS, IS_TARGET)]] * steps))
     return [*totals, loss(model, TOKENS, IS_TARGET)[0].item()]
 
 

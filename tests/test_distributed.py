@@ -93,7 +93,7 @@ def assert_equal_to_rounding(folder: Path, other: Path) -> None:
     assert found.keys() == expected.keys()
     for name in found:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
-    logs = [losses(path / "a.log.jsonl", "") for path in (folder, other)]
+    logs = [losses(path / "a.run/log.jsonl", "") for path in (folder, other)]
     for entry, other_entry in zip(*logs, strict=True):
         assert entry == pytest.approx(other_entry, rel=1e-5)
 
@@ -134,7 +134,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     found, expected = (adapters.read_arrays(path / "a.npz") for path in (tmp_path, alone))
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
-    trained = [entries(path / "a.log.jsonl", "test_loss") for path in (tmp_path, alone)]
+    trained = [entries(path / "a.run/log.jsonl", "test_loss") for path in (tmp_path, alone)]
     assert trained[0] == [pytest.approx(entry, rel=1e-5) for entry in trained[1]]
 
 
@@ -187,7 +187,7 @@ def wait_for_iteration(folder: Path, processes: Processes, rng: random.Random) -
 
 def assert_saved_whole(folder: Path) -> int:
     """Check that the state belongs to the adapter; returns the iteration."""
-    state = checkpoint.read(folder / "a.npz")
+    state = checkpoint.read_state(folder / "a.npz")
     assert state is not None
     adapters.read_adapter(folder / "a.npz")
     return state.progress.iteration
@@ -294,8 +294,8 @@ def test_where_the_memory_of_one_is_small_all_compute_in_as_many_parts(
     peak = float(re.search(r"Peak mem ([\d.]+) GB", (folders[0] / "out.0").read_text())[1])
     little = {1: {"device_memory": int(peak * 2e9 / 2)}}  # two processes share it
     assert join(launch(folders[1], 2, *args, *long_texts, of=little)) == [0, 0]
-    assert checkpoint.read(folders[0] / "a.npz").progress.parts == 1
-    assert checkpoint.read(folders[1] / "a.npz").progress.parts > 1
+    assert checkpoint.read_state(folders[0] / "a.npz").progress.micro_batches == 1
+    assert checkpoint.read_state(folders[1] / "a.npz").progress.micro_batches > 1
     assert_equal_to_rounding(*folders)
 
 
@@ -356,7 +356,7 @@ def test_moments_of_adam_that_differ_are_an_error(
     args: list[object], alone: Path, tmp_path: Path
 ) -> None:
     folders = [Path(shutil.copytree(alone, tmp_path / str(rank))) for rank in range(2)]
-    state = folders[1] / "a.state.npz"
+    state = folders[1] / "a.run/state.npz"
     with np.load(state) as saved:
         arrays = {n: a * 2 if n.endswith(".v") else a for n, a in saved.items()}
     np.savez(state, **arrays)

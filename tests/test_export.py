@@ -20,7 +20,6 @@ from conftest import Ended, Run
 from lora_finetune.adapters import adapters, base_arrays, export
 from lora_finetune.base.errors import Interrupted
 from lora_finetune.base.signals import raising_signals
-from lora_finetune.run import checkpoint
 from test_architectures import ADAPTED, ARCHITECTURES, adapt, build, logits
 from test_errors import one_error
 
@@ -151,7 +150,7 @@ def test_each_form_that_is_read_is_written_in_each_form(
         start = ("--resume-adapter-file", tmp_path / source, "--adapter-file", file)
         ended = call("--model", model, "--data", data, *training, *start)
         assert ended.returncode == 0, ended.stderr
-        best = adapted(model, checkpoint.best_file(file))
+        best = adapted(model, file.with_suffix(".run") / "best.npz")
         assert relative(logits(best), expected) < 1e-5
 
 

@@ -20,7 +20,7 @@ from lora_finetune.adapters import adapters
 from lora_finetune.base import memory
 from lora_finetune.run import checkpoint
 from lora_finetune.texts import dataset
-from lora_finetune.training import frozen_prefix, losses, training_step
+from lora_finetune.training import frozen_prefix, losses
 from test_survival import wait_for
 
 import mlx.core as mx
@@ -84,12 +84,14 @@ def train(
 ) -> Iterator[float]:
     """The loss of each step of a few epochs, and of a validation after each epoch."""
     model.train()
-    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 1e-3, {}))
-    batches = dataset.training_batches(examples["train"], BATCH_SIZE, 0, 0, parts)
+    steps = tiny.train_on(
+        model, loss, dataset.training_batches(examples["train"], BATCH_SIZE, 0, 0, parts)
+    )
     for _ in range(EPOCHS):
-        for batch in itertools.islice(batches, math.ceil(len(examples["train"]) / BATCH_SIZE)):
-            yield step(batch).compute()[0]
-        yield train_lora.evaluate(model, loss, examples["valid"], BATCH_SIZE, -1, parts=parts)
+        yield from itertools.islice(steps, math.ceil(len(examples["train"]) / BATCH_SIZE))
+        yield train_lora.evaluate(
+            model, loss, examples["valid"], BATCH_SIZE, -1, micro_batches=parts
+        )
         model.train()
 
 
@@ -287,7 +289,7 @@ def test_beyond_the_memory_a_file_serves_which_nobody_sees_and_a_kill_takes_alon
     process.kill()
     process.join()
     names = {Path(file).name for file in listing(folder)}
-    whole = {"a.npz", "a.state.npz", "a.best.npz", "a.log.jsonl", "out", "err"}
+    whole = {"a.npz", "a.run", "out", "err"}
     assert {name for name in names if not name.endswith(".part")} == whole  # of a save that it hit
     lines = (folder / "err").read_text().splitlines()
     assert len(lines) == 2
@@ -319,7 +321,7 @@ def test_without_room_on_the_disk_either_each_epoch_computes_them_and_so_it_goes
             assert ended.stderr.count("has no room, so each epoch computes them again") == 2
     ended = call(*args, "--epochs", 4, "--resume-adapter-file", "a.npz")
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert not checkpoint.read(Path("a.npz")).progress.has_room
+    assert not checkpoint.read_state(Path("a.npz")).progress.has_room
     assert Path("a.npz").read_bytes() == Path("b.npz").read_bytes()
     with np.load("a.npz") as found, np.load("kept.npz") as expected:
         for path in expected:

@@ -275,7 +275,7 @@ def test_a_run_with_the_mask_counts_the_tokens_of_answers_alone(
     args += ["--train", "--test", "--lora-layers", 1, "--mask-prompt"]
     ended = call(*args)
     assert (ended.returncode, ended.stderr) == (0, "")
-    entry = json.loads((tmp_path / "a.log.jsonl").read_text().splitlines()[1])
+    entry = json.loads((tmp_path / "a.run/log.jsonl").read_text().splitlines()[1])
     answers = 2 * (len("H2O입니다.".encode()) + 1) + 40
     assert entry["tokens_per_sec"] / entry["it_per_sec"] == pytest.approx(answers)
 

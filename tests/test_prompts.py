@@ -75,7 +75,7 @@ def test_after_training_on_chats_a_prompt_goes_through_the_template(
     ended = learn(call, speaker, tmp_path, entry, "--prompt", "물은?")
     assert answers(ended) == ["물은?\nyes"]
     assert answers(ask(call, speaker, tmp_path, "--prompt", "물은?")) == ["물은?\nyes"]
-    best = ["--adapter-file", tmp_path / "a.best.npz"]
+    best = ["--adapter-file", tmp_path / "a.run/best.npz"]
     assert answers(ask(call, speaker, tmp_path, *best, "--prompt", "물은?")) == ["물은?\nyes"]
     again = ["--resume-adapter-file", tmp_path / "a.npz", "--iters", 2, "--prompt", "물은?"]
     assert answers(learn(call, speaker, tmp_path, entry, *again)) == ["물은?\nyes"]
@@ -103,7 +103,7 @@ def test_an_adapter_without_its_state_is_prompted_as_it_stands(
     call: Run, speaker: Path, tmp_path: Path
 ) -> None:
     learn(call, speaker, tmp_path, CHAT)
-    (tmp_path / "a.state.npz").unlink()
+    (tmp_path / "a.run/state.npz").unlink()
     assert answers(ask(call, speaker, tmp_path, "--prompt", "물:")) == ["물:yes"]
     asked = ["--prompt", "물은?", "--prompt-format", "chat"]
     assert answers(ask(call, speaker, tmp_path, *asked)) == ["물은?\nyes"]

@@ -11,7 +11,7 @@ import models
 import tiny
 from lora_finetune.mlx_patches import rope
 from lora_finetune.training import losses
-from lora_finetune.training.training_step import make_gradients
+from lora_finetune.training.step import make_gradients
 
 import mlx.core as mx
 import mlx.nn as nn

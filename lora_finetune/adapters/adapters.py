@@ -33,6 +33,10 @@ def adapter_content(arrays: dict[str, np.ndarray], suffix: str) -> bytes:
     return stream.getvalue()
 
 
+def npz_content(arrays):
+    return adapter_content(arrays, ".npz")
+
+
 def safetensors_content(arrays: dict[str, np.ndarray], written_by: str = "mlx") -> bytes:
     """The bytes of a .safetensors file: the one place where arrays become such bytes.
 
@@ -48,7 +52,7 @@ def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
 
 
-def file_arrays(model: nn.Module, suffix: str) -> dict[str, np.ndarray]:
+def file_arrays(model: nn.Module, suffix: str = ".npz") -> dict[str, np.ndarray]:
     """A model's A's and B's as files have them: for scale 20, so that another is folded into B.
 
     In a .safetensors file they are as mlx-lm has them: all of one rank, fused projections whole.

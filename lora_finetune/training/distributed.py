@@ -161,6 +161,8 @@ class Group:
             UserError: a value differs; says which, and where.
             LostError: another process has failed or gone.
         """
+        if self.size == 1:
+            return
         mine = {name: str(value) for name, value in values.items()}
         first, *others = map(json.loads, self.gather_texts(json.dumps(mine)))
         for rank, other in enumerate(others, 1):

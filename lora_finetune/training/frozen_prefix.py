@@ -11,7 +11,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import models
 from lora_finetune.base import memory
@@ -20,6 +22,7 @@ from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
 from lora_finetune.mlx_patches.module_classes import intercepted
 from lora_finetune.texts import dataset
+from lora_finetune.training.distributed import Group
 from lora_finetune.training.losses import Loss
 
 import mlx.core as mx
@@ -271,3 +274,35 @@ def make_file(shape: tuple[int, int], folder: Path) -> np.memmap:
         if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
             os.posix_fallocate(file.fileno(), 0, size)
         return np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def keep_states(
+    prefix: Prefix, examples: dict[str, dataset.Examples], config: Any, this: Any,
+    group: Group,
+) -> dict[str, dataset.Examples]:  # fmt: skip
+    """Keep the frozen states of all texts that come more than once, if there is room.
+
+    They are computed in the batches of the first epoch, and of one validation. So that epoch takes
+    no longer, and is the same to the last bit as without keeping. Later epochs have other batches,
+    so their last bits do depend on it: a run that had no room must not begin to keep when it is
+    resumed. Of several processes, each meets texts in later epochs that were another's before, so
+    the more there are, the more epochs it takes to pay.
+    """
+    training, validation, progress = examples["train"], examples["valid"], this.progress
+    keep_some = partial(keep, prefix, folder=this.adapter.parent)
+    batches = dataset.evaluation_batches(
+        validation, config.batch_size, config.val_batches, progress.micro_batches * group.size
+    )
+    kept = {"valid": keep_some(validation, batches) or validation, "train": training}
+    lengths = training.lengths
+    batches = dataset.epoch_batches(lengths, config.batch_size, config.seed, epoch=0)
+    if this.iters > len(batches) * max(1, group.size - 1) and progress.has_room:
+        groups = [
+            micro_batch
+            for rows in batches
+            for share in dataset.shares(rows, lengths[rows], group.size)
+            for micro_batch in dataset.split_batch(share, progress.micro_batches)
+        ]
+        kept["train"] = keep_some(training, groups) or training
+        progress.has_room = kept["train"] is not training
+    return kept

@@ -38,7 +38,8 @@ import tiny  # noqa: E402
 from lora_finetune.adapters import adapters  # noqa: E402
 from lora_finetune.mlx_patches import activations, attention  # noqa: E402
 from lora_finetune.texts import dataset  # noqa: E402
-from lora_finetune.training import frozen_prefix, losses, training_step  # noqa: E402
+from lora_finetune.training import frozen_prefix, losses  # noqa: E402
+from lora_finetune.training.step import Trainer  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -242,11 +243,11 @@ def step_peak(model: nn.Module, rows: int, width: int) -> float:
     if prefix := frozen_prefix.find(model):
         loss, examples = prefix.loss(loss), prefix.examples(examples)
     model.train()
-    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 2e-5, {}))
+    trainer = Trainer(model, loss, 2e-5, {})
     for _ in range(2):
         mx.clear_cache()
         mx.reset_peak_memory()
-        step([examples.batch(np.arange(rows))]).compute()
+        next(trainer.steps(iter([[examples.batch(np.arange(rows))]]), ahead=lambda: False))
     return mx.get_peak_memory() / 1e9
 
 
