@@ -19,7 +19,7 @@ import background
 import models
 import tiny
 from conftest import PERPLEXITY, ROOT, Run, one_error
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading, npz
 from lora_finetune.run.run import Run as FreshRun
 from test_survival import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
 
@@ -96,14 +96,14 @@ def test_a_fresh_run_that_fails_keeps_the_best_adapter_that_it_had(
     finished: Path, copy: Path, model: Path
 ) -> None:
     loaded, _ = models.load(str(model))
-    adapters.adapt(loaded, {}, None, 2)
+    loading.adapt(loaded, {}, None, 2)
     fresh = FreshRun(Path("a.npz"))
     fresh.begin()
     fresh.keep_best(loaded)
     fresh.save_best()
     assert contents(copy, PREVIOUS) == contents(finished, NAMES)
     kept = np.load("a.run/best.npz")
-    assert kept.keys() == adapters.trainable_arrays(loaded).keys()
+    assert kept.keys() == npz.trainable_arrays(loaded).keys()
 
 
 def test_the_first_save_of_a_fresh_run_moves_all_of_the_earlier_one_and_says_so(

@@ -77,7 +77,7 @@ def test_a_dry_run_needs_no_file_to_be_written(run: Run, tmp_path: Path, kind: s
         preexec_fn=write_nothing,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith(f"Read 99 rows of {source}: ")
+    assert ended.stdout.startswith(f"Read 99 examples of {source}: ")
 
 
 def test_a_command_that_has_to_write_says_what_it_cannot(

@@ -14,10 +14,9 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT, TEXTS, Ended, Run
-from lora_finetune.adapters import adapters
 from lora_finetune.base import errors
 from lora_finetune.run.config import read_config
-from lora_finetune.texts import dataset
+from lora_finetune.texts import dataset, tokenizing
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,9 +55,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 def load_adapted(folder: Path, adapter_file: Path) -> nn.Module:
     """A model with an adapter, through the functions of models.py."""
     model, _ = models.load(str(folder))
-    adapter = adapters.read_adapter(adapter_file)
-    models.add_lora(model, {path: a.shape[1] for path, (a, _) in adapter.items()})
-    adapters.load_adapter(model, adapter)
+    tiny.put_adapter(adapter_file, model)
     return model
 
 
@@ -648,13 +645,13 @@ def test_a_text_ends_in_exactly_one_end_or_none_as_asked(tmp_path: Path, appends
     folder = tiny.make_model(tmp_path / "model", appends_eos=appends_eos)
     _, tokenizer = models.load(str(folder))
     texts = [dataset.Text(text) for text in ["가", "ab ", "c<|endoftext|>", "<|endoftext|>d"]]
-    ended = dataset.tokenize(texts, tokenizer, add_eos=True, max_length=100)
+    ended = tokenizing.tokenize(texts, tokenizer, add_eos=True, max_length=100)
     rows = np.split(ended.tokens, ended.starts[1:-1])
     eos = tiny.EOS
     expected = [[*"가".encode(), eos], [*b"ab ", eos], [*b"c", eos], [eos, *b"d", eos]]
     assert [row.tolist() for row in rows] == expected
 
-    without = dataset.tokenize(texts[:2], tokenizer, add_eos=False, max_length=100)
+    without = tokenizing.tokenize(texts[:2], tokenizer, add_eos=False, max_length=100)
     rows = np.split(without.tokens, without.starts[1:-1])
     assert [row.tolist() for row in rows] == [[*"가".encode()], [*b"ab "]]
 

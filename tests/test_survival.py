@@ -18,7 +18,7 @@ from pathlib import Path
 import background
 import tiny
 from conftest import ROOT, Run, make_texts
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading
 from lora_finetune.base import signals
 from lora_finetune.run import checkpoint
 
@@ -111,7 +111,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
                 state = checkpoint.read_state(folder / "a.npz")
                 assert state is not None, "what is saved does not belong together"
                 if (folder / "a.npz").exists():
-                    adapters.read_adapter(folder / "a.npz")
+                    loading.read_adapter(folder / "a.npz")
                 resume = ["--resume-adapter-file", "a.npz"]
         assert_same_run(folder, uninterrupted)
         if kills >= 20:

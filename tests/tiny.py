@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import models  # noqa: F401
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading
 from lora_finetune.training.losses import Loss
 from lora_finetune.training.step import Trainer
 
@@ -150,8 +150,8 @@ def adapter_arrays(layers: range = range(LAYERS), rank: int = 8) -> dict[str, np
 
 def put_adapter(adapter: Path, model: nn.Module) -> None:
     """Put the adapter that a path means, a file or a folder, into a model."""
-    file = adapters.find_adapter(adapter)
-    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    file = loading.find_adapter(adapter)
+    loading.adapt(model, loading.read_adapter(file), file, None)
 
 
 def train_on(

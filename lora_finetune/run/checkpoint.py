@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import models
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading, npz
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write, file_checksum
 
@@ -118,7 +118,7 @@ class State(NamedTuple):
         is_ahead: whether the save was cut short, so that the adapter file is of the one before.
     """
 
-    adapter: adapters.Adapter
+    adapter: npz.Adapter
     optimizer: dict[str, np.ndarray]
     progress: Progress
     settings: dict[str, Any]
@@ -138,14 +138,14 @@ def write_state(
     Returns:
         The bytes for the adapter file.
     """
-    content = adapters.npz_content(adapters.file_arrays(model))
+    content = npz.npz_content(npz.file_arrays(model))
     notes = {
         "progress": asdict(progress),
         "settings": settings,
         "adapter": hashlib.sha256(content).hexdigest(),
         "replaced": file_checksum(adapter_file),
     }
-    arrays = dict(adapters.trainable_arrays(model))
+    arrays = dict(npz.trainable_arrays(model))
     arrays |= {f"best.{name}": array for name, array in best.items()}
     arrays |= {f"optimizer.{name}": np.array(array) for name, array in optimizer.items()}
     arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
@@ -166,13 +166,13 @@ def read_state(adapter_file: Path) -> State | None:
     if not file.is_file():
         return None
     try:
-        arrays = adapters.read_arrays(file)
+        arrays = npz.read_arrays(file)
         notes = json.loads(arrays.pop("notes").tobytes())
         checksum = file_checksum(adapter_file)
         if checksum not in (notes["adapter"], notes["replaced"]):
             return None
         optimizer, best = pop_prefix(arrays, "optimizer."), pop_prefix(arrays, "best.")
-        adapter, is_ahead = adapters.pair_arrays(file, arrays), checksum != notes["adapter"]
+        adapter, is_ahead = npz.pair_arrays(file, arrays), checksum != notes["adapter"]
         progress, settings = Progress(**notes["progress"]), notes["settings"]
     except (UserError, KeyError, ValueError, TypeError):
         raise UserError(f"{file} is damaged; delete it to resume with fresh Adam moments") from None
@@ -189,7 +189,7 @@ def settings_of(adapter_file: Path) -> dict[str, Any]:
     """The settings of the run that an adapter, or best adapter, is of; {} where no state tells."""
     try:
         if run_folder(adapter_file) == adapter_file.parent:  # its best adapter
-            arrays = adapters.read_arrays(state_file(adapter_file))
+            arrays = npz.read_arrays(state_file(adapter_file))
             return json.loads(arrays["notes"].tobytes())["settings"]
         state = read_state(adapter_file)
     except (UserError, OSError):
@@ -211,7 +211,7 @@ class Start(NamedTuple):
     """
 
     source: Path | None
-    adapter: adapters.Adapter
+    adapter: npz.Adapter
     scale: float
     state: State | None = None
 
@@ -228,16 +228,16 @@ def read_start(adapter_file: Path, is_resumed: bool, scale: float | None) -> Sta
     Raises:
         UserError: it is not there, or damaged.
     """
-    source = adapters.find_adapter(adapter_file)
+    source = loading.find_adapter(adapter_file)
     state = read_state(source) if is_resumed else None
     if not is_resumed:
-        return Start(source, adapters.read_adapter(source), models.SCALE)
+        return Start(source, loading.read_adapter(source), models.SCALE)
     settings = state.settings if state else settings_of(source)
     trained = settings.get("--lora-scale", models.SCALE)
     scale = scale or trained
-    adapter = state.adapter if state else adapters.read_adapter(source)
+    adapter = state.adapter if state else loading.read_adapter(source)
     before = trained if state else models.SCALE
-    return Start(source, adapters.rescaled(adapter, before, scale), scale, state)
+    return Start(source, npz.rescaled(adapter, before, scale), scale, state)
 
 
 def warn_of_changes(start: Start, settings: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from lora_finetune.base.files import atomic_write
 from lora_finetune.run.checkpoint import Progress
 from lora_finetune.run.config import Config, command
 from lora_finetune.run.run import Run
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching
 
 import mlx.core as mx
 import numpy as np
@@ -25,10 +25,10 @@ def print_line(line: str) -> None:
     sys.stdout.flush()
 
 
-def print_data(config: Config, training: dataset.Examples) -> None:
+def print_data(config: Config, training: batching.Examples) -> None:
     """Print the size of the training set, and how much of an epoch is padding."""
     lengths = training.lengths
-    padding = dataset.padding_share(lengths, config.batch_size, config.seed, training.max_length)
+    padding = batching.padding_share(lengths, config.batch_size, config.seed, training.max_length)
     print(
         f"Training: {len(training)} examples, {len(training.tokens)} tokens, longest",
         f"{lengths.max()}, {training.num_truncated} cut, {padding:.1%} padding an epoch",

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import npz
 from lora_finetune.base.command_line import ROOT
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write, real_file
@@ -27,7 +27,7 @@ from lora_finetune.run.checkpoint import (
     write_state,
 )
 from lora_finetune.run.config import Config
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching, dataset
 from lora_finetune.training.distributed import ALONE, Group
 
 import mlx.core as mx
@@ -167,7 +167,7 @@ class Run:
 
     def keep_best(self, model: nn.Module) -> None:
         """Keep the adapter as it is now as the best, to be written with the next save."""
-        self.pending_best = adapters.file_arrays(model)
+        self.pending_best = npz.file_arrays(model)
 
     def save(self, model: nn.Module, optimizer: dict[str, mx.array]) -> None:
         """Save the run: first its state, which holds all, then what is written from it."""
@@ -185,7 +185,7 @@ class Run:
         """Write the best adapter, if there is one that is not written yet."""
         if self.writes and self.pending_best:
             self.set_earlier_aside()
-            adapters.write_arrays(self.best, self.pending_best)
+            npz.write_arrays(self.best, self.pending_best)
             self.pending_best = {}
 
     def is_at_end(self) -> bool:
@@ -217,7 +217,7 @@ class Run:
 def read_best(file: Path) -> dict[str, np.ndarray]:
     """The arrays of a best adapter, none where they cannot be read."""
     try:
-        return adapters.read_arrays(file)
+        return npz.read_arrays(file)
     except (UserError, OSError):
         return {}
 
@@ -265,7 +265,7 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
 
 
 def must_agree(
-    run: Run, model: nn.Module, examples: dict[str, dataset.Examples], identity: dict[str, str]
+    run: Run, model: nn.Module, examples: dict[str, batching.Examples], identity: dict[str, str]
 ) -> dict[str, object]:
     """All that the processes of a run must have the same, by the names to report each under.
 
@@ -274,7 +274,7 @@ def must_agree(
         identity: of the model, by names.
     """
     state = run.start.state
-    arrays = {"the adapter to start from": list(adapters.trainable_arrays(model).values())}
+    arrays = {"the adapter to start from": list(npz.trainable_arrays(model).values())}
     arrays |= {"Adam's moments to start from": [*state.optimizer.values()] if state else []}
     for split, e in examples.items():
         arrays[f"the tokens of {split}.jsonl"] = [e.tokens, e.is_target]

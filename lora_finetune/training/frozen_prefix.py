@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from lora_finetune.base import memory
 from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
-from lora_finetune.mlx_patches.module_classes import intercepted
-from lora_finetune.texts import dataset
+from lora_finetune.mlx_patches.modules import intercepted
+from lora_finetune.texts import batching
 from lora_finetune.training.distributed import Group
 from lora_finetune.training.losses import Loss
 
@@ -42,14 +41,14 @@ class Prefix:
         self.call = compiled_if_possible(self.hidden) if COMPILED else self.hidden
 
     def states(self, tokens: np.ndarray, lengths: np.ndarray) -> mx.array:
-        """The hidden states that the first trained layer is given for a batch.
+        """The hidden states that the first trained layer is given for a batch; not computed yet.
 
         Args:
             tokens: int32 (rows, width); all but the last of a row are inputs.
             lengths: tokens of each text, int64 (rows,).
 
         Returns:
-            (rows, width − 1, size), zero in padding, of the model's own type; not computed yet.
+            (rows, width − 1, size), zero in padding, of the model's own type.
         """
         inputs = mx.array(tokens[:, :-1])
         lengths = mx.array(lengths.astype(np.int32))
@@ -94,11 +93,6 @@ class Prefix:
 
         return loss_from_states
 
-    def examples(self, examples: dataset.Examples) -> WithStates:
-        """The same texts in batches with their states, computed anew for each batch."""
-        lengths = examples.lengths
-        return WithStates(examples, lambda rows, tokens: self.states(tokens, lengths[rows]))
-
 
 @contextmanager
 def all_intercepted(layers: list[nn.Module], reply: Callable[..., mx.array]) -> Iterator[None]:
@@ -107,25 +101,6 @@ def all_intercepted(layers: list[nn.Module], reply: Callable[..., mx.array]) -> 
         for layer in layers:
             stack.enter_context(intercepted(layer, reply))
         yield
-
-
-class WithStates:
-    """Texts in batches with the states of the frozen layers, for `Prefix.loss`.
-
-    Attributes:
-        states: gives the states (rows, width − 1, size) for the indices and the tokens of a batch.
-    """
-
-    def __init__(self, examples: dataset.Examples, states: Callable[..., mx.array]):
-        self.examples, self.states = examples, states
-        self.lengths, self.max_length = examples.lengths, examples.max_length
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, mx.array]:
-        tokens, is_target = self.examples.batch(rows)
-        return tokens, is_target, self.states(rows, tokens)
 
 
 def find(model: nn.Module) -> Prefix | None:
@@ -187,82 +162,83 @@ def relative_error(found: mx.array, expected: mx.array) -> float:
 MEMORY_SHARE, FREE_SHARE = 1 / 16, 1 / 10
 
 
-class Kept:
-    """The states of texts, computed for a whole group when one of its texts is first asked for.
-
-    The groups are fixed, so that the last bits of a text's states do not depend on which batch
-    asked for them first: on the one after which a run was resumed, for example.
+class WithStates:
+    """Texts in batches with their states, for `Prefix.loss`: computed for each batch, or kept.
 
     Attributes:
-        examples: the texts, in batches with states that are computed anew.
-        groups: arrays of their indices, no two with a text in common.
-        states: of each text, (length − 1, size), or their bytes in the file.
-        dtype: of the states.
+        groups: indices of the texts that are computed and kept together, when one of them is first
+            asked for. They are fixed, so that the last bits of a text's states do not depend on
+            which batch asked first: on the one after which a run was resumed, for example.
+        kept: of each text, (length − 1, size), or their bytes in the file.
         file: uint8 (tokens, bytes of a state); None where all stay in memory.
     """
 
-    def __init__(
-        self, examples: WithStates, groups: list[np.ndarray], dtype: mx.Dtype,
-        file: np.ndarray | None,
-    ):  # fmt: skip
-        self.examples, self.groups, self.dtype, self.file = examples, groups, dtype, file
-        self.group_of = {text: n for n, rows in enumerate(groups) for text in rows.tolist()}
-        self.states: dict[int, mx.array | np.ndarray] = {}
-        self.used = 0  # rows of the file
+    def __init__(self, prefix: Prefix, examples: batching.Examples):
+        self.prefix, self.examples = prefix, examples
+        self.lengths, self.max_length = examples.lengths, examples.max_length
+        self.groups: list[np.ndarray] = []
+        self.kept: dict[int, mx.array | np.ndarray] = {}
+        self.file, self.used = None, 0
 
-    def __call__(self, rows: np.ndarray, tokens: np.ndarray) -> mx.array:
-        """The states (rows, width − 1, size) of a batch, zero in padding."""
-        texts = rows.tolist()
-        missing = sorted({self.group_of[text] for text in texts if text not in self.states})
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, mx.array]:
+        """The given texts, padded on the right, and their states (rows, width − 1, size)."""
+        tokens, is_target = self.examples.batch(rows)
+        if self.groups:
+            return tokens, is_target, self.kept_states(rows.tolist(), tokens.shape[1] - 1)
+        return tokens, is_target, self.prefix.states(tokens, self.lengths[rows])
+
+    def keep(self, groups: list[np.ndarray], folder: Path) -> bool:
+        """Keep the states from now on; False, and a warning, where there is no room for them.
+
+        Args:
+            groups: indices of texts that are computed together; each is as much work as a batch.
+            folder: for a temporary file, if the states take too much memory.
+        """
+        one = self.prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # never computed
+        widths = [batching.padded_width(self.lengths[rows], self.max_length) - 1 for rows in groups]
+        inputs = sum(len(rows) * width for rows, width in zip(groups, widths, strict=True))
+        free = min(memory.available(), memory.machine_memory()) - mx.get_active_memory()
+        if inputs * one.nbytes > free * MEMORY_SHARE:
+            size = inputs * one.nbytes / 1e9
+            taken = f"the hidden states of layers that do not change take {size:.3g} GB"
+            try:
+                self.file = make_file((inputs, one.nbytes), folder)
+            except OSError:
+                warn(f"{taken}, for which {folder} has no room, so each epoch computes them again")
+                return False
+            warn(f"{taken} and are kept in a temporary file in {folder} until this process ends")
+        self.groups, self.dtype = groups, one.dtype
+        self.group_of = {text: n for n, rows in enumerate(groups) for text in rows.tolist()}
+        return True
+
+    def kept_states(self, texts: list[int], width: int) -> mx.array:
+        """The states (texts, width, size), zero in padding."""
+        missing = sorted({self.group_of[text] for text in texts if text not in self.kept})
         for number in missing:
-            *_, states = self.examples.batch(self.groups[number])
-            # One group alone MLX may compute with the step that the batch is for.
+            rows = self.groups[number]
+            states = self.prefix.states(self.examples.batch(rows)[0], self.lengths[rows])
+            # MLX may compute a single group together with the step that the batch is for.
             if len(missing) > 1 or self.file is not None:
                 mx.eval(states)
-            self.keep(self.groups[number], states)
-        return mx.stack([self.padded(text, tokens.shape[1] - 1) for text in texts])
+            for row, text in enumerate(rows.tolist()):
+                self.kept[text] = self.stored(states[row, : self.lengths[text] - 1])
+        return mx.stack([self.padded(self.kept[text], width) for text in texts])
 
-    def keep(self, group: np.ndarray, states: mx.array) -> None:
-        """Keep the states (rows, width, size) of a group of texts."""
-        for row, text in enumerate(group.tolist()):
-            kept = states[row, : self.examples.lengths[text] - 1]
-            if self.file is not None:
-                room = self.file[self.used : self.used + len(kept)]
-                room[:] = np.array(kept.view(mx.uint8))
-                self.used, kept = self.used + len(kept), room
-            self.states[text] = kept
+    def stored(self, states: mx.array) -> mx.array | np.ndarray:
+        """The states of a text, or the place in the file where their bytes now are."""
+        if self.file is None:
+            return states
+        room = self.file[self.used : self.used + len(states)]
+        self.used += len(states)
+        room[:] = np.array(states.view(mx.uint8))
+        return room
 
-    def padded(self, text: int, width: int) -> mx.array:
-        """The states of a text, (width, size)."""
-        states = self.states[text]
-        if self.file is not None:
-            states = mx.array(states).view(self.dtype)
+    def padded(self, kept: mx.array | np.ndarray, width: int) -> mx.array:
+        states = kept if self.file is None else mx.array(kept).view(self.dtype)
         return mx.pad(states, [(0, width - len(states)), (0, 0)])
-
-
-def keep(
-    prefix: Prefix, examples: WithStates, groups: list[np.ndarray], folder: Path
-) -> WithStates | None:
-    """The same texts in batches with states that are kept; None, and a warning, without room.
-
-    Args:
-        groups: of texts that are computed together; each is as much work as a batch.
-        folder: for a temporary file, if they take too much memory.
-    """
-    one = prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # which is never computed
-    lengths, longest = examples.lengths, examples.max_length
-    inputs = sum(len(g) * (dataset.padded_width(lengths[g], longest) - 1) for g in groups)
-    free, file = min(memory.available(), memory.machine_memory()) - mx.get_active_memory(), None
-    if inputs * one.nbytes > free * MEMORY_SHARE:
-        size = inputs * one.nbytes / 1e9
-        taken = f"the hidden states of layers that do not change take {size:.3g} GB"
-        try:
-            file = make_file((inputs, one.nbytes), folder)
-        except OSError:
-            warn(f"{taken}, for which {folder} has no room, so each epoch computes them again")
-            return None
-        warn(f"{taken} and are kept in a temporary file in {folder}, gone when this process ends")
-    return WithStates(examples.examples, Kept(examples, groups, one.dtype, file))
 
 
 def make_file(shape: tuple[int, int], folder: Path) -> np.memmap:
@@ -276,33 +252,28 @@ def make_file(shape: tuple[int, int], folder: Path) -> np.memmap:
         return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
-def keep_states(
-    prefix: Prefix, examples: dict[str, dataset.Examples], config: Any, this: Any,
-    group: Group,
-) -> dict[str, dataset.Examples]:  # fmt: skip
+def keep_states(examples: dict[str, WithStates], config: Any, this: Any, group: Group) -> None:
     """Keep the frozen states of all texts that come more than once, if there is room.
 
-    They are computed in the batches of the first epoch, and of one validation. So that epoch takes
-    no longer, and is the same to the last bit as without keeping. Later epochs have other batches,
-    so their last bits do depend on it: a run that had no room must not begin to keep when it is
-    resumed. Of several processes, each meets texts in later epochs that were another's before, so
-    the more there are, the more epochs it takes to pay.
+    They are computed in the batches of the first epoch, and of one validation: that epoch is the
+    same to the last bit as without keeping. Later epochs have other batches, so that their last
+    bits do depend on it: a run that had no room must not begin to keep when it is resumed. Each of
+    several processes meets texts that were another's before, so the more there are, the more
+    epochs it takes to pay.
     """
     training, validation, progress = examples["train"], examples["valid"], this.progress
-    keep_some = partial(keep, prefix, folder=this.adapter.parent)
-    batches = dataset.evaluation_batches(
-        validation, config.batch_size, config.val_batches, progress.micro_batches * group.size
+    micro_batches, folder = progress.micro_batches, this.adapter.parent
+    groups = batching.evaluation_batches(
+        validation, config.batch_size, config.val_batches, micro_batches * group.size
     )
-    kept = {"valid": keep_some(validation, batches) or validation, "train": training}
+    validation.keep(groups, folder)
     lengths = training.lengths
-    batches = dataset.epoch_batches(lengths, config.batch_size, config.seed, epoch=0)
+    batches = batching.epoch_batches(lengths, config.batch_size, config.seed, epoch=0)
     if this.iters > len(batches) * max(1, group.size - 1) and progress.has_room:
         groups = [
             micro_batch
             for rows in batches
-            for share in dataset.shares(rows, lengths[rows], group.size)
-            for micro_batch in dataset.split_batch(share, progress.micro_batches)
+            for share in batching.split_batch(rows, group.size)
+            for micro_batch in batching.split_batch(share, micro_batches)
         ]
-        kept["train"] = keep_some(training, groups) or training
-        progress.has_room = kept["train"] is not training
-    return kept
+        progress.has_room = training.keep(groups, folder)

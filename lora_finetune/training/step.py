@@ -12,7 +12,7 @@ from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching
 from lora_finetune.training.distributed import ALONE, Group
 from lora_finetune.training.losses import Loss
 
@@ -66,7 +66,7 @@ class Result(NamedTuple):
     parameter_sum: mx.array
 
 
-Step = Callable[[Parameters, dict, list[dataset.Batch]], Result]
+Step = Callable[[Parameters, dict, list[batching.Batch]], Result]
 
 
 def make_step(model: nn.Module, loss: Loss, group: Group = ALONE) -> Step:
@@ -79,7 +79,7 @@ def make_step(model: nn.Module, loss: Loss, group: Group = ALONE) -> Step:
     gradients_of = make_gradients(model, loss)
     optimizer = optim.Adam(0.0)  # its learning rate is in the state
 
-    def step(parameters: Parameters, state: dict, batch: list[dataset.Batch]) -> Result:
+    def step(parameters: Parameters, state: dict, batch: list[batching.Batch]) -> Result:
         tokens = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
         if batch:
             sums = gradients_of(parameters.tree, *batch[0])
@@ -139,7 +139,7 @@ class Trainer:
         self.parameters, self.state = Parameters.of(model), adam_state(model, learning_rate, saved)
 
     def steps(
-        self, batches: Iterator[list[dataset.Batch]], ahead: Callable[[], bool]
+        self, batches: Iterator[list[batching.Batch]], ahead: Callable[[], bool]
     ) -> Iterator[tuple[float, int, float]]:
         """The sum of the loss of each step, its number of targets, and the seconds it took.
 
@@ -247,7 +247,7 @@ def gap_after(array: mx.array) -> int:
 
 
 def fit_memory(
-    model: nn.Module, loss: Loss, examples: dataset.Examples, batch_size: int, micro_batches: int,
+    model: nn.Module, loss: Loss, examples: batching.Examples, batch_size: int, micro_batches: int,
     group: Group = ALONE,
 ) -> int:  # fmt: skip
     """In how many micro-batches, at least, the largest batch fits into memory, found by trying.

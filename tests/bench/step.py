@@ -55,14 +55,14 @@ def plain_steps(folder: Path) -> Steps:
 def our_steps(folder: Path) -> Steps:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import models
-    from lora_finetune.adapters import adapters
+    from lora_finetune.adapters import loading
     from lora_finetune.mlx_patches import activations, attention
     from lora_finetune.training import losses
     from lora_finetune.training.step import Trainer
 
     activations.install(slow_exp=False)
     model, _ = models.load_as_stored(folder)
-    adapters.adapt(model, {}, None, len(model.layers))
+    loading.adapt(model, {}, None, len(model.layers))
     loss = losses.make_loss(model)
     model.train()
     trainer = Trainer(model, loss, 2e-5, {})
