@@ -173,6 +173,8 @@ def run(config: Config, group: Group) -> None:
         loss = losses.make_loss(model) if files else None
         if config.train:
             train(this, model, loss, examples)
+        else:
+            checkpoint.warn_of_other_model(this.adapter, this.settings, identity)
         if config.test:
             test(this, model, loss, examples["test"])
     group.leave()
@@ -232,13 +234,12 @@ def adapt(this: Run, model: nn.Module) -> None:
 def settle_settings(
     this: Run, files: Files, tokenizer: TokenizerWrapper, identity: dict[str, str]
 ) -> None:
-    """Complete the settings of a run, or look whether the adapter's are of this model."""
+    """Complete the settings of a run, or read those of the adapter's."""
     if this.config.train:
         learnt = prompts.learnt_format(files["train"], tokenizer)
         this.settings |= identity | {LEARNT_FORMAT: learnt}
     else:
         this.settings = checkpoint.settings_of(this.adapter)
-        checkpoint.warn_of_other_model(this.adapter, this.settings, identity)
 
 
 def encode_prompts(
