@@ -286,7 +286,7 @@ def test_beyond_the_memory_a_file_serves_which_nobody_sees_and_a_kill_takes_alon
     process.kill()
     process.join()
     names = {Path(file).name for file in listing(folder)}
-    whole = {"a.npz", "state.npz", "best.npz", "log.jsonl", "lock", "out", "err"}
+    whole = {"a.npz", "a.run", "state.npz", "best.npz", "log.jsonl", "lock", "out", "err"}
     assert {name for name in names if not name.endswith(".part")} == whole  # of a save that it hit
     lines = (folder / "err").read_text().splitlines()
     assert len(lines) == 2
