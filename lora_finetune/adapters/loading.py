@@ -8,12 +8,13 @@ import models
 from lora_finetune.adapters import mlx_lm, npz, peft
 from lora_finetune.adapters.npz import Adapter, named
 from lora_finetune.base.errors import UserError, warn
-from lora_finetune.model_folder.model_folder import read_object
+from lora_finetune.model_folder.files import read_object
 from lora_finetune.model_folder.transformers_names import MODEL_TYPES, checkpoint_name, module_name
 from models import attention_projections, is_linear, linear_shape, router_projections
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 
 def find_adapter(path: Path) -> Path:
@@ -44,13 +45,14 @@ def read_adapter(file: Path) -> Adapter:
     if not file.is_file():
         raise UserError(f"there is no adapter file {file}; name one that a run has saved")
     arrays = npz.read_arrays(file)
-    if file.suffix == ".safetensors":
-        config = file.with_name("adapter_config.json")
-        if not config.is_file():
-            raise UserError(f"there is no {config.name} beside {file}, which tells its scale")
-        form = peft if any(name.startswith("base_model.") for name in arrays) else mlx_lm
-        arrays = form.read(file, arrays, read_object(config))
-    return npz.pair_arrays(file, arrays)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error
+        if file.suffix == ".safetensors":
+            config = file.with_name("adapter_config.json")
+            if not config.is_file():
+                raise UserError(f"there is no {config.name} beside {file}, which tells its scale")
+            form = peft if any(name.startswith("base_model.") for name in arrays) else mlx_lm
+            arrays = form.read(file, arrays, read_object(config))
+        return npz.pair_arrays(file, arrays)
 
 
 def adapt(

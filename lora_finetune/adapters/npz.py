@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import models
@@ -89,7 +90,8 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
     """
     try:
         if file.suffix != ".safetensors":
-            with np.load(file, allow_pickle=False) as archive:
+            with warnings.catch_warnings(), np.load(file, allow_pickle=False) as archive:
+                warnings.simplefilter("ignore")  # the error is enough
                 return {name: np.asarray(array) for name, array in archive.items()}
         arrays = {name: array.astype(mx.float32) for name, array in mx.load(str(file)).items()}
         return {name: np.array(array) for name, array in arrays.items()}  # NumPy has no bfloat16

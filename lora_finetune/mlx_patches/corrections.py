@@ -6,6 +6,7 @@ Models that agree with it are left as they are.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches.activations import swiglu
 from lora_finetune.mlx_patches.modules import arguments, modules_named, parameters_of, replace
 from lora_finetune.mlx_patches.settings import put_activations
-from lora_finetune.model_folder.model_config import is_minimax_m2
+from lora_finetune.model_folder.config import is_minimax_m2, model_family
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,11 +44,11 @@ def corrected(
         config: in mlx-lm's words.
         theirs: the settings of the text model as transformers has them, None where it has none.
     """
-    family = model_class.__module__.rpartition(".")[2]
+    family = model_family(model_class)
 
     def build(args: Any) -> nn.Module:
-        check(family, config)
         model = model_class(args)
+        check(family, config, args, model)
         if family in CORRECTIONS:
             CORRECTIONS[family](model, theirs)
         if theirs:
@@ -75,17 +76,22 @@ ONLY: dict[str, Settings] = {
     "phimoe": {"num_experts_per_tok": 2},
 }
 
-# deepseek_v3.py:222, afmoe.py:228 and others normalize the scores of two experts and more only.
+# afmoe.py:228, kimi_linear.py:76 and all with a `group_expert_select`, as deepseek_v3.py:222,
+# normalize the scores of two experts and more only.
 NORMALIZE = ("norm_topk_prob", "moe_renormalize", "route_norm")
 
 
-def check(family: str, config: Settings) -> None:
+def check(family: str, config: Settings, args: Any, model: nn.Module) -> None:
     """Raise UserError for settings with which mlx-lm computes something else than PyTorch."""
-    settings = config | (config.get("text_config") or {}) | (config.get("ffn_config") or {})
+    settings = vars(args) | config  # args have the defaults
+    settings |= (config.get("text_config") or {}) | (config.get("ffn_config") or {})
     only = ONLY.get(family, {}).items()
     found = [f"{n} = {settings[n]}" for n, v in only if settings.get(n) not in (None, v)]
     number = settings.get("num_experts_per_tok", settings.get("num_experts_per_token"))
-    if number == 1 and any(settings.get(name) for name in NORMALIZE):
+    programs = {sys.modules[type(module).__module__] for module in model.modules()}
+    is_affected = family in ("afmoe", "kimi_linear")
+    is_affected |= any("group_expert_select" in vars(program) for program in programs)
+    if number == 1 and is_affected and any(settings.get(name) for name in NORMALIZE):
         found.append("a normalized score for a single expert")
     if config["model_type"] == "minimax" and not is_minimax_m2(config):  # MiniMax-Text-01
         found.append("layers of lightning attention")

@@ -22,8 +22,8 @@ from functools import lru_cache
 from typing import Any
 
 from lora_finetune.base.errors import warn
-from lora_finetune.model_folder.model_config import pytorch_program, pytorch_settings
-from lora_finetune.model_folder.model_folder import shortened
+from lora_finetune.model_folder.config import pytorch_program, pytorch_settings
+from lora_finetune.model_folder.files import shortened
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -245,7 +245,8 @@ def load(
     """A model, and what else `build` makes of a configuration, with positions as in PyTorch.
 
     Some models of mlx-lm refuse a scaling, or fail where there is none: these are built with one
-    that changes nothing. So are those with longrope, for which mlx-lm loses the layout of pairs.
+    that changes nothing. So are those with a scaling by length, which is always replaced: for
+    longrope mlx-lm loses the layout of pairs, and its "dynamic" fails in gpt_oss.
 
     Args:
         words: the configuration as mlx-lm has it.
@@ -254,7 +255,7 @@ def load(
     if not getattr(theirs, "rope_parameters", None):
         return build(words)
     try:
-        if re.search("'(longrope|su)'", str(scalings(words))):
+        if re.search("'(longrope|su|dynamic)'", str(scalings(words))):
             words = without_scaling(words)
         found = build(words)
     except Exception:

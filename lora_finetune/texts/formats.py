@@ -104,8 +104,3 @@ def find_separator(names: str) -> str | None:
     """The separator in a CSV file's line of names, the most frequent one; None without any."""
     mark = max(SEPARATORS, key=names.count)
     return mark if mark in names else None
-
-
-def holds_rows(entry: dict) -> bool:
-    """Whether an object holds lists and objects alone, as a whole data set in one object does."""
-    return bool(entry) and all(isinstance(value, dict | list) for value in entry.values())

@@ -18,7 +18,6 @@ from lora_finetune.texts.formats import (
     breaks_off,
     check_format,
     find_separator,
-    holds_rows,
     read_json_lines,
     why_not_json,
 )
@@ -201,7 +200,7 @@ def find_rows(file: Path, content: Row, columns: set[str]) -> list[Row]:
     ]
     if len(lists) == 1:
         return lists[0]
-    if lists or holds_rows(content):
+    if lists or (content and all(isinstance(value, dict | list) for value in content.values())):
         raise UserError(
             f"{file} is one object that holds others by their keys ({abbreviated(content)}); write "
             "the rows to a file of their own as a list: [{…}, {…}]"
@@ -217,7 +216,7 @@ def find_encoding(file: Path, remark: Remark) -> str:
     for encoding in ("utf-8-sig", "cp949"):
         try:
             with file.open(encoding=encoding, newline="") as stream:
-                while stream.read(2**20):
+                while stream.read(2**16):
                     pass
         except UnicodeDecodeError:
             continue

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import models
 from lora_finetune.mlx_patches.activations import exp, log_sum_exp
 from lora_finetune.mlx_patches.compiling import hint_if_compiling
+from lora_finetune.mlx_patches.modules import intercepted
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -236,7 +237,7 @@ def replaced(
     module: nn.Module, reply: Callable[[mx.array], mx.array]
 ) -> AbstractContextManager[None]:
     """While it lasts, `reply` answers in place of a linear layer, or an embedding used as one."""
-    return models.intercepted(module, reply, as_linear(module).__name__)
+    return intercepted(module, reply, as_linear(module).__name__)
 
 
 def num_outputs(module: nn.Module) -> int:
