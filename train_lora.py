@@ -303,7 +303,9 @@ def train(this: Run, model: nn.Module, loss: Loss, examples: dict[str, batching.
     report.print_data(config, examples["train"])
     if prefix := frozen_prefix.find(model):
         loss = prefix.loss(loss)
-        examples = {split: prefix.examples(examples[split]) for split in ("train", "valid")}
+        examples = {
+            split: frozen_prefix.WithStates(prefix, examples[split]) for split in ("train", "valid")
+        }
     model.train()  # before the step is traced: some layers have kernels without a gradient else
     moments = this.start.state.optimizer if this.start.state else {}
     trainer = Trainer(model, loss, config.learning_rate, moments, group)
@@ -313,7 +315,7 @@ def train(this: Run, model: nn.Module, loss: Loss, examples: dict[str, batching.
             model, loss, examples["train"], rows, progress.micro_batches, group
         )
         if prefix:
-            examples = frozen_prefix.keep_states(prefix, examples, config, this, group)
+            frozen_prefix.keep_states(examples, config, this, group)
         training_loop(this, model, loss, examples, trainer)
     report.draw_losses(this)
 

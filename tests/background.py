@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import models  # noqa: F401  before mlx, since it loads a fast BLAS
+from lora_finetune.training import distributed
 
 import mlx.core as mx
 
@@ -38,6 +39,7 @@ def run(
     env: dict[str, str] | None = None,
     suffix: str = "",
     device_memory: int | None = None,
+    wait_at_end: float | None = None,
 ) -> None:
     """Be the command line in a folder; `out` and `err` in it take what it prints.
 
@@ -47,6 +49,7 @@ def run(
         env: is added to the environment.
         suffix: of the names `out` and `err`.
         device_memory: bytes, for the GPU that this is then taken to be.
+        wait_at_end: seconds to wait for the other processes of a run that is to end.
     """
     os.chdir(folder)
     os.environ.update(env or {})
@@ -60,6 +63,8 @@ def run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if slow:
         slow_down(slow)
+    if wait_at_end:
+        distributed.WAIT_AT_END = wait_at_end
     sys.argv = [str(ROOT / "train_lora.py"), *args]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

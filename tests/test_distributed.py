@@ -68,7 +68,7 @@ def write_hosts(folder: Path, size: int) -> None:
 SOON = 30 if mx.default_device() == mx.cpu else 60
 
 
-def join(processes: Processes, seconds: float = 60) -> list[int]:
+def join(processes: Processes, seconds: float = 180) -> list[int]:
     """The exit statuses of processes, which have so many seconds to end."""
     end = time.monotonic() + seconds
     for process in processes:
@@ -84,7 +84,7 @@ def printed(folder: Path, name: str) -> list[list[str]]:
     """The lines in `out` or `err` of the processes of a run, but MLX's and that they wait."""
     files = sorted(folder.glob(f"{name}.*"))
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
-    others = ("[ring]", "hint: waiting for all")
+    others = ("[ring]", "hint: waiting for the other")
     return [[line for line in text.splitlines() if not line.startswith(others)] for text in texts]
 
 
@@ -196,7 +196,7 @@ def test_a_signal_to_one_or_all_stops_all_and_the_first_saves(
     wait_for_iteration(tmp_path, processes, rng)
     for process in processes if kind == "all" else [rng.choice(processes)]:
         os.kill(process.pid, signal_number)
-    assert join(processes, 10) == [128 + signal_number] * 4
+    assert join(processes, SOON) == [128 + signal_number] * 4
     out, err = printed(tmp_path, "out"), printed(tmp_path, "err")
     iteration = assert_saved_whole(tmp_path)
     assert f"interrupted: iteration {iteration} is saved" in err[0][-1]
@@ -212,7 +212,7 @@ def test_where_one_is_killed_the_others_end_and_what_was_saved_is_whole(
     wait_for_iteration(tmp_path, processes, rng)
     dead = number % 4
     processes[dead].kill()
-    codes = join(processes, 10)
+    codes = join(processes, SOON)
     assert codes == [-signal.SIGKILL if rank == dead else 2 for rank in range(4)]
     iteration = assert_saved_whole(tmp_path)
     for rank, lines in enumerate(printed(tmp_path, "err")):
@@ -221,6 +221,22 @@ def test_where_one_is_killed_the_others_end_and_what_was_saved_is_whole(
             assert "another process" in lines[0]
             assert (f"iteration {iteration} is saved" in lines[0]) == (rank == 0)
             assert (f"process {rank} (on " in lines[0]) == (rank > 0)
+
+
+def test_where_one_answers_no_more_a_stop_ends_the_first_which_saves(
+    args: list[object], tmp_path: Path
+) -> None:
+    """As on connections of which MLX does not notice that the other end has gone."""
+    processes = launch(tmp_path, 2, *args, *LONG, wait_at_end=2.0)
+    wait_for_iteration(tmp_path, processes, random.Random(0))
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    processes[0].join(SOON)
+    processes[1].kill()
+    assert processes[0].exitcode == 2
+    line = printed(tmp_path, "err")[0][-1]
+    assert line.startswith("error: the connection to another process was lost (TimeoutError)")
+    assert f"iteration {assert_saved_whole(tmp_path)} is saved" in line
 
 
 def test_a_loss_that_is_not_finite_ends_all_with_one_line(
@@ -258,7 +274,7 @@ def test_where_the_memory_of_one_does_not_do_all_end(
     [first, other] = printed(tmp_path, "err")
     assert len(other) == 1
     assert re.match(r"error: process 1 \(on .*\): a text of 483 tokens takes more memory", other[0])
-    assert re.match(r"error: process 1 \(on .*\) has failed: see its line", first[-1])
+    assert re.match(r"error: process 1 \(on .*\) has failed or was interrupted", first[-1])
     assert not (tmp_path / "a.npz").exists()
 
 
@@ -339,7 +355,7 @@ def test_moments_of_adam_that_differ_are_an_error(
     args = [*args, "--iters", 60, "--resume-adapter-file", "a.npz"]
     assert join(launch_each(folders, args, args), SOON) == [2, 2]
     line = (folders[0] / "err").read_text().splitlines()[-1]
-    assert "in Adam's moments to start from; make that the same on all machines" in line
+    assert "in Adam's moments to start from (" in line
 
 
 def test_what_one_does_is_done_by_one_alone(model: Path, alone: Path, tmp_path: Path) -> None:
@@ -357,7 +373,8 @@ def test_a_process_that_cannot_join_says_so(args: list[object], tmp_path: Path) 
     process = background.start(tmp_path, *args, "--iters", 2, env=env)
     process.join()
     assert process.exitcode == 2
-    assert (tmp_path / "err").read_text().startswith("error: MLX_RANK is set, but nothing says how")
+    [line] = (tmp_path / "err").read_text().splitlines()
+    assert re.match(r"error: process 1 \(on .*\): the other processes were not found", line)
 
 
 def test_without_a_launcher_the_distributed_engine_is_never_touched(

@@ -64,20 +64,16 @@ def with_kept_states(
     examples: dict[str, batching.Examples],
     folder: Path,
     parts: int = 1,
-) -> dict[str, batching.Examples]:
+) -> dict[str, frozen_prefix.WithStates]:
     groups = {
         "train": batching.epoch_batches(examples["train"].lengths, BATCH_SIZE, 0, 0),
         "valid": batching.evaluation_batches(examples["valid"], BATCH_SIZE, -1),
     }
-    return {
-        split: frozen_prefix.keep(
-            prefix,
-            prefix.examples(examples[split]),
-            [part for rows in groups[split] for part in batching.split_batch(rows, parts)],
-            folder,
-        )
-        for split in groups
-    }
+    kept = {split: frozen_prefix.WithStates(prefix, examples[split]) for split in groups}
+    for split, batches in groups.items():
+        micro_batches = [part for rows in batches for part in batching.split_batch(rows, parts)]
+        assert kept[split].keep(micro_batches, folder)
+    return kept
 
 
 def train(
@@ -170,7 +166,7 @@ def test_compiled_the_layers_are_called_once_for_each_shape(
 
     with intercepted(layer, note_shape):
         for rows in np.array([[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]):
-            prefix.examples(examples["train"]).batch(rows)
+            frozen_prefix.WithStates(prefix, examples["train"]).batch(rows)
     assert len(shapes) == len(set(shapes)) > 0
 
 
@@ -186,7 +182,8 @@ def test_what_is_kept_takes_the_memory_that_was_reckoned_with_and_no_more(
     monkeypatch.setattr(memory, "available", lambda: size * 16 + mx.get_active_memory())
     for factor, in_memory in ((1 + 1e-6, True), (1 - 1e-6, False)):
         monkeypatch.setattr(frozen_prefix, "MEMORY_SHARE", factor / 16)
-        kept = frozen_prefix.keep(prefix, prefix.examples(examples), groups, tmp_path)
+        kept = frozen_prefix.WithStates(prefix, examples)
+        kept.keep(groups, tmp_path)
         gc.collect()
         gc.disable()  # what waits for it is not free
         before = mx.get_active_memory()
@@ -211,7 +208,7 @@ def test_what_is_kept_has_the_type_of_the_model_and_every_bit_whoever_asks_first
         *_, states = other.batch(np.array([row]))
         assert states.dtype == dtype
     for rows in batching.epoch_batches(kept.lengths, BATCH_SIZE, 0, 0):
-        *_, expected = prefix.examples(examples["train"]).batch(rows)
+        *_, expected = frozen_prefix.WithStates(prefix, examples["train"]).batch(rows)
         for each in (kept, other):
             assert mx.array_equal(each.batch(rows)[-1], expected).item()
 
@@ -319,7 +316,7 @@ def test_without_room_on_the_disk_either_each_epoch_computes_them_and_so_it_goes
         for name, epochs in [("a.npz", 2), ("b.npz", 4)]:
             ended = call(*args, "--epochs", epochs, "--adapter-file", name)
             assert ended.returncode == 0
-            assert ended.stderr.count("has no room, so they are computed again in each epoch") == 2
+            assert ended.stderr.count("has no room, so each epoch computes them again") == 2
     ended = call(*args, "--epochs", 4, "--resume-adapter-file", "a.npz")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert not checkpoint.read_state(Path("a.npz")).progress.has_room

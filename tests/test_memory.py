@@ -70,9 +70,13 @@ CPU = {"device_name": "AMD EPYC", "architecture": "x86_64"}
     ],
 )
 def test_a_run_may_take_what_the_device_recommends_or_has_free(
-    device: dict, machine: int, in_use: int, limit: int
+    device: dict, machine: int, in_use: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert memory.device_limit(device, machine, in_use) == limit
+    monkeypatch.setattr(mx, "device_info", lambda: device)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: in_use)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 0)
+    monkeypatch.setattr(memory, "machine_memory", lambda: machine)
+    assert memory.available() == limit
 
 
 NO_LIMIT = "9223372036854771712"  # as version 1 of control groups writes it

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,67 +17,39 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 # --- How much there is --------------------------------------------------------------------------
 
-
-# How many processes of this run share the memory of this machine.
-processes_here = 1
+processes_here = 1  # of this run, which share the memory of this machine
 
 
 def available() -> int:
-    """Bytes that a run may take on MLX's default device, what it holds already included."""
-    in_use = mx.get_active_memory() + mx.get_cache_memory()
-    return device_limit(mx.device_info(), machine_memory(), in_use, processes_here)
-
-
-def device_limit(
-    device: Mapping[str, str | int], machine: int, in_use: int, processes: int = 1
-) -> int:
-    """Bytes that a run may take on a device.
+    """Bytes that a run may take on MLX's default device, what it holds already included.
 
     With Metal that is the recommended working set: beyond it a Mac swaps, and dies instead of
-    raising an error. With CUDA it is what is free, not what is installed.
-
-    Args:
-        device: what `mx.device_info` says of it.
-        machine: bytes that the process may take of the machine's memory, which a CPU shares.
-        in_use: bytes that MLX holds already; CUDA does not count them as free.
-        processes: how many share a memory that is the machine's; each has a GPU with CUDA.
+    raising an error. With CUDA it is what is free, and each process has a GPU of its own. A CPU
+    shares the machine's memory.
     """
+    device = mx.device_info()
     recommended = device.get("max_recommended_working_set_size")
     if not recommended and "free_memory" in device:
-        return device["free_memory"] + in_use
-    return (recommended or machine) // processes
+        return device["free_memory"] + mx.get_active_memory() + mx.get_cache_memory()
+    return (recommended or machine_memory()) // processes_here
 
 
 def machine_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may take of the machine's memory: all, or what its container may."""
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([installed, *cgroup_limits(root)])
+    """Bytes that this process may take of the machine's memory: all, or what its container may.
 
-
-def cgroup_limits(root: Path) -> Iterator[int]:
-    """The memory limits, in bytes, of this process's cgroups (v1 and v2) and their ancestors.
-
-    In a container, what is mounted may begin at its own group,
-    so that the path in /proc/self/cgroup leads nowhere, and the limit is at the top.
+    On Linux those are the limits of its cgroups (v1 and v2) and their ancestors. In a container,
+    what is mounted may begin at its own group, so that the limit is at the top.
     """
-    try:
-        groups = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
-    except OSError:  # not Linux
-        return
-    for line in groups:
-        _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "", "/")
-        if not controllers:  # version 2
-            folder, names = root / "sys/fs/cgroup", ("memory.max", "memory.high")
-        elif "memory" in controllers.split(","):  # version 1
-            folder, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes",)
-        else:
-            continue
-        group = Path(path.lstrip("/"))
-        for file in (folder / g / name for g in (group, *group.parents) for name in names):
-            try:
-                yield int(file.read_text())
-            except (OSError, ValueError):  # no such group here, or no limit: "max"
-                continue
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    own, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
+    for line in own.read_text(errors="replace").splitlines() if own.exists() else []:
+        group = Path(line.rpartition(":")[2].lstrip("/"))
+        for folder in (group, *group.parents):
+            v1 = mounted / "memory" / folder / "memory.limit_in_bytes"
+            for file in (v1, mounted / folder / "memory.max", mounted / folder / "memory.high"):
+                with suppress(OSError, ValueError):  # no such group here, or no limit: "max"
+                    limits.append(int(file.read_text()))
+    return min(limits)
 
 
 SMALL_CACHE = 32 * 2**20  # bytes, MLX's own default on a CPU
@@ -119,10 +90,10 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
 
     if (one := peak(1)) > limit:
         return 0
-    if base + (one - base) * most <= limit / 2:  # far from the limit, the time is saved
+    expected, number = base + (one - base) * most, most
+    if expected <= limit / 2:  # far from the limit, the time is saved
         return most
-    number = most
-    if most > 1 and base + (one - base) * most > limit:
+    if most > 1 and expected > limit:
         if (two := peak(2)) > limit:
             return 1
         number = min(most, 2 + int((limit - two) // max(1, two - one)))
@@ -141,18 +112,17 @@ class DeviceError(UserError):
 FAILURES = (RuntimeError, MemoryError)  # what MLX raises then, with the words of Metal or CUDA
 
 NO_MEMORY = re.compile(
-    r"insufficient memory|out ?of ?memory|(unable|attempting) to allocate|resource limit", re.I
+    r"insufficient memory|out ?of ?memory|(unable|attempting) to allocate|cannot allocate memory|"
+    "resource limit|resource temporarily unavailable",
+    re.I,
 )
 # macOS ends a computation that keeps the display waiting; so does the driver of NVIDIA's.
 TOO_LONG = re.compile(r"impacting ?interactivity|time(d )?out|gpu hang", re.I)
 
 
 def is_lacking(error: BaseException) -> bool:
-    """Whether an error tells that memory could not be had."""
-    errnos = (errno.ENOMEM, errno.EAGAIN)
-    is_errno = isinstance(error, OSError) and error.errno in errnos
-    is_said = NO_MEMORY.search(str(error)) or any(os.strerror(n) in str(error) for n in errnos)
-    return isinstance(error, MemoryError) or is_errno or bool(is_said)
+    """Whether an error of MLX, Python or the system says that there is not enough memory."""
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 @contextmanager
@@ -166,7 +136,16 @@ def device_errors(advice: str) -> Iterator[None]:
         yield
     except FAILURES as error:
         release(error)
-        raise DeviceError(explain(error, advice)) from error
+        why = f"({first_line(error):.200})"
+        message = f"the computation failed {why}; try again, and if it fails again, {advice}"
+        if TOO_LONG.search(str(error)):
+            message = (
+                f"the system stopped a computation that kept the display waiting {why}; {advice}, "
+                "or leave the display off meanwhile (on a Mac, under caffeinate -s)"
+            )
+        if is_lacking(error):
+            message = f"out of memory {why}; {advice}, or close other programs"
+        raise DeviceError(message) from error
 
 
 def release(error: Exception) -> None:
@@ -174,16 +153,3 @@ def release(error: Exception) -> None:
     traceback.clear_frames(error.__traceback__)
     with suppress(*FAILURES):
         mx.clear_cache()
-
-
-def explain(error: Exception, advice: str) -> str:
-    """Why a computation failed, and the ways out."""
-    why = f"({first_line(error):.200})"
-    if is_lacking(error):
-        return f"out of memory {why}; {advice}, or close other programs"
-    if TOO_LONG.search(str(error)):
-        return (
-            f"the system stopped a computation that kept the display waiting {why}; {advice}, or "
-            "leave the display off meanwhile (on a Mac, under caffeinate -s)"
-        )
-    return f"the computation failed {why}; try again, and if it fails again, {advice}"

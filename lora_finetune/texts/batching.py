@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -28,8 +28,6 @@ class Examples:
             text never counts.
         num_truncated: how many of the texts were longer.
         max_length: what they were cut to, and the most inputs in a batch, padding included.
-        states: gives for the indices and the tokens of a batch the hidden states that the model
-            starts from; None where it starts from the tokens.
     """
 
     tokens: np.ndarray
@@ -37,7 +35,6 @@ class Examples:
     is_target: np.ndarray
     num_truncated: int = 0
     max_length: float = math.inf
-    states: Callable[[np.ndarray, np.ndarray], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -60,7 +57,7 @@ class Examples:
         for row, (start, length) in enumerate(zip(self.starts[rows], lengths, strict=True)):
             tokens[row, :length] = self.tokens[start : start + length]
             is_target[row, :length] = self.is_target[start : start + length]
-        return (tokens, is_target, *([self.states(rows, tokens)] if self.states else []))
+        return tokens, is_target
 
 
 def padded_width(lengths: np.ndarray, max_inputs: float = math.inf) -> int:

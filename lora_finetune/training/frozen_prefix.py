@@ -1,19 +1,16 @@
 """The hidden states below the first adapted layer, which training does not change: computed once.
 
-Of causal layers, the states of a text depend neither on what is padded behind it nor on the texts
-beside it. So they can be kept for later epochs, and for every validation.
+Where layers are causal, the states of a text depend neither on what is padded behind it nor on the
+texts beside it. So they can be kept for later epochs, and for every validation.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +29,26 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-# Whether the layers are called compiled. Python takes milliseconds to call them, which a GPU might
-# have to wait for; what a CPU takes to compute them is a hundred times as long.
+# Whether the layers are called compiled. A GPU might have to wait for Python to call them.
 COMPILED = mx.default_device() == mx.gpu
 
 
 class Prefix:
-    """The layers of a model below the first one that is trained.
-
-    Attributes:
-        model: the model that they are in.
-        num_layers: how many they are.
-    """
+    """The first `num_layers` layers of a model, below the first one that is trained."""
 
     def __init__(self, model: nn.Module, num_layers: int):
         self.model, self.num_layers = model, num_layers
         self.call = compiled_if_possible(self.hidden) if COMPILED else self.hidden
 
     def states(self, tokens: np.ndarray, lengths: np.ndarray) -> mx.array:
-        """What these layers make of a batch: what the first trained layer is given.
+        """The hidden states that the first trained layer is given for a batch; not computed yet.
 
         Args:
             tokens: int32 (rows, width); all but the last of a row are inputs.
             lengths: tokens of each text, int64 (rows,).
 
         Returns:
-            (rows, width − 1, size), zero in padding, of the model's own type; not computed yet.
+            (rows, width − 1, size), zero in padding, of the model's own type.
         """
         inputs = mx.array(tokens[:, :-1])
         lengths = mx.array(lengths.astype(np.int32))
@@ -65,7 +56,7 @@ class Prefix:
         return mx.where(is_text[..., None], self.call(inputs, lengths), 0)
 
     def hidden(self, inputs: mx.array, lengths: mx.array) -> mx.array:
-        """The states (rows, length, size) of texts (rows, length) of lengths, in padding too."""
+        """The states (rows, width, size) of inputs (rows, width), in padding too."""
         given = []
 
         def pass_on(hidden: mx.array, *_: object, **__: object) -> mx.array:
@@ -75,8 +66,8 @@ class Prefix:
         was_training = self.model.training
         self.model.eval()  # some layers have faster kernels where there is no gradient
         try:
-            layers = intercepted_layers(self.model.layers[self.num_layers :], pass_on)
-            with layers, rope.text_lengths(lengths):
+            trained = all_intercepted(self.model.layers[self.num_layers :], pass_on)
+            with trained, rope.text_lengths(lengths):
                 self.model(inputs)
         finally:
             self.model.train(was_training)
@@ -84,12 +75,12 @@ class Prefix:
 
     @contextmanager
     def replaced(self, states: mx.array) -> Iterator[None]:
-        """While it lasts, these layers put out given states for a batch of that shape."""
+        """A block in which these layers return given states for a batch of that shape."""
 
         def reply(hidden: mx.array, *_: object, **__: object) -> mx.array:
             return states if hidden.shape == states.shape else hidden
 
-        with intercepted_layers(self.model.layers[: self.num_layers], reply):
+        with all_intercepted(self.model.layers[: self.num_layers], reply):
             yield
 
     def loss(self, loss: Loss) -> Loss:
@@ -102,18 +93,10 @@ class Prefix:
 
         return loss_from_states
 
-    def examples(self, examples: batching.Examples) -> batching.Examples:
-        """The same texts in batches with their states, computed anew for each batch."""
-
-        def states(rows: np.ndarray, tokens: np.ndarray) -> mx.array:
-            return self.states(tokens, examples.lengths[rows])
-
-        return replace(examples, states=states)
-
 
 @contextmanager
-def intercepted_layers(layers: list[nn.Module], reply: Callable[..., mx.array]) -> Iterator[None]:
-    """While it lasts, `reply` answers in place of each of these layers."""
+def all_intercepted(layers: list[nn.Module], reply: Callable[..., mx.array]) -> Iterator[None]:
+    """A block in which `reply` answers in place of each of these layers."""
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(intercepted(layer, reply))
@@ -123,16 +106,16 @@ def intercepted_layers(layers: list[nn.Module], reply: Callable[..., mx.array]) 
 def find(model: nn.Module) -> Prefix | None:
     """The layers of a model below the first one that is trained; None where there are none.
 
-    None too, with a line that says so, where their states do not stand for all that they do: some
-    architectures hand keys and values of one layer to others, or more than states.
+    None too, with a warning, where the model needs more of them than their states: some
+    architectures hand keys and values of one layer to others.
     """
     trained = [bool(tree_flatten(layer.trainable_parameters())) for layer in model.layers]
     if not any(trained) or trained[0]:
         return None
     prefix = Prefix(model, trained.index(True))
-    # Suppressed: whatever an architecture does where layers do not do their part.
+    # Suppressed: whatever an architecture raises where layers do not do their work.
     with hint_if_compiling("the model's layers on a few tokens"), suppress(Exception):
-        if stands_for_its_layers(prefix):
+        if states_suffice(prefix):
             return prefix
     warn(
         f"in models of this kind ({model_family(type(model))}) the layers below the first adapted "
@@ -142,29 +125,27 @@ def find(model: nn.Module) -> Prefix | None:
     return None
 
 
-def stands_for_its_layers(prefix: Prefix) -> bool:
-    """Whether a model's logits are the same from states, and a text's states the same alone.
+def states_suffice(prefix: Prefix) -> bool:
+    """Whether a model's logits are the same from states, and padding has no effect on states.
 
-    Shown on a text, and a shorter one with padding behind it. The shorter one is computed alone in
-    between, so that nothing that layers may have left behind for others can serve.
+    Tried on two texts, of which the shorter one is padded. It is also computed alone, in between,
+    so that nothing that layers may have left behind for others can serve.
     """
     # int32 as in a batch, and no array[0], which is a gather: CUDA would have to compile another.
     tokens = np.array([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 0, 0, 0, 0]], np.int32)
-    model, lengths = prefix.model.eval(), [9, 5]
-    logits, states = model(mx.array(tokens[:, :-1])), prefix.states(tokens, np.array(lengths))
+    model, inputs, lengths = prefix.model.eval(), mx.array(tokens[:, :-1]), np.array([9, 5])
+    logits, states = model(inputs), prefix.states(tokens, lengths)
     mx.eval(logits, states)
-    if not mx.isfinite(logits[:1]).all().item():
-        return True  # of a broken model nothing can be shown, and its first validation ends the run
-    alone = prefix.states(tokens[1:, :5], np.array([5]))
+    alone = prefix.states(tokens[1:, :5], lengths[1:])
     mx.eval(alone)
     with prefix.replaced(states):
-        from_states = model(mx.array(tokens[:, :-1]))
-    most = mx.finfo(states.dtype).eps ** 0.5
-    errors = [relative_error(alone, states[1:, :4])]
-    errors += [
-        relative_error(from_states[i, : n - 1], logits[i, : n - 1]) for i, n in ((0, 9), (1, 5))
+        from_states = model(inputs)
+    errors = [
+        relative_error(alone, states[1:, :4]),
+        relative_error(from_states[:1], logits[:1]),
+        relative_error(from_states[1:, :4], logits[1:, :4]),
     ]
-    return all(error <= most for error in errors) and mx.isfinite(from_states).all().item()
+    return all(error <= mx.finfo(states.dtype).eps ** 0.5 for error in errors)
 
 
 def relative_error(found: mx.array, expected: mx.array) -> float:
@@ -176,134 +157,116 @@ def relative_error(found: mx.array, expected: mx.array) -> float:
 
 # --- Keeping ------------------------------------------------------------------------------------
 
+# The share of the memory that the states of training texts may take, and as much those of
+# validation; and the share of a disk that they leave free.
+MEMORY_SHARE, FREE_SHARE = 1 / 16, 1 / 10
 
-class Kept:
-    """The states of texts, computed for a whole group when one of its texts is first asked for.
 
-    The groups are fixed, so that the last bits of a text's states do not depend on which batch
-    asked for them first: on the one after which a run was resumed, for example.
+class WithStates:
+    """Texts in batches with their states, for `Prefix.loss`: computed for each batch, or kept.
 
     Attributes:
-        examples: the texts, in batches with states that are computed anew.
-        groups: arrays of their indices, no two with a text in common.
-        place: of each text in them, its group and its row there.
-        states: those of each group, (rows, width, size), zero in padding; None until then.
-        dtype: of the states.
-        room: for each group, where the bytes of its states go in a file: uint8 (rows, width, bytes
-            of one). None where they stay in memory.
+        groups: indices of the texts that are computed and kept together, when one of them is first
+            asked for. They are fixed, so that the last bits of a text's states do not depend on
+            which batch asked first: on the one after which a run was resumed, for example.
+        kept: of each text, (length − 1, size), or their bytes in the file.
+        file: uint8 (tokens, bytes of a state); None where all stay in memory.
     """
 
-    def __init__(
-        self, examples: batching.Examples, groups: list[np.ndarray], dtype: mx.Dtype,
-        room: list[np.ndarray] | None,
-    ):  # fmt: skip
-        self.examples, self.groups, self.dtype, self.room = examples, groups, dtype, room
-        self.place = {
-            text: (number, row)
-            for number, rows in enumerate(groups)
-            for row, text in enumerate(rows.tolist())
-        }
-        self.states: list[mx.array | np.ndarray | None] = [None] * len(groups)
+    def __init__(self, prefix: Prefix, examples: batching.Examples):
+        self.prefix, self.examples = prefix, examples
+        self.lengths, self.max_length = examples.lengths, examples.max_length
+        self.groups: list[np.ndarray] = []
+        self.kept: dict[int, mx.array | np.ndarray] = {}
+        self.file, self.used = None, 0
 
-    def __call__(self, rows: np.ndarray, tokens: np.ndarray) -> mx.array:
-        """The states (rows, width − 1, size) of a batch, zero in padding; `rows` are its texts.
+    def __len__(self) -> int:
+        return len(self.examples)
 
-        Where one group is missing, MLX may compute it with the step that the batch is for.
+    def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, mx.array]:
+        """The given texts, padded on the right, and their states (rows, width − 1, size)."""
+        tokens, is_target = self.examples.batch(rows)
+        if self.groups:
+            return tokens, is_target, self.kept_states(rows.tolist(), tokens.shape[1] - 1)
+        return tokens, is_target, self.prefix.states(tokens, self.lengths[rows])
+
+    def keep(self, groups: list[np.ndarray], folder: Path) -> bool:
+        """Keep the states from now on; False, and a warning, where there is no room for them.
+
+        Args:
+            groups: indices of texts that are computed together; each is as much work as a batch.
+            folder: for a temporary file, if the states take too much memory.
         """
-        places = [self.place[text] for text in rows.tolist()]
-        missing = sorted({number for number, _ in places if self.states[number] is None})
+        one = self.prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # never computed
+        widths = [batching.padded_width(self.lengths[rows], self.max_length) - 1 for rows in groups]
+        inputs = sum(len(rows) * width for rows, width in zip(groups, widths, strict=True))
+        free = min(memory.available(), memory.machine_memory()) - mx.get_active_memory()
+        if inputs * one.nbytes > free * MEMORY_SHARE:
+            size = inputs * one.nbytes / 1e9
+            taken = f"the hidden states of layers that do not change take {size:.3g} GB"
+            try:
+                self.file = make_file((inputs, one.nbytes), folder)
+            except OSError:
+                warn(f"{taken}, for which {folder} has no room, so each epoch computes them again")
+                return False
+            warn(f"{taken} and are kept in a temporary file in {folder} until this process ends")
+        self.groups, self.dtype = groups, one.dtype
+        self.group_of = {text: n for n, rows in enumerate(groups) for text in rows.tolist()}
+        return True
+
+    def kept_states(self, texts: list[int], width: int) -> mx.array:
+        """The states (texts, width, size), zero in padding."""
+        missing = sorted({self.group_of[text] for text in texts if text not in self.kept})
         for number in missing:
-            self.states[number] = self.compute(number)
-            if len(missing) > 1:
-                mx.eval(self.states[number])  # each in turn, in the memory that one takes
-        width = tokens.shape[1] - 1
-        return mx.stack([self.padded(*place, width) for place in places])
+            rows = self.groups[number]
+            states = self.prefix.states(self.examples.batch(rows)[0], self.lengths[rows])
+            # MLX may compute a single group together with the step that the batch is for.
+            if len(missing) > 1 or self.file is not None:
+                mx.eval(states)
+            for row, text in enumerate(rows.tolist()):
+                self.kept[text] = self.stored(states[row, : self.lengths[text] - 1])
+        return mx.stack([self.padded(self.kept[text], width) for text in texts])
 
-    def compute(self, number: int) -> mx.array | np.ndarray:
-        """The states of a group, or their bytes in the file."""
-        *_, states = self.examples.batch(self.groups[number])
-        if self.room is None:
+    def stored(self, states: mx.array) -> mx.array | np.ndarray:
+        """The states of a text, or the place in the file where their bytes now are."""
+        if self.file is None:
             return states
-        # Of an array that the device failed to compute, NumPy itself would drop the error.
-        self.room[number][:] = np.asarray(memoryview(states.view(mx.uint8)))
-        return self.room[number]
+        room = self.file[self.used : self.used + len(states)]
+        self.used += len(states)
+        room[:] = np.array(states.view(mx.uint8))
+        return room
 
-    def padded(self, number: int, row: int, width: int) -> mx.array:
-        """The states of a row of a group, (width, size)."""
-        states = self.states[number][row, :width]
-        if self.room is not None:
-            states = mx.array(states).view(self.dtype)
+    def padded(self, kept: mx.array | np.ndarray, width: int) -> mx.array:
+        states = kept if self.file is None else mx.array(kept).view(self.dtype)
         return mx.pad(states, [(0, width - len(states)), (0, 0)])
 
 
-# How much of the memory there is the states of training texts may take, and as much those of
-# validation.
-MEMORY_SHARE = 1 / 16
-# How much of a disk they leave free.
-FREE_SHARE = 1 / 10
+def make_file(shape: tuple[int, int], folder: Path) -> np.memmap:
+    """Bytes in a file without a name, which ends with the process; raises OSError without room."""
+    disk, size = shutil.disk_usage(folder), shape[0] * shape[1]
+    if disk.free - size < disk.total * FREE_SHARE:
+        raise OSError
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
+            os.posix_fallocate(file.fileno(), 0, size)
+        return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
-def keep(
-    prefix: Prefix, examples: batching.Examples, groups: list[np.ndarray], folder: Path
-) -> batching.Examples | None:
-    """The same texts in batches with states that are kept; None, and a line, without room for it.
-
-    Args:
-        examples: as `Prefix.examples` gives them.
-        groups: of texts that are computed together; each is as much work as a batch.
-        folder: for the file, if there has to be one.
-    """
-    one = prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # which is never computed
-    widths = [batching.padded_width(examples.lengths[g], examples.max_length) - 1 for g in groups]
-    size, room = one.shape[-1] * one.dtype.size, None
-    shapes = [(len(rows), width, size) for rows, width in zip(groups, widths, strict=True)]
-    free = min(memory.available(), memory.machine_memory()) - mx.get_active_memory()
-    if sum(map(math.prod, shapes)) > free * MEMORY_SHARE:
-        room = make_file(shapes, folder)
-        if room is None:
-            return None
-    return replace(examples, states=Kept(examples, groups, one.dtype, room))
-
-
-def make_file(shapes: list[tuple[int, ...]], folder: Path) -> list[np.ndarray] | None:
-    """Arrays of bytes in a file without a name, which ends with the process; None without room."""
-    sizes = [*map(math.prod, shapes)]
-    size = sum(sizes)
-    taken = f"the hidden states of layers that do not change take {size / 1e9:.3g} GB"
-    try:
-        disk = shutil.disk_usage(folder)
-        if disk.free - size < disk.total * FREE_SHARE:
-            raise OSError
-        with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
-                os.posix_fallocate(file.fileno(), 0, size)
-            array = np.memmap(file, np.uint8, "w+", shape=size)
-    except OSError:
-        warn(f"{taken}, for which {folder} has no room, so they are computed again in each epoch")
-        return None
-    warn(f"{taken} and are kept in a temporary file in {folder}, gone when this process ends")
-    parts = np.split(array, np.cumsum(sizes)[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def keep_states(
-    prefix: Prefix, examples: dict[str, batching.Examples], config: Any, this: Any,
-    group: Group,
-) -> dict[str, batching.Examples]:  # fmt: skip
+def keep_states(examples: dict[str, WithStates], config: Any, this: Any, group: Group) -> None:
     """Keep the frozen states of all texts that come more than once, if there is room.
 
-    They are computed in the batches of the first epoch, and of one validation. So that epoch takes
-    no longer, and is the same to the last bit as without keeping. Later epochs have other batches,
-    so their last bits do depend on it: a run that had no room must not begin to keep when it is
-    resumed. Of several processes, each meets texts in later epochs that were another's before, so
-    the more there are, the more epochs it takes to pay.
+    They are computed in the batches of the first epoch, and of one validation: that epoch is the
+    same to the last bit as without keeping. Later epochs have other batches, so that their last
+    bits do depend on it: a run that had no room must not begin to keep when it is resumed. Each of
+    several processes meets texts that were another's before, so the more there are, the more
+    epochs it takes to pay.
     """
     training, validation, progress = examples["train"], examples["valid"], this.progress
-    keep_some = partial(keep, prefix, folder=this.adapter.parent)
-    batches = batching.evaluation_batches(
-        validation, config.batch_size, config.val_batches, progress.micro_batches * group.size
+    micro_batches, folder = progress.micro_batches, this.adapter.parent
+    groups = batching.evaluation_batches(
+        validation, config.batch_size, config.val_batches, micro_batches * group.size
     )
-    kept = {"valid": keep_some(validation, batches) or validation, "train": training}
+    validation.keep(groups, folder)
     lengths = training.lengths
     batches = batching.epoch_batches(lengths, config.batch_size, config.seed, epoch=0)
     if this.iters > len(batches) * max(1, group.size - 1) and progress.has_room:
@@ -311,8 +274,6 @@ def keep_states(
             micro_batch
             for rows in batches
             for share in batching.split_batch(rows, group.size)
-            for micro_batch in batching.split_batch(share, progress.micro_batches)
+            for micro_batch in batching.split_batch(share, micro_batches)
         ]
-        kept["train"] = keep_some(training, groups) or training
-        progress.has_room = kept["train"] is not training
-    return kept
+        progress.has_room = training.keep(groups, folder)
