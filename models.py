@@ -14,13 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_finetune.base import memory  # before mlx_lm: see compiling.py, which comes with it
+from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError, hint
 from lora_finetune.base.files import file_checksum
-from lora_finetune.mlx_patches import (  # before mlx_lm: see compiling.py, which comes with it
-    activations,
-    rope_correction,
-)
+from lora_finetune.mlx_patches import activations, rope_correction
 from lora_finetune.mlx_patches.model_corrections import corrected
 from lora_finetune.mlx_patches.model_settings import reads_recorded, unread_so_far, warn_of_unread
 from lora_finetune.mlx_patches.module_classes import intercepted

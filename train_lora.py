@@ -155,7 +155,7 @@ import models
 from lora_finetune.adapters import adapters, export
 from lora_finetune.base import linux_cpu, memory
 from lora_finetune.demo import demo_model
-from lora_finetune.mlx_patches import activations, attention, recurrences, rope
+from lora_finetune.mlx_patches import patches, rope
 from lora_finetune.model_folder import model_folder
 from lora_finetune.run import checkpoint, outcome, run_files
 from lora_finetune.run.plan import Plan, check, to_compare
@@ -613,7 +613,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
         linux_cpu.warn_of_slow_blas()
         linux_cpu.share_cores(len(group.here))
         linux_cpu.keep_freed_memory()
-    activations.install(slow_exp=on_cpu and linux_cpu.can_compile())
+        linux_cpu.can_compile()  # or turns it off
     memory.set_limits(memory.available())
     with group.first_here():
         folder = model_folder.find_model(args.model or str(demo_model.fetch()))
@@ -644,7 +644,7 @@ def run_in(group: Group, args: argparse.Namespace) -> None:
     warn_beyond_context(examples, asked, model_folder.context_length(folder))
     if group.size > 1:
         group.compare(to_compare(args, plan, model, examples, fingerprints))
-    with attention.by_blocks(), recurrences.by_chunks():
+    with patches.applied():
         with memory.device_errors("take a smaller or a quantized model"):
             # In here, so that a GPU compiles the kernels of these forms alone.
             loss = losses.make_loss(model) if plan.data else None

@@ -12,12 +12,12 @@ from typing import Any
 
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches.activation_names import put_activations
-from lora_finetune.mlx_patches.activations import swiglu
 from lora_finetune.mlx_patches.attention_windows import put_windows
 from lora_finetune.mlx_patches.module_classes import modules_named, replace, take_biases
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import activations
 from transformers import PretrainedConfig
 
 Weights = dict[str, mx.array]
@@ -233,11 +233,11 @@ def norm_by_groups(model: nn.Module, name: str, groups: int) -> None:
         gates_first = not getattr(norm, "norm_before_gate", False)
         x = hidden_states
         if gate is not None and gates_first:
-            x = swiglu(gate, x)
+            x = activations.swiglu(gate, x)
         eps = getattr(norm, "variance_epsilon", None) or norm.eps
         normed = mx.fast.rms_norm(x.reshape(*x.shape[:-1], groups, -1), None, eps)
         x = normed.reshape(x.shape) * norm.weight
-        return x if gate is None or gates_first else swiglu(gate, x)
+        return x if gate is None or gates_first else activations.swiglu(gate, x)
 
     if groups > 1:
         replace(modules_named(model, name), by_groups)

@@ -56,10 +56,9 @@ def our_steps(folder: Path) -> Steps:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import models
     from lora_finetune.adapters import adapters
-    from lora_finetune.mlx_patches import activations, attention
+    from lora_finetune.mlx_patches import patches
     from lora_finetune.training import losses, training_step
 
-    activations.install(slow_exp=False)
     model, _ = models.load_as_stored(folder)
     adapters.adapt(model, {}, None, len(model.layers))
     loss = losses.make_loss(model)
@@ -68,7 +67,7 @@ def our_steps(folder: Path) -> Steps:
 
     def steps(tokens: np.ndarray, number: int) -> None:
         is_target = np.arange(tokens.shape[1])[None].repeat(len(tokens), 0) > 0
-        with attention.by_blocks():
+        with patches.applied():
             batches = iter([[(tokens, is_target)]] * number)
             for _ in training_step.run_steps(step, batches, ahead=True):
                 pass
