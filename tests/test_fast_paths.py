@@ -136,15 +136,15 @@ SHAPELESS = ["gemma3n", "gemma4_text", "iquestloopcoder", "step3p5"]
 IMPORTED_FIRST = """
 import sys
 import mlx_lm, mlx_lm.models.activations, mlx_lm.models.switch_layers
-from mlx_lm.models import gemma4_text, iquestloopcoder, llama
+from mlx_lm.models import gemma4_text, iquestloopcoder, llama, qwen3_next
 sys.path[:0] = ["tests", "."]
 import mlx.core as mx
 from test_architectures import adapt, build
 from lora_finetune.mlx_patches import patches
 from lora_finetune.training import losses
 
-for name in "llama", "gemma4_text", "iquestloopcoder", "step3p5":
-    model = build(name) if name != "step3p5" else None
+for name in "gemma4_text", "step3p5":
+    model = build(name) if name == "gemma4_text" else None
     with patches.applied():
         model = model or build(name)  # which is imported here
         adapt(model)
@@ -154,9 +154,11 @@ for name in "llama", "gemma4_text", "iquestloopcoder", "step3p5":
             found = losses.make_loss(model)(model, tokens, tokens > 0)[0].item()
             plain = losses.loss(model, tokens, tokens > 0)[0].item()
             assert abs(found - plain) < 1e-4 * plain, (name, found, plain)
-    with_table, plain = found, losses.loss(model, tokens, tokens > 0)[0].item()
-    assert abs(with_table - plain) < 1e-4 * plain, (name, with_table, plain)
+    plain = losses.loss(model, tokens, tokens > 0)[0].item()
+    assert abs(found - plain) < 1e-4 * plain, (name, found, plain)
+    mx.disable_compile()  # which would take most of the time
     assert patches.differs_from_plain(model, losses.make_loss, tokens) is None, name
+    mx.enable_compile()
 """
 
 
@@ -198,17 +200,29 @@ def test_a_module_imported_meanwhile_is_plain_afterwards(monkeypatch: pytest.Mon
 # --- The comparison with what is plain ----------------------------------------------------------
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Compiling would take most of the time."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
 def fresh(name: str) -> nn.Module:
     model = build(name)
     adapt(model)
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "qwen3_next", "jamba", "talkie"])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_right_ways_differ_by_rounding_only(name: str, dtype: mx.Dtype) -> None:
-    if (name, dtype) in [("mixtral", mx.bfloat16)]:
-        pytest.skip("MLX's CPU has no such experts")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *[(name, mx.float32) for name in ("llama", "mixtral", "qwen3_next", "jamba", "talkie")],
+        *[(name, mx.bfloat16) for name in ("llama", "gemma2", "gemma3n", "falcon_h1")],
+        ("llama", mx.float16),
+    ],
+)
+def test_right_ways_differ_by_rounding_only(uncompiled: None, name: str, dtype: mx.Dtype) -> None:
     model = fresh(name)
     adapter = model.trainable_parameters()
     model.set_dtype(dtype)
@@ -221,7 +235,7 @@ def test_right_ways_differ_by_rounding_only(name: str, dtype: mx.Dtype) -> None:
 
 
 def wrong_attention(*args: mx.array, scale: float, **options: object) -> mx.array:
-    return attention.attention(*args, scale=1.2 * scale, **options)
+    return attention.whole_attention(*args, scale=2 * scale, **options)
 
 
 def failing(*_: object, **__: object) -> mx.array:
@@ -239,7 +253,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_replacement_that_is_wrong_is_found_out(
-    monkeypatch: pytest.MonkeyPatch, case: str
+    uncompiled: None, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     *place, function, message = WRONG[case]
     monkeypatch.setattr(*place, function)
@@ -248,9 +262,7 @@ def test_a_replacement_that_is_wrong_is_found_out(
     assert "\n" not in why
 
 
-def test_what_is_not_finite_plainly_either_is_no_difference(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_not_finite_plainly_either_is_no_difference(uncompiled: None) -> None:
     model = fresh("llama")
     model.lm_head.weight *= math.inf
     assert patches.differs_from_plain(model, losses.make_loss, TOKENS) is None
