@@ -24,15 +24,9 @@ whole_attention = mx.fast.scaled_dot_product_attention
 
 
 def attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    *,
-    scale: float,
-    mask: str | mx.array | None = None,
-    sinks: mx.array | None = None,
-    **options: object,
-) -> mx.array:
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float,
+    mask: str | mx.array | None = None, sinks: mx.array | None = None, **options: object,
+) -> mx.array:  # fmt: skip
     """As mx.fast.scaled_dot_product_attention, one block of queries after another.
 
     For the gradients the scores of a block are computed again. Under a causal mask, keys after the
@@ -80,7 +74,8 @@ class Blocks(NamedTuple):
     added: mx.Dtype
 
     def forward(self, *inputs: mx.array) -> mx.array:
-        blocks = self.of(inputs, starts(inputs[0]), self.added if self.by_hand else mx.bool_)
+        starts = range(0, inputs[0].shape[2], BLOCK)
+        blocks = self.of(inputs, starts, self.added if self.by_hand else mx.bool_)
         return mx.concatenate(in_turn(self.attend, blocks), axis=2)
 
     def attend(
@@ -108,7 +103,7 @@ class Blocks(NamedTuple):
             return [of_queries, *totals]
 
         ready = mx.depends(inputs, [cotangent])  # computed again, as in `recompute`
-        last_first = starts(cotangent)[::-1]  # the last block is the one to see all keys
+        last_first = range(0, cotangent.shape[2], BLOCK)[::-1]  # the last block sees all keys
         blocks = self.of(ready, last_first, self.added if self.sinks is None else mx.bool_)
         of_outputs = (cotangent[:, :, start : start + BLOCK] for start in last_first)
         chunks = ([of_output, *block] for of_output, block in zip(of_outputs, blocks, strict=True))
@@ -116,12 +111,12 @@ class Blocks(NamedTuple):
         return [mx.concatenate(of_queries[::-1], axis=2), *totals]
 
     def of(
-        self, inputs: Iterable[mx.array], first: Iterable[int], dtype: mx.Dtype
+        self, inputs: Iterable[mx.array], starts: Iterable[int], dtype: mx.Dtype
     ) -> Iterator[list[mx.array]]:
         """The queries of each block, the keys and values that they see, and the mask if any."""
         q, k, v = inputs
         length = q.shape[2]
-        for start in first:
+        for start in starts:
             end = min(start + BLOCK, length)
             seen = end if isinstance(self.mask, str) else length
             mask = [] if self.mask is None else [mask_of(self.mask, start, end, dtype)]
@@ -129,10 +124,6 @@ class Blocks(NamedTuple):
                 # Else, compiled, what is made of the masks would be kept for all layers.
                 mask = mx.depends(mask, [q])
             yield [q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], *mask]
-
-
-def starts(queries: mx.array) -> range:
-    return range(0, queries.shape[2], BLOCK)
 
 
 def keeping_probabilities(

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from lora_finetune.base.errors import first_line
 from lora_finetune.mlx_patches import activations, attention, recurrences, rope
@@ -19,7 +20,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import activations as mlx_lm_activations
-from mlx_lm.models import bailing_moe_linear, gated_delta, jamba, recurrent_gemma, ssm
+from mlx_lm.models import (
+    bailing_hybrid,
+    bailing_moe_linear,
+    gated_delta,
+    jamba,
+    recurrent_gemma,
+    ssm,
+)
 
 mlx_compile = mx.compile
 
@@ -33,6 +41,8 @@ def compile_for_each_shape(
 
 def table() -> list[tuple[object, str, Callable]]:
     """Owners, names and what is put there."""
+    # The same for another architecture, by chunks, with its state in float32.
+    lightning_attention = partial(bailing_hybrid.recurrent_gla)
     return [
         (mx, "compile", compile_for_each_shape),
         (mx.fast, "scaled_dot_product_attention", attention.attention),
@@ -40,7 +50,7 @@ def table() -> list[tuple[object, str, Callable]]:
         (nn, "gelu_approx", activations.gelu_approx),
         (mlx_lm_activations, "swiglu", activations.swiglu),
         (gated_delta, "gated_delta_ops", recurrences.gated_delta_by_chunks),
-        (bailing_moe_linear, "recurrent_gla", recurrences.gla_in_chunks),
+        (bailing_moe_linear, "recurrent_gla", lightning_attention),
         (ssm, "ssm_attn", recurrences.ssm_in_chunks),
         (recurrent_gemma, "rnn_scan", recurrences.rnn_scan_in_chunks),
         (jamba.JambaMambaMixer, "ssm_step", recurrences.jamba_ssm_in_chunks),
@@ -55,7 +65,10 @@ def applied() -> Iterator[None]:
     compiled for each instead.
     """
     activations.has_slow_exp()  # where MLX cannot compile, this turns it off
-    pairs = [(f, compile_for_each_shape(source(f))) for f in compiled_functions()]
+    kind = type(mlx_compile(abs))
+    compiled = [v for module in mlx_lm_modules() for v in vars(module).values() if type(v) is kind]
+    # MLX does not tell what function was compiled; Python's garbage collector knows.
+    pairs = [(f, compile_for_each_shape(gc.get_referents(f)[-1])) for f in compiled]
     pairs += [(getattr(owner, name), function) for owner, name, function in table()]
     exchange(pairs)
     try:
@@ -76,17 +89,6 @@ def exchange(pairs: list[tuple[Callable, Callable]]) -> None:
 
 def mlx_lm_modules() -> list[object]:
     return [m for name, m in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
-
-
-def compiled_functions() -> list[Callable]:
-    """All functions in modules of mlx-lm's models that are compiled."""
-    kind = type(mlx_compile(abs))
-    return [v for module in mlx_lm_modules() for v in vars(module).values() if type(v) is kind]
-
-
-def source(compiled: Callable) -> Callable:
-    """The function that was compiled. MLX does not tell it; Python's garbage collector knows."""
-    return gc.get_referents(compiled)[-1]
 
 
 # --- A comparison -------------------------------------------------------------------------------
@@ -122,7 +124,9 @@ def differs_from_plain(
     floor = max(norm for name, norm in norms.items() if name != LOSS) / 10
     if not all(map(math.isfinite, norms.values())):
         return None
-    most = 2 * math.sqrt(max(2**-10, *(mx.finfo(dtype).eps for dtype in float_types(model))))
+    dtypes = {array.dtype for _, array in tree_flatten(model.parameters())}
+    floats = [dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)]
+    most = 2 * math.sqrt(max(2**-10, *(mx.finfo(dtype).eps for dtype in floats)))
     for name, norm in norms.items():
         difference = mx.linalg.norm(found[name] - expected[name]).item()
         share = difference / max(norm, floor if name != LOSS else 0, 1e-30)
@@ -147,8 +151,3 @@ def loss_and_gradients(model: nn.Module, loss: Callable, tokens: mx.array) -> di
     finally:
         model.train(was_training)
         model.update(parameters)  # in the place of MLX's placeholders
-
-
-def float_types(model: nn.Module) -> set[mx.Dtype]:
-    dtypes = {array.dtype for _, array in tree_flatten(model.parameters())}
-    return {dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)}

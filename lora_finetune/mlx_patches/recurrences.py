@@ -7,6 +7,7 @@ each token, and where a token is sliced out of a text, its gradient is as large 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from lora_finetune.mlx_patches.activations import exp
 from lora_finetune.mlx_patches.low_memory import recompute
@@ -14,7 +15,7 @@ from lora_finetune.mlx_patches.low_memory import recompute
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import bailing_hybrid, gated_delta, ssm
+from mlx_lm.models import gated_delta, ssm
 
 Result = tuple[mx.array, mx.array]  # a recurrence's output and its state after it
 
@@ -34,24 +35,19 @@ gated_delta_by_tokens, whole_ssm = gated_delta.gated_delta_ops, ssm.ssm_attn
 
 
 def gated_delta_by_chunks(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    g: mx.array,
-    beta: mx.array,
-    state: mx.array | None = None,
-    mask: mx.array | None = None,
-) -> Result:
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array,
+    state: mx.array | None = None, mask: mx.array | None = None,
+) -> Result:  # fmt: skip
     """As mlx_lm.models.gated_delta.gated_delta_ops, to float32 rounding.
 
-    But to 1e-3 where β is near 2 and keys repeat (OLMo hybrids let it), or where a Mac takes its
-    float32 products in TF32; that is still less than bfloat16 rounds q, k and v.
+    Only to 1e-3 where β is near 2 and keys repeat (OLMo hybrids let it), or where a Mac takes its
+    float32 products in TF32; that is still less than bfloat16 rounds q, k and v. Where g has a key
+    size too, or there is a mask, it is mlx-lm's in chunks.
 
     Args:
         q, k: (rows, length, heads, key size); values can have more heads, a multiple.
         v: (rows, length, value heads, value size).
-        g, beta: (rows, length, value heads). Where g has a key size too, or there is a mask, chunks
-            of the text are gone through token by token, and again for their gradients.
+        g, beta: (rows, length, value heads).
         state: (rows, value heads, value size, key size).
 
     Returns:
@@ -61,12 +57,12 @@ def gated_delta_by_chunks(
     if state is None:
         state = mx.zeros((rows, heads, value_size, key_size))
     if g.ndim == 4 or mask is not None:
-        masks = [] if mask is None else [mask]
 
         def of_chunk(state: mx.array, *chunk: mx.array) -> Result:
             return gated_delta_by_tokens(*chunk[:5], state, *chunk[5:])
 
-        return in_chunks(of_chunk, CHUNK, state, [q, k, v, g, beta, *masks])
+        sequences = [x for x in (q, k, v, g, beta, mask) if x is not None]
+        return in_chunks(of_chunk, CHUNK, state, sequences)
 
     def chunked(x: mx.array) -> mx.array:
         """(rows, value heads, chunks, CHUNK, …) float32; behind the text all is zero."""
@@ -116,18 +112,11 @@ def without_state(
     return of_values, of_state, scores, g * q, ratio[..., -1, :, None] * k, g[..., -1:, :]
 
 
-def blocks_of(size: int) -> np.ndarray:
-    """1 where row and column of a chunk are in the same of its blocks of such a size, else 0."""
-    block = np.arange(CHUNK) // size
-    return (block[:, None] == block).astype(np.float32)
-
-
-IDENTITY = mx.array(np.eye(CHUNK, dtype=np.float32))
-# What blocks of 2, 4, … CHUNK have that those of half the size have not.
-ADDED = [
-    mx.array(blocks_of(2 << level) - blocks_of(1 << level))
-    for level in range(CHUNK.bit_length() - 1)
-]
+# (CHUNK, CHUNK), 1 in the diagonal blocks of 1, 2, 4, … CHUNK, and what each has that the one
+# before it has not.
+BLOCKS = [np.kron(np.eye(CHUNK // n), np.ones((n, n))) for n in 2 ** np.arange(CHUNK.bit_length())]
+ADDED = [mx.array(large - small, mx.float32) for small, large in pairwise(BLOCKS)]
+IDENTITY = mx.array(BLOCKS[0], mx.float32)
 
 
 @mx.custom_function
@@ -201,19 +190,11 @@ def split(x: mx.array, size: int, axis: int) -> tuple[mx.array, ...]:
 
 
 def ssm_in_chunks(
-    x: mx.array,
-    A_log: mx.array,  # noqa: N803, as in mlx-lm
-    B: mx.array,  # noqa: N803
-    C: mx.array,  # noqa: N803
-    D: mx.array,  # noqa: N803
-    dt: mx.array,
-    dt_bias: mx.array,
-    state: mx.array | None = None,
+    x: mx.array, a_log: mx.array, b: mx.array, c: mx.array, d: mx.array, dt: mx.array,
+    dt_bias: mx.array, state: mx.array | None = None,
     time_step_limit: tuple[float, float] = (0.001, 100.0),
-    mask: mx.array | None = None,
-    lengths: mx.array | None = None,
-    step: int = 128,
-) -> Result:
+    mask: mx.array | None = None, lengths: mx.array | None = None, step: int = 128,
+) -> Result:  # fmt: skip
     """As mlx_lm.models.ssm.ssm_attn, the state space model of Mamba 2.
 
     Args:
@@ -222,23 +203,14 @@ def ssm_in_chunks(
     """
     if mask is not None or lengths is not None:
         return whole_ssm(
-            x, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths, step
+            x, a_log, b, c, d, dt, dt_bias, state, time_step_limit, mask, lengths, step
         )
 
-    def of_chunk(
-        state: mx.array | None, x: mx.array, b: mx.array, c: mx.array, dt: mx.array, *same: mx.array
-    ) -> Result:
+    def of_chunk(state: mx.array | None, *chunk: mx.array) -> Result:
+        x, b, c, dt, *same = chunk
         return whole_ssm(x, same[0], b, c, same[1], dt, same[2], state, time_step_limit, step=step)
 
-    return in_chunks(of_chunk, step, state, [x, B, C, dt], [A_log, D, dt_bias])
-
-
-def gla_in_chunks(*args: mx.array, **options: object) -> Result:
-    """As mlx_lm.models.bailing_moe_linear.recurrent_gla, lightning attention token by token.
-
-    mlx-lm has it by chunks too, with its state in float32, for another architecture.
-    """
-    return bailing_hybrid.recurrent_gla(*args, **options)
+    return in_chunks(of_chunk, step, state, [x, b, c, dt], [a_log, d, dt_bias])
 
 
 # --- Elementwise scans --------------------------------------------------------------------------
@@ -279,9 +251,8 @@ def jamba_ssm_in_chunks(
     With h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t B_tᵀ, each of (channels, states), y_t = h_t C_t + D x_t.
     """
 
-    def of_chunk(
-        state: mx.array | None, x: mx.array, delta: mx.array, b: mx.array, c: mx.array, a: mx.array
-    ) -> Result:
+    def of_chunk(state: mx.array | None, *chunk: mx.array) -> Result:
+        x, delta, b, c, a = chunk
         inputs = (delta * x)[..., None] * b[..., None, :]
         h = linear_scan(exp(delta[..., None] * a), inputs, state)
         return (h @ c[..., None]).squeeze(-1), h[:, -1]

@@ -124,9 +124,8 @@ def loss_by_chunks(
     def total_of(hidden: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
         return (losses_of(hidden, targets) * mask).sum()
 
-    def total_and_gradient(
-        hidden: mx.array, targets: mx.array, mask: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def total_and_gradient(*chunk: mx.array) -> tuple[mx.array, mx.array]:
+        hidden, targets, mask = chunk
         (losses,), (gradient,) = mx.vjp(partial(losses_of, targets=targets), [hidden], [mask])
         return (losses * mask).sum(), gradient
 
