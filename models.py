@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError, hint
 from lora_finetune.base.files import file_checksum
-from lora_finetune.mlx_patches import activations, rope_correction
-from lora_finetune.mlx_patches.model_corrections import corrected
-from lora_finetune.mlx_patches.model_settings import reads_recorded, unread_so_far, warn_of_unread
-from lora_finetune.mlx_patches.module_classes import intercepted
+from lora_finetune.mlx_patches import activations, rope
+from lora_finetune.mlx_patches.corrections import corrected
+from lora_finetune.mlx_patches.modules import intercepted
+from lora_finetune.mlx_patches.settings import reads_recorded, warn_of_unread
 from lora_finetune.model_folder.model_config import in_mlx_words, is_untied
 from lora_finetune.model_folder.model_folder import (
     TOKENIZER_FILES,
@@ -28,7 +28,6 @@ from lora_finetune.model_folder.model_folder import (
     check_memory,
     check_settings,
     find_model,
-    read_object,
     shortened,
 )
 from lora_finetune.model_folder.model_weights import (
@@ -96,8 +95,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
         check_memory(folder, error)
         check_settings(folder)
         raise UserError(
-            f"the model {folder} cannot be loaded as mlx-lm's {model_type} ({shortened(error)}"
-            f"{unread_so_far(read_object(folder / 'config.json'), read)}); "
+            f"the model {folder} cannot be loaded as mlx-lm's {model_type} ({shortened(error)}); "
             "download its config.json and weights again, or take another model"
         ) from error
     try:
@@ -166,10 +164,10 @@ def built(
         config = load_config(Path())
         if not is_untied(config) and has_own_head(read_weights(Path())):
             config["tie_word_embeddings"] = False
-        theirs = rope_correction.read_settings(config)
+        theirs = rope.read_settings(config)
         classes = partial(model_classes, theirs=theirs)
         words = in_mlx_words(config, theirs)
-        model, used = rope_correction.load(partial(build, classes=classes), words, theirs)
+        model, used = rope.load(partial(build, classes=classes), words, theirs)
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
     return model, config | quantization, theirs
 
@@ -197,7 +195,7 @@ def model_classes(
                 weights = super().sanitize(weights)
             return with_tied_head(self, weights) if settings.get("tie_word_embeddings") else weights
 
-    return corrected(Model, arguments, config, theirs), arguments
+    return corrected(Model, config, theirs), arguments
 
 
 def as_loaded(folder: Path, arrays: dict[str, mx.array]) -> dict[str, mx.array]:

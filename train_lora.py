@@ -2,8 +2,8 @@
 
     python train_lora.py --train --test --prompt "질문"
 
-The file follows a run: the command line, evaluation, the training loop (one step of it is in
-lora_finetune/training/training_step.py), generation, and `run`, which calls them in turn.
+The file follows a run: the command line, `run` with its phases in turn, training, evaluation,
+generation.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import islice
+from pathlib import Path
 
+import lora_finetune  # noqa: F401  first: on a Linux CPU it loads a fast BLAS for MLX
+import models
+from lora_finetune.adapters import export, loading
+from lora_finetune.base import linux_cpu, memory
 from lora_finetune.base.command_line import (
     Parser,
-    import_or_exit,
-    in_project,
     nonempty,
     nonnegative_number,
     scale_number,
@@ -30,17 +32,30 @@ from lora_finetune.base.errors import (
     Interrupted,
     UserError,
     first_line,
-    is_unicode,
     run_and_report_errors,
     warn,
 )
 from lora_finetune.base.signals import begin_process, process_rank
+from lora_finetune.demo import demo_model
+from lora_finetune.mlx_patches import patches, rope
+from lora_finetune.model_folder import model_folder
+from lora_finetune.run import checkpoint, generate, report
+from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
+from lora_finetune.run.run import Run, must_agree, open_run
+from lora_finetune.texts import batching, dataset, prompts, tokenizing
+from lora_finetune.training import distributed, frozen_prefix, losses
+from lora_finetune.training import step as training_step
+from lora_finetune.training.distributed import ALONE, Group
+from lora_finetune.training.losses import Loss
+from lora_finetune.training.step import NotFiniteError, Trainer
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import get_total_parameters
+from tqdm import tqdm
 
 # --- The command line ---------------------------------------------------------------------------
-
-
-FORMS = ("mlx-lm", "peft", "merged", "merged-float")  # of --export
-PROMPT_FORMATS = ("auto", "raw", "chat", "qa")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,16 +79,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", nonempty, None, "model folder, or Hugging Face repository (default: demo model)")
     add("--data", nonempty, "lora_finetune/data", "folder of {train,valid,test}.jsonl",
         metavar="FOLDER")  # fmt: skip
-    add("--add-eos-token", int, 1, "1: texts end in the end-of-text token; 0: in none",
+    add("--add-eos-token", int, 1, "append the end-of-text token to each text: 1, or 0",
         choices=(0, 1))  # fmt: skip
-    add("--seed", whole_number(0), 0, "seed of all that is random")
+    add("--seed", whole_number(0), 0, "random seed")
 
     parser.section("training")
     add("--lora-layers", positive, 16, "layers to adapt, counted from the last")
     add("--batch-size", positive, 10, "texts in a batch")
     add("--epochs", positive, 1, "passes over the texts; overrides --iters")
     add("--iters", positive, None, "iterations, in place of epochs")
-    add("--start-iter", whole_number(0), 0, "iterations done before; a resumed run knows them")
+    add("--start-iter", whole_number(0), 0, "iterations done before (default: from the checkpoint)")
     add("--learning-rate", nonnegative_number, 2e-5, "learning rate of Adam")
     add("--steps-per-report", positive, 10, "iterations between training reports")
     add("--steps-per-eval", positive, 200, "iterations between validations")
@@ -95,8 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
     switch("--mask-prompt", "count the loss on answers only, not on questions")
     add("--lora-rank", whole_number(1, below=2**16), None, "rank of the LoRA update (default: 8)")
     add("--lora-scale", scale_number, None, "scale of the LoRA update (default: 20.0)")
-    add("--patience", positive, None, "end after so many validations without a better loss")
-    add("--prompt-format", str, "auto", f"how a prompt is put: {', '.join(PROMPT_FORMATS)}",
+    add("--patience", positive, None, "early-stopping patience, in validations")
+    switch("--plain", "use MLX's own attention, activations, losses and recurrences")
+    add("--prompt-format", str, "auto", f"prompt format: {', '.join(PROMPT_FORMATS)}",
         choices=PROMPT_FORMATS, metavar="FORM")  # fmt: skip
     add("--system", nonempty, None, "system message for the chat form of a prompt", metavar="TEXT")
     add("--export", str, None, f"write the result as {', '.join(FORMS)}", action="append", nargs=2,
@@ -104,473 +120,150 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line and settle what depends on which flags were typed.
-
-    A default path is one in this project, wherever the program is called from. `iters` is None
-    where epochs count, `lora_layers` where the adapter file decides, and `start_iter` where the
-    state beside it does.
-    """
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not (args.train or args.test or args.prompt or args.export):
-        parser.error(
-            "nothing to do: ask for --train, --test, --prompt or --export, or several of them"
-        )
-    for name, texts in {"prompt": args.prompt or [], "system": [args.system or ""]}.items():
-        if not all(map(is_unicode, texts)):
-            parser.error(f"argument --{name}: is not UTF-8")
-    if args.prompt and args.prompt.count("-") > 1:
-        parser.error("argument --prompt: - can be given once")
-    if args.system and not (args.prompt and args.prompt_format in ("auto", "chat")):
-        parser.error("argument --system: is for a --prompt in the chat form")
-    if args.resume_adapter_file and not args.train:
-        parser.error("argument --resume-adapter-file: resumes training, so it needs --train")
-    if not args.train and (flags := {"lora_rank", "lora_scale"} & args.typed):
-        flag = min(flags).replace("_", "-")
-        parser.error(f"argument --{flag}: is for training; an adapter file brings its own")
-    for form, folder in args.export or []:
-        if form not in FORMS or not folder:
-            parser.error(f"argument --export: takes a form ({', '.join(FORMS)}) and a folder")
-    for name in {"data", "adapter_file"} - args.typed:
-        setattr(args, name, in_project(getattr(args, name)))
-    if {"iters", "epochs"} <= args.typed:
-        warn(f"--iters {args.iters} is ignored, since --epochs {args.epochs} is given too")
-        args.iters = None
-    if args.resume_adapter_file and "lora_layers" not in args.typed:
-        args.lora_layers = None
-    if "start_iter" not in args.typed:
-        args.start_iter = None
-    return args
-
-
-if __name__ == "__main__":  # parsed before the imports, which take seconds: --help answers at once
+def main() -> None:
     begin_process()
-    args = parse_arguments()
-    import_or_exit("mlx.core", "mlx_lm")
-    # Hide PyTorch, where it is installed, from transformers: seconds and 180 MB for nothing here.
-    sys.modules.setdefault("torch", None)
+    config = read_config(build_parser())
+    # Several processes, where a launcher has started them, share training, validation and test.
+    shares_work = config.train or config.test
+    if not shares_work and process_rank() > 0:
+        return
 
-import models
-from lora_finetune.adapters import adapters, export
-from lora_finetune.base import linux_cpu, memory
-from lora_finetune.demo import demo_model
-from lora_finetune.mlx_patches import patches, rope
-from lora_finetune.model_folder import model_folder
-from lora_finetune.run import checkpoint, outcome, run_files
-from lora_finetune.run.plan import Plan, check, to_compare
-from lora_finetune.texts import dataset, prompts
-from lora_finetune.training import distributed, frozen_prefix, losses
-from lora_finetune.training.distributed import ALONE, Group
-from lora_finetune.training.losses import Loss
-from lora_finetune.training.training_step import (
-    AHEAD,
-    fit_memory,
-    make_optimizer,
-    make_step,
-    named_state,
-    run_steps,
-)
+    def run_together() -> None:
+        with distributed.join() if shares_work else nullcontext(ALONE) as group:
+            run(config, group)
 
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-from mlx_lm import stream_generate
-from mlx_lm.generate import GenerationResponse
-from mlx_lm.sample_utils import make_sampler
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import get_total_parameters
-from tqdm import tqdm
-
-if sys.modules.get("torch") is None:
-    sys.modules.pop("torch", None)  # no longer hidden
-
-# --- Evaluation ---------------------------------------------------------------------------------
-
-
-def evaluate(
-    model: nn.Module,
-    loss: Loss,
-    examples: dataset.Examples,
-    batch_size: int,
-    num_batches: int,
-    group: Group = ALONE,
-    parts: int = 1,
-) -> float:
-    """Mean loss in nats per target token over the first batches (-1: over all examples).
-
-    Args:
-        group: the processes that the batches are shared out among.
-        parts: how many each of them computes its share of a batch in.
-
-    Raises:
-        Interrupted: a signal asked for a stop.
-    """
-    model.eval()
-    total, num_targets = 0.0, 0
-    batches = dataset.evaluation_batches(examples, batch_size, num_batches, parts * group.size)
-    for rows in tqdm(group.deal(batches), "Evaluating", leave=False, disable=None):
-        group.check_stop()
-        own = (0.0, 0)
-        if rows is not None:
-            batch = map(mx.array, examples.batch(rows))
-            own = (n.item() for n in rope.by_length(loss)(model, *batch))
-        for batch_total, number in group.gather(*own):
-            total += batch_total
-            num_targets += number
-    return total / max(num_targets, 1)
-
-
-def test(
-    model: nn.Module,
-    loss: Loss,
-    examples: dataset.Examples,
-    batch_size: int,
-    num_batches: int,
-    group: Group,
-    report_line: Callable[..., None],
-) -> None:
-    """Report the loss and the perplexity on the test set."""
-    print("Testing", flush=True)
-    stops = group.hear_stops() if group.size > 1 else nullcontext()  # one alone ends at once
-    with memory.device_errors("lower --batch-size or --max-seq-length"), stops:
-        mean = evaluate(model, loss, examples, batch_size, num_batches, group)
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    line = f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}."
-    report_line(line, test_loss=mean, test_ppl=perplexity)
-
-
-# --- The training loop --------------------------------------------------------------------------
-
-
-MEMORY_ADVICE = "lower --batch-size, --max-seq-length or --lora-layers"
-
-
-def train(
-    model: nn.Module,
-    loss: Loss,
-    examples: dict[str, dataset.Examples],
-    plan: Plan,
-    group: Group = ALONE,
-) -> None:
-    """Train to the last iteration, or to the one at which a signal asks for a stop.
-
-    Raises:
-        UserError: a loss, a gradient or a parameter is not finite; nothing of it is saved. Or the
-            device failed, or another process; the last whole iteration is saved.
-        Interrupted: a signal asked for a stop; the last whole iteration is saved.
-    """
-    training, first = examples["train"], plan.progress.iteration
-    optimizer = start_or_resume(model, plan)
-    padding = dataset.padding_share(
-        training.lengths, plan.batch_size, plan.seed, training.max_length
-    )
-    print(
-        f"Training: {len(training)} examples, {len(training.tokens)} tokens, longest",
-        f"{training.lengths.max()}, {training.num_truncated} cut, {padding:.1%} padding an epoch",
-        flush=True,
-    )
-    if prefix := frozen_prefix.find(model):
-        loss = prefix.loss(loss)
-        examples = {split: prefix.examples(examples[split]) for split in ("train", "valid")}
-    model.train()  # before the step is traced: some layers have kernels without a gradient else
-    group.rescue = partial(save_unfinished, model, optimizer, plan, first)
-    with group.hear_stops():
-        try:
-            with memory.device_errors(MEMORY_ADVICE):
-                rows = -(-plan.batch_size // group.size)
-                parts = fit_memory(model, loss, examples["train"], rows, plan.progress.parts)
-                plan.progress.parts = max(number for _, number in group.gather(count=parts))
-                if parts < plan.progress.parts:
-                    warn(
-                        "another process has less memory, so each share of a batch is computed in "
-                        f"{plan.progress.parts} parts, with the same result"
-                    )
-                if prefix:
-                    examples = keep_states(prefix, examples, plan, group)
-                training_loop(model, loss, optimizer, examples, plan, group)
-            plan.files.draw_losses()
-        except Interrupted as interrupted:
-            outcome = save_unfinished(model, optimizer, plan, first)
-            raise Interrupted(interrupted.signal, outcome) from None
-        except memory.DeviceError as error:
-            outcome = save_unfinished(model, optimizer, plan, first)
-            raise UserError(f"{error}; {outcome}") from error
-        except UserError:
-            plan.files.save_best_after_error(plan.progress)
-            raise
-
-
-def keep_states(
-    prefix: frozen_prefix.Prefix, examples: dict[str, dataset.Examples], plan: Plan, group: Group
-) -> dict[str, dataset.Examples]:
-    """Keep the frozen states of all texts that come more than once, if there is room.
-
-    They are computed in the batches of the first epoch, and of one validation. So that epoch takes
-    no longer, and is the same to the last bit as without keeping. Later epochs have other batches,
-    so their last bits do depend on it: a run that had no room must not begin to keep when it is
-    resumed. Of several processes, each meets texts in later epochs that were another's before, so
-    the more there are, the more epochs it takes to pay.
-    """
-    training, validation, progress = examples["train"], examples["valid"], plan.progress
-    keep = partial(frozen_prefix.keep, prefix, folder=plan.files.adapter.parent)
-    batches = dataset.evaluation_batches(
-        validation, plan.batch_size, plan.val_batches, progress.parts * group.size
-    )
-    kept = {"valid": keep(validation, batches) or validation, "train": training}
-    lengths = training.lengths
-    batches = dataset.epoch_batches(lengths, plan.batch_size, plan.seed, epoch=0)
-    if plan.iters > len(batches) * max(1, group.size - 1) and progress.has_room:
-        groups = [
-            part
-            for rows in batches
-            for share in dataset.shares(rows, lengths[rows], group.size)
-            for part in dataset.split_batch(share, progress.parts)
-        ]
-        kept["train"] = keep(training, groups) or training
-        progress.has_room = kept["train"] is not training
-    return kept
-
-
-def start_or_resume(model: nn.Module, plan: Plan) -> optim.Adam:
-    """Begin a new run, or take up the one to resume, with a warning of what has changed since.
-
-    Returns:
-        The optimizer, with the moments of the run to resume.
-    """
-    plan.files.lock()
-    changed = bool(plan.source) and checkpoint.warn_of_changes(
-        plan.source, plan.state, plan.settings
-    )
-    if changed:
-        plan.progress.reset_losses()
-    start = plan.state.progress.iteration if plan.state else None
-    unchanged = plan.progress.iteration == start and not changed
-    plan.files.begin(plan.source, plan.state, plan.progress, unchanged)
-    saved_moments = plan.state.optimizer if plan.state else {}
-    return make_optimizer(model, plan.learning_rate, saved_moments)
-
-
-def training_loop(
-    model: nn.Module,
-    loss: Loss,
-    optimizer: optim.Optimizer,
-    examples: dict[str, dataset.Examples],
-    plan: Plan,
-    group: Group,
-) -> None:
-    """Step after step to the last iteration; once in a while report, validate and save.
-
-    What is due comes before the next step, so that a resumed run begins with what an interrupted
-    one left undone.
-
-    Raises:
-        UserError: a loss, a gradient or a parameter is not finite.
-        Interrupted: a signal asked for a stop.
-    """
-    progress = plan.progress
-    step = make_step(model, loss, optimizer, group)
-    batches = dataset.training_batches(
-        examples["train"], plan.batch_size, plan.seed, progress.iteration, progress.parts,
-        group.rank, group.size,
-    )  # fmt: skip
-    bar = tqdm(desc="Training", initial=progress.iteration, total=plan.iters, disable=None)
-    while True:
-        group.check_stop()
-        iteration, last = progress.iteration, progress.iteration == plan.iters
-
-        # once in a while: report the training loss since the last report
-        if progress.steps and (last or iteration % plan.steps_per_report == 0):
-            report(progress, plan.files)
-
-        # once in a while, and before the first step: validate, and keep the adapter if it is best
-        due = last or progress.validated < 0 or iteration % plan.steps_per_eval == 0
-        if due and progress.validated != iteration:
-            validate(model, loss, examples["valid"], plan, group)
-
-        # end early where validation has not become better for so long
-        if plan.patience and progress.not_better >= plan.patience and not last:
-            last, progress.ended_for = True, plan.iters
-            if progress.steps:
-                report(progress, plan.files)
-            run_files.print_line(
-                f"Iter {iteration}: Training ends, since {progress.not_better} validations in a "
-                f"row brought no better loss than that of iteration {progress.best_iteration}."
-            )
-
-        # once in a while: save the adapter, and what it takes to go on from here
-        if last or (iteration % plan.save_every == 0 and not progress.finished):
-            save(model, optimizer, plan, finished=True)
-        if last:
-            break
-
-        # steps until something is due; what is not finite must never reach a save, so it ends all
-        few = islice(batches, next_due(iteration, plan) - iteration)
-        ahead = AHEAD and group.size == progress.parts == 1
-        with closing(run_steps(step, few, ahead)) as results:
-            start = time.perf_counter()
-            for total, num_targets, parameter_sum in results:
-                progress.add_step(total, num_targets, time.perf_counter() - start)
-                check_finite(total, "the loss", plan)
-                check_finite(parameter_sum, "a gradient or a parameter", plan)
-                bar.update()
-                group.check_stop()
-                start = time.perf_counter()
-    bar.close()
-
-
-def next_due(iteration: int, plan: Plan) -> int:
-    """The next iteration after which there is something to report, validate or save."""
-    every = plan.steps_per_report, plan.steps_per_eval, plan.save_every
-    return min(plan.iters, *((iteration // number + 1) * number for number in every))
-
-
-def check_finite(number: float, what: str, plan: Plan) -> None:
-    """Raise UserError where a number is not finite."""
-    if not math.isfinite(number):
-        raise UserError(
-            f"{what} is not finite ({number}) at iteration {plan.progress.iteration}; a lower "
-            f"--learning-rate may help, and what {plan.files.adapter} held before is still there"
-        )
-
-
-def report(progress: checkpoint.Progress, files: run_files.RunFiles) -> None:
-    """Report the training loss and speed since the last report, and begin new sums."""
-    numbers = {
-        "train_loss": progress.total / max(progress.tokens, 1),
-        "it_per_sec": progress.steps / progress.seconds,
-        "tokens_per_sec": progress.tokens / progress.seconds,
-        "peak_mem_gb": mx.get_peak_memory() / 1e9,
-        "tokens": progress.trained_tokens,
-    }
-    files.report(
-        f"Iter {progress.iteration}: Train loss {numbers['train_loss']:.3f}, "
-        f"It/sec {numbers['it_per_sec']:.3f}, Tokens/sec {numbers['tokens_per_sec']:.3f}, "
-        f"Peak mem {numbers['peak_mem_gb']:.3f} GB",
-        iter=progress.iteration,
-        **numbers,
-    )
-    progress.reset_sums()
-
-
-def validate(
-    model: nn.Module, loss: Loss, examples: dataset.Examples, plan: Plan, group: Group
-) -> None:
-    """Report the validation loss, and keep the adapter if it is the best so far.
-
-    The validation before the first step is reported with the number of that step.
-    """
-    progress, start = plan.progress, time.perf_counter()
-    mean = evaluate(model, loss, examples, plan.batch_size, plan.val_batches, group, progress.parts)
-    model.train()
-    took = time.perf_counter() - start
-    check_finite(mean, "the validation loss", plan)
-    iteration = progress.iteration + (progress.validated < 0)
-    line = f"Iter {iteration}: Val loss {mean:.3f}, Val took {took:.3f}s"
-    plan.files.report(line, iter=iteration, val_loss=mean)
-    if progress.add_validation(mean):
-        plan.files.keep_best(model)
-
-
-def save(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, finished: bool) -> None:
-    """Save the adapter and the state; `finished` says if all that was due at it is done."""
-    progress = plan.progress
-    progress.finished = finished
-    plan.files.save(model, named_state(model, optimizer), progress, plan.settings)
-    best = checkpoint.best_file(plan.files.adapter)
-    line = f"Iter {progress.iteration}: Saved adapter weights to {plan.files.adapter}."
-    is_last = progress.iteration == plan.iters or progress.ended_for
-    if finished and is_last and best.is_file():
-        line += f" The best is of iteration {progress.best_iteration} "
-        line += f"(validation {progress.best_loss:.3f}), in {best}."
-    run_files.print_line(line)
-
-
-def save_unfinished(model: nn.Module, optimizer: optim.Optimizer, plan: Plan, first: int) -> str:
-    """Save the last whole iteration of a run that ends early; returns the words that say so.
-
-    Args:
-        first: the iteration that it started from.
-    """
-    progress = plan.progress
-    if not plan.files.writes:
-        return "process 0 saves what there is, if it has not gone"
-    if progress.iteration == first:
-        return "nothing new was saved"
-    try:
-        plan.files.save_elsewhere_if_shorter(progress.iteration)
-        save(model, optimizer, plan, finished=progress.finished)
-        plan.files.draw_losses()
-    except Exception as error:  # a full disk, or a device that lets nothing be read any more
-        return f"iteration {progress.iteration} could not be saved: {first_line(error)}"
-    without = "" if plan.start_iter is None else " and without --start-iter"
-    return (
-        f"iteration {progress.iteration} is saved; the same command with "
-        f"--resume-adapter-file {plan.files.adapter}{without} goes on"
-    )
-
-
-# --- Generation ---------------------------------------------------------------------------------
-
-
-def generate(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    prompt: prompts.Prompt,
-    vocab_size: int,
-    temperature: float,
-    seed: int,
-) -> None:
-    """Print the prompt, its continuation as it is generated, and a line with tokens per second."""
-    print("Generating", flush=True)
-    model.eval()
-    mx.random.seed(seed)
-    tokenizer.eos_token_ids |= prompt.end_tokens
-    print(prompt.text, end="", flush=True)
-    tokens, begun, before_space = [], False, tokenizer.decode(prompt.tokens) + " "
-    for part in stream(model, tokenizer, prompt, vocab_size, temperature):
-        text = part.text
-        tokens.append(part.token)
-        if text and not begun and tokenizer.decode(prompt.tokens + tokens).startswith(before_space):
-            text = " " + text.lstrip(" ")  # which mlx-lm strips from the first word
-        begun = begun or bool(text)
-        if part.finish_reason:
-            text = text.rstrip("\ufffd")  # a character that --max-tokens cut through
-        print(text, end="", flush=True)
-    print(f"\n========== {part.generation_tokens} tokens, {part.generation_tps:.3f} tokens/sec")
-
-
-def stream(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    prompt: prompts.Prompt,
-    vocab_size: int,
-    temperature: float,
-) -> Iterator[GenerationResponse]:
-    """The continuation of a prompt; raises UserError at a token that the tokenizer lacks.
-
-    Args:
-        vocab_size: some models have logits for more tokens, which never come.
-    """
-    sample = make_sampler(temp=temperature)
-    try:
-        advice = memory.device_errors("shorten the prompt or lower --max-tokens")
-        with advice, rope.text_lengths(len(prompt.tokens)):
-            yield from stream_generate(
-                model, tokenizer, prompt.tokens, max_tokens=prompt.max_tokens,
-                sampler=lambda log_probabilities: sample(log_probabilities[..., :vocab_size]),
-            )  # fmt: skip
-    except (TypeError, IndexError) as error:  # mlx-lm's, by the kind of its detokenizer
-        raise UserError(
-            "the model generated a token that its tokenizer does not have; download both again"
-        ) from error
+    sys.exit(run_and_report_errors(run_together, "the run"))
 
 
 # --- The run ------------------------------------------------------------------------------------
 
 
+def run(config: Config, group: Group) -> None:
+    """The phases in turn; several processes share those up to the test.
+
+    Raises:
+        UserError, OSError: something that the user can put right.
+    """
+    # Check: what is wrong without a model is told before one is fetched.
+    files = read_files(config)
+    this = open_run(config, files, group)
+    texts, exports = read_requests(this)
+
+    # Load.
+    prepare_device(group)
+    with group.first_here():
+        folder = model_folder.find_model(config.model or str(demo_model.fetch()))
+    print("Loading pretrained model", flush=True)
+    model, tokenizer = models.load(folder)
+    limits, identity = models.find_limits(model), models.fingerprints(model, folder)
+
+    # Adapt.
+    adapt(this, model)
+    export.check_forms(exports, model, folder)
+
+    # Read.
+    settle_settings(this, files, tokenizer, identity)
+    asked = encode_prompts(this, texts, tokenizer, limits)
+    examples = read_examples(config, files, tokenizer, limits)
+    warn_beyond_context(examples, asked, model_folder.context_length(folder))
+    group.compare(must_agree(this, model, examples, identity))
+
+    # Train and test.
+    with nullcontext() if config.plain else patches.applied():
+        loss = losses.make_loss(model, config.plain) if files else None
+        if config.train:
+            train(this, model, loss, examples)
+        else:
+            checkpoint.warn_of_other_model(this.adapter, this.settings, identity)
+        if config.test:
+            test(this, model, loss, examples["test"])
+    group.leave()
+
+    # Generate and export, in the first process alone.
+    if group.is_first:
+        generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
+        export.write_all(exports, model, folder, model_folder.public_name(config.model, folder))
+        if config.train:
+            report.print_outcome(config, this)
+
+
+# Among the settings of a run: the format of a prompt that goes with the texts that it learnt.
+LEARNT_FORMAT = "the form of the texts"
+
+
+Files = dict[str, dataset.File]  # by the names of their splits
+
+
+def read_files(config: Config) -> Files:
+    """The data files of the phases that are asked for, by their splits."""
+    splits = ["train", "valid"] * config.train + ["test"] * config.test
+    return {s: dataset.read(Path(config.data, f"{s}.jsonl"), config.mask_prompt) for s in splits}
+
+
+def read_requests(this: Run) -> tuple[list[str], list[export.Export]]:
+    """The prompts to generate after, and the exports to write; none but in the first process."""
+    config = this.config
+    if not this.group.is_first:
+        return [], []
+    exports = [export.Export(form, Path(folder)) for form, folder in config.export or []]
+    export.check_folders(exports)
+    return prompts.read(config.prompt or []), exports
+
+
+def prepare_device(group: Group) -> None:
+    """Let MLX, and on a CPU the libraries below it, take what there is, and no more."""
+    memory.processes_here = len(group.here)
+    if mx.default_device() == mx.cpu:
+        linux_cpu.warn_of_slow_blas()
+        linux_cpu.share_cores(len(group.here))
+        linux_cpu.keep_freed_memory()
+        linux_cpu.can_compile()  # if not, this turns it off
+    memory.set_limits(memory.available())
+
+
+def adapt(this: Run, model: nn.Module) -> None:
+    """Put LoRA into the model, with the adapter to start from."""
+    print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
+    config, start = this.config, this.start
+    mx.random.seed(config.seed)
+    layers = config.lora_layers if config.train else None
+    with memory.device_errors("take a smaller or a quantized model"):
+        loading.adapt(model, start.adapter, start.source, layers, config.lora_rank, start.scale)
+    print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
+
+
+def settle_settings(
+    this: Run, files: Files, tokenizer: TokenizerWrapper, identity: dict[str, str]
+) -> None:
+    """Complete the settings of a run, or read those of the adapter's."""
+    if this.config.train:
+        learnt = prompts.learnt_format(files["train"], tokenizer)
+        this.settings |= identity | {LEARNT_FORMAT: learnt}
+    else:
+        this.settings = checkpoint.settings_of(this.adapter)
+
+
+def encode_prompts(
+    this: Run, texts: list[str], tokenizer: TokenizerWrapper, limits: models.Limits
+) -> list[prompts.Prompt]:
+    asked, learnt, system = (
+        this.config.prompt_format,
+        this.settings.get(LEARNT_FORMAT),
+        this.config.system,
+    )
+    return prompts.encode(texts, asked, learnt, system, tokenizer, this.config.max_tokens, limits)
+
+
+def read_examples(
+    config: Config, files: Files, tokenizer: TokenizerWrapper, limits: models.Limits
+) -> dict[str, batching.Examples]:
+    is_typed, add_eos = config.is_typed("max_seq_length"), bool(config.add_eos_token)
+    length = tokenizing.text_length(config.max_seq_length, is_typed, limits.max_positions)
+    return tokenizing.load(files, tokenizer, limits.vocab_size, add_eos, config.mask_prompt, length)
+
+
 def warn_beyond_context(
-    examples: dict[str, dataset.Examples], asked: list[prompts.Prompt], context_length: float
+    examples: dict[str, batching.Examples], asked: list[prompts.Prompt], context_length: float
 ) -> None:
     """Warn where a text, or a prompt with its continuation, exceeds the model's context length."""
     lengths = [max(split.lengths) for split in examples.values()]
@@ -584,90 +277,233 @@ def warn_beyond_context(
         )
 
 
-# Among the settings of a run, how a prompt is to be put to its adapter.
-LEARNT_FORMAT = "the form of the texts"
+# --- Training -----------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> None:
-    """Do what the command line asks for, phase after phase.
-
-    Where a launcher has started several processes, each takes its share of training, validation
-    and test, and the first one does the rest.
+def train(this: Run, model: nn.Module, loss: Loss, examples: dict[str, batching.Examples]) -> None:
+    """Train to the last iteration, or to the one at which a signal asks for a stop.
 
     Raises:
-        UserError, OSError: something that the user can put right.
+        UserError: a loss, a gradient or a parameter is not finite; nothing of it is saved. Or the
+            device failed, or another process; the last whole iteration is saved.
+        Interrupted: a signal asked for a stop; the last whole iteration is saved.
     """
-    if args.train or args.test:
-        with distributed.join() as group:
-            run_in(group, args)
-    elif process_rank() == 0:
-        run_in(ALONE, args)
+    config, group = this.config, this.group
+    this.begin()
+    report.print_data(config, examples["train"])
+    if prefix := frozen_prefix.find(model):
+        loss = prefix.loss(loss)
+        examples = {split: prefix.examples(examples[split]) for split in ("train", "valid")}
+    model.train()  # before the step is traced: some layers have kernels without a gradient else
+    moments = this.start.state.optimizer if this.start.state else {}
+    trainer = Trainer(model, loss, config.learning_rate, moments, group)
+    with saved_on_failure(this, trainer), memory.device_errors(MEMORY_ADVICE):
+        rows, progress = -(-config.batch_size // group.size), this.progress
+        progress.micro_batches = training_step.fit_memory(
+            model, loss, examples["train"], rows, progress.micro_batches, group
+        )
+        if prefix:
+            examples = frozen_prefix.keep_states(prefix, examples, config, this, group)
+        training_loop(this, model, loss, examples, trainer)
+    report.draw_losses(this)
 
 
-def run_in(group: Group, args: argparse.Namespace) -> None:
-    """The run of one of the processes."""
-    plan = check(args, group.is_first)
-    on_cpu = mx.default_device() == mx.cpu
-    memory.processes_here = len(group.here)
-    if on_cpu:
-        linux_cpu.warn_of_slow_blas()
-        linux_cpu.share_cores(len(group.here))
-        linux_cpu.keep_freed_memory()
-        linux_cpu.can_compile()  # or turns it off
-    memory.set_limits(memory.available())
-    with group.first_here():
-        folder = model_folder.find_model(args.model or str(demo_model.fetch()))
-    print("Loading pretrained model", flush=True)
-    model, tokenizer = models.load(folder)
-    with memory.device_errors("take a smaller or a quantized model"):
-        limits, fingerprints = models.find_limits(model), models.fingerprints(model, folder)
-        print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
-        mx.random.seed(args.seed)
-        layers = args.lora_layers if args.train else None
-        adapters.adapt(model, plan.adapter, plan.source, layers, args.lora_rank, plan.scale)
-        export.check_forms(plan.exports, model, folder)
-        print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
-    if args.train:
-        learnt = prompts.learnt_format(plan.data["train"], tokenizer)
-    else:
-        saved = checkpoint.settings_of(plan.source)
-        learnt = saved.get(LEARNT_FORMAT)
-    asked = prompts.encode(
-        plan.prompts, args.prompt_format, learnt, args.system, tokenizer, args.max_tokens, limits
-    )
-    examples = dataset.load(
-        plan.data, tokenizer, limits.vocab_size, bool(args.add_eos_token), args.mask_prompt,
-        dataset.text_length(
-            args.max_seq_length, "max_seq_length" in args.typed, limits.max_positions
-        ),
+MEMORY_ADVICE = "lower --batch-size, --max-seq-length or --lora-layers"
+
+
+def training_loop(
+    this: Run,
+    model: nn.Module,
+    loss: Loss,
+    examples: dict[str, batching.Examples],
+    trainer: Trainer,
+) -> None:
+    """Step after step to the last iteration; once in a while report, validate and save.
+
+    A resumed run begins with what was left undone at the iteration at which it was stopped.
+    """
+    config, progress, group = this.config, this.progress, this.group
+    batches = batching.training_batches(
+        examples["train"], config.batch_size, config.seed, progress.iteration,
+        progress.micro_batches, group.rank, group.size,
     )  # fmt: skip
-    warn_beyond_context(examples, asked, model_folder.context_length(folder))
-    if group.size > 1:
-        group.compare(to_compare(args, plan, model, examples, fingerprints))
-    with patches.applied():
-        with memory.device_errors("take a smaller or a quantized model"):
-            # In here, so that a GPU compiles the kernels of these forms alone.
-            loss = losses.make_loss(model) if plan.data else None
-        if args.train:
-            plan.settings.update(fingerprints | {LEARNT_FORMAT: learnt})
-            train(model, loss, examples, plan, group)
-        else:
-            checkpoint.warn_of_other_model(plan.source, saved, fingerprints)
-        if args.test:
-            batches = args.batch_size, args.test_batches
-            test(model, loss, examples["test"], *batches, group, plan.files.report)
-    group.leave()
-    if not group.is_first:
-        return
-    with models.merged(model) if asked else nullcontext():
-        for prompt in asked:
-            generate(model, tokenizer, prompt, limits.vocab_size, args.temp, args.seed)
-    if plan.exports:
-        export.write_all(plan.exports, model, folder, model_folder.public_name(args.model, folder))
-    if args.train:
-        commands = outcome.next_commands(args, plan.files.adapter, plan.progress)
-        print(outcome.summary(plan.progress), *commands, sep="\n", file=sys.stderr, flush=True)
+    steps = trainer.steps(batches, ahead=partial(may_begin_next, this))
+    bar = tqdm(desc="Training", initial=progress.iteration, total=this.iters, disable=None)
+    for iteration in range(progress.iteration, this.iters + 1):
+        last = iteration == this.iters
+        if iteration > progress.iteration:
+            progress.add(*next(steps))  # raises where it is not finite
+            bar.update()
+            group.check_stop()
+        if progress.steps and (last or progress.every(config.steps_per_report)):
+            report.report_training(this)
+        due = progress.validated < 0 or last or progress.every(config.steps_per_eval)
+        if due and progress.validated != iteration:
+            validate(this, model, loss, examples["valid"])
+        if config.patience and progress.not_improved >= config.patience and not last:
+            last = stop_early(this)
+        if last or (progress.every(config.save_every) and not progress.finished):
+            save(this, trainer)
+        if last:
+            break
+    bar.close()
+
+
+def may_begin_next(this: Run) -> bool:
+    """Whether the step after the present one may be begun before this one has ended.
+
+    Not where something is due in between, nor where a step waits in its middle, for its
+    micro-batches or for other processes: there is nothing to gain.
+    """
+    config, progress, following = this.config, this.progress, this.progress.iteration + 1
+    every = config.steps_per_report, config.steps_per_eval, config.save_every
+    is_due = following == this.iters or any(following % number == 0 for number in every)
+    is_whole = this.group.size == progress.micro_batches == 1
+    return training_step.AHEAD and is_whole and not is_due
+
+
+def validate(this: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
+    """Report the validation loss, and keep the adapter if it is the best so far.
+
+    The validation before the first step is reported with the number of that step.
+    """
+    progress, start = this.progress, time.perf_counter()
+    batches = this.config.batch_size, this.config.val_batches
+    mean = evaluate(model, loss, examples, *batches, this.group, progress.micro_batches)
+    model.train()
+    took = time.perf_counter() - start
+    training_step.check_finite(mean, "the validation loss")
+    iteration = progress.iteration + (progress.validated < 0)
+    report.print_line(f"Iter {iteration}: Val loss {mean:.3f}, Val took {took:.3f}s")
+    this.add_to_log({"iter": iteration, "val_loss": mean})
+    if progress.add_validation(mean):
+        this.keep_best(model)
+
+
+def stop_early(this: Run) -> bool:
+    """End training for lack of better losses, with a last report; returns True."""
+    progress = this.progress
+    progress.stopped_early = this.iters
+    if progress.steps:
+        report.report_training(this)
+    report.print_line(
+        f"Iter {progress.iteration}: Training ends, since the validation loss did not improve in "
+        f"{progress.not_improved} validations after iteration {progress.best_iteration}."
+    )
+    return True
+
+
+def save(this: Run, trainer: Trainer) -> None:
+    """Save the adapter and the state of the run, all that was due at this iteration done."""
+    progress = this.progress
+    progress.finished = True
+    this.save(trainer.model, trainer.named_state())
+    line = f"Iter {progress.iteration}: Saved adapter weights to {this.adapter}."
+    if this.is_at_end() and this.best.is_file():
+        line += f" The best is of iteration {progress.best_iteration} "
+        line += f"(validation {progress.best_loss:.3f}), in {this.best}."
+    report.print_line(line)
+
+
+@contextmanager
+def saved_on_failure(this: Run, trainer: Trainer) -> Iterator[None]:
+    """While it lasts, whatever ends training saves the last whole iteration first.
+
+    After a loss that is not finite only the best adapter is saved: those before it may be bad too.
+    """
+    save_now = partial(save_unfinished, this, trainer, this.progress.iteration)
+    try:
+        with this.group.hear_stops():
+            yield
+    except Interrupted as interrupted:
+        raise Interrupted(interrupted.signal, save_now()) from None
+    except memory.DeviceError as error:
+        raise UserError(f"{error}; {save_now()}") from error
+    except UserError as error:
+        if this.pending_best and this.progress.best_iteration > 0:
+            this.save_best()
+            warn(f"the best adapter, of iteration {this.progress.best_iteration}, is {this.best}")
+        if not isinstance(error, NotFiniteError):
+            raise
+        raise UserError(
+            f"{error} after iteration {this.progress.iteration}; a lower --learning-rate may help, "
+            f"and what {this.adapter} held before is still there"
+        ) from None
+
+
+def save_unfinished(this: Run, trainer: Trainer, first: int) -> str:
+    """Save the last whole iteration of a run that ends early; returns the words that say so.
+
+    Args:
+        first: the iteration that it started from.
+    """
+    iteration = this.progress.iteration
+    if not this.writes:
+        return "process 0 saves what there is, if it has not gone"
+    if iteration == first:
+        return "nothing new was saved"
+    try:
+        this.save(trainer.model, trainer.named_state())
+        report.print_line(f"Iter {iteration}: Saved adapter weights to {this.adapter}.")
+        report.draw_losses(this)
+    except Exception as error:  # a full disk, or a device that lets nothing be read any more
+        return f"iteration {iteration} could not be saved: {first_line(error)}"
+    without = "" if this.config.start_iter is None else " and without --start-iter"
+    return (
+        f"iteration {iteration} is saved; the same command with "
+        f"--resume-adapter-file {this.adapter}{without} goes on"
+    )
+
+
+# --- Evaluation ---------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: nn.Module,
+    loss: Loss,
+    examples: batching.Examples,
+    batch_size: int,
+    num_batches: int,
+    group: Group = ALONE,
+    micro_batches: int = 1,
+) -> float:
+    """Mean loss in nats per target token over the first batches (-1: over all examples).
+
+    Args:
+        group: the processes that the batches are shared out among.
+        micro_batches: how many each of them computes its share of a batch in.
+
+    Raises:
+        Interrupted: a signal asked for a stop.
+    """
+    model.eval()
+    total, num_targets = 0.0, 0
+    batches = batching.evaluation_batches(
+        examples, batch_size, num_batches, micro_batches * group.size
+    )
+    for rows in tqdm(group.deal(batches), "Evaluating", leave=False, disable=None):
+        group.check_stop()
+        own = (0.0, 0)
+        if rows is not None:
+            batch = map(mx.array, examples.batch(rows))
+            own = (n.item() for n in rope.by_length(loss)(model, *batch))
+        for batch_total, number in group.gather(*own):
+            total += batch_total
+            num_targets += number
+    return total / max(num_targets, 1)
+
+
+def test(this: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
+    """Report the loss and the perplexity on the test set."""
+    config, group = this.config, this.group
+    print("Testing", flush=True)
+    stops = group.hear_stops() if group.size > 1 else nullcontext()  # one alone ends at once
+    with memory.device_errors("lower --batch-size or --max-seq-length"), stops:
+        mean = evaluate(model, loss, examples, config.batch_size, config.test_batches, group)
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    report.print_line(f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}.")
+    this.add_to_log({"test_loss": mean, "test_ppl": perplexity})
 
 
 if __name__ == "__main__":
-    sys.exit(run_and_report_errors(partial(run, args), "the run"))
+    main()

@@ -389,7 +389,7 @@ REPLACED = {
         ),
         "a header that Python warns of": with_member(MATRIX + ".npy", odd_npy("{'shape': 64if 1}")),
     },
-    "a.state.npz": {
+    "a.run/state.npz": {
         "an iteration before the first": with_notes("progress", iteration=-1, steps=1),
         "more steps than a float can count": with_notes("progress", steps=10**400),
         "more tokens than a float can count": with_notes("progress", tokens=10**400, steps=1),

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import models
-from lora_finetune.adapters import adapters
+import tiny
+from lora_finetune.adapters import loading, npz
 from lora_finetune.base.errors import UserError
-from lora_finetune.training import losses, training_step
+from lora_finetune.training import losses
+from lora_finetune.training import step as training_step
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -72,7 +74,7 @@ def noise(array: mx.array) -> mx.array:
 
 def adapt(model: nn.Module) -> None:
     mx.random.seed(1)
-    adapters.adapt(model, {}, None, LAYERS)
+    loading.adapt(model, {}, None, LAYERS)
 
 
 def trainable(model: nn.Module) -> dict[str, np.ndarray]:
@@ -86,8 +88,7 @@ def train(model: nn.Module, steps: int = 2) -> list[float]:
     """
     loss = losses.make_loss(model)
     model.train()
-    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 1e-3, {}))
-    totals = [step([(TOKENS, IS_TARGET)]).compute()[0] for _ in range(steps)]
+    totals = list(tiny.train_on(model, loss, [[(TOKENS, IS_TARGET)]] * steps))
     return [*totals, loss(model, TOKENS, IS_TARGET)[0].item()]
 
 
@@ -159,9 +160,9 @@ def test_lora_learns_everywhere_and_is_the_same_in_another_model(name: str, tmp_
     else:
         assert not unmoved
 
-    adapters.write_arrays(tmp_path / "a.npz", adapters.trainable_arrays(model))
+    npz.write_arrays(tmp_path / "a.npz", npz.trainable_arrays(model))
     again = build(name)
-    load(again, tmp_path / "a.npz")
+    tiny.put_adapter(tmp_path / "a.npz", again)
     np.testing.assert_array_equal(logits(again), logits(model))
 
 
@@ -172,14 +173,6 @@ def test_a_fresh_router_of_16_bits_keeps_its_weight_and_type():
     adapted = models.LoRARouter.from_base(router)
     assert adapted.weight.dtype == mx.bfloat16
     assert mx.array_equal(adapted.weight, router.weight).item()
-
-
-def load(model: nn.Module, file: Path) -> None:
-    """Adapt a model as an adapter file says."""
-    adapter = adapters.read_adapter(file)
-    adapters.check_adapter(file, adapter, model)
-    models.add_lora(model, {path: a.shape[1] for path, (a, _) in adapter.items()})
-    adapters.load_adapter(model, adapter)
 
 
 @pytest.mark.parametrize("name", sorted(NO_GRADIENT))

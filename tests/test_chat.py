@@ -13,7 +13,7 @@ import models
 import templates
 import tiny
 from conftest import ROOT, Ended, Run, one_error
-from lora_finetune.texts import chat, dataset
+from lora_finetune.texts import batching, chat, dataset, tokenizing
 from test_long_texts import TOKENIZERS, build
 
 import numpy as np
@@ -96,13 +96,13 @@ def learn(tmp_path: Path, make_model: MakeModel) -> Learn:
         else:
             file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         read = {"train": dataset.read(file, mask)}
-        examples = dataset.load(read, tokenizer, 300, False, mask, 9999)["train"]
+        examples = tokenizing.load(read, tokenizer, 300, False, mask, 9999)["train"]
         return [learnt_of(examples, row, tokenizer) for row in range(len(examples))]
 
     return learn
 
 
-def learnt_of(examples: dataset.Examples, row: int, tokenizer: TokenizerWrapper) -> Learnt:
+def learnt_of(examples: batching.Examples, row: int, tokenizer: TokenizerWrapper) -> Learnt:
     part = slice(*examples.starts[row : row + 2])
     tokens, marks = examples.tokens[part].tolist(), examples.is_target[part].tolist()
     counted, before = [], False
@@ -319,7 +319,10 @@ CALL = [{"function": {"name": "sum", "arguments": {"of": "twelve"}}}]
         (templates.QWEN_3, [*turns("a?", REASONED, "b?", "c")["messages"]]),
         (templates.CHATML, [USER, {"role": "assistant", "content": "a", "reasoning_content": "b"}]),
         (templates.CHATML, [USER, {"role": "assistant", "content": "a", "tool_calls": CALL}]),
-        (templates.LLAMA_3, [USER, {"role": "assistant", "content": "a", "tool_calls": CALL}]),
+        (
+            templates.LLAMA_3,
+            [USER, {"role": "assistant", "content": "네, 잠시만.", "tool_calls": CALL}],
+        ),
     ],
     ids=["R1", "an earlier answer", "reasoning_content", "tool calls", "beside a tool call"],
 )
@@ -483,7 +486,7 @@ def test_a_chat_without_an_answer_is_an_error_with_the_mask(learn: Learn) -> Non
         learn(templates.CHATML, turns("a?", "b"), turns("a?"), mask=True)
 
 
-@pytest.mark.parametrize("name", [n for n in TOKENIZERS if n != "Unigram with ties"])
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_each_answer_counts_whatever_the_tokenizer(name: str) -> None:
     """As the tokens tell that the text has up to where each answer starts and ends."""
     text, answers = "", []
@@ -492,11 +495,11 @@ def test_each_answer_counts_whatever_the_tokenizer(name: str) -> None:
         answers.append((len(text), len(text) + len(f" H2O입니다 ok{i}.")))
         text += f" H2O입니다 ok{i}.</A>\n"
     tokenizer = build(name)
-    found = dataset.tokenize([dataset.Text(text, answers, True)], tokenizer, False, 9999)
+    found = tokenizing.tokenize([dataset.Text(text, answers, True)], tokenizer, False, 9999)
 
     def number_before(place: int) -> int:
-        [tokens] = dataset.encode(tokenizer, [text[:place]], True)
-        return len(os.path.commonprefix([tokens, found.tokens.tolist()]))
+        [start] = tokenizing.encode(tokenizer, [text[:place]], True)
+        return len(os.path.commonprefix([start.ids, found.tokens.tolist()]))
 
     expected = [i for span in answers for i in range(*map(number_before, span))]
     assert np.flatnonzero(found.is_target).tolist() == expected
@@ -512,7 +515,7 @@ def test_a_text_has_one_beginning_where_the_tokenizer_or_the_text_has_one(
     make_model: MakeModel, adds_bos: bool, written: str
 ) -> None:
     tokenizer = models.load(str(make_model(None, adds_bos)))[1]
-    found = dataset.tokenize([dataset.Text(written + "ab")], tokenizer, False, 99)
+    found = tokenizing.tokenize([dataset.Text(written + "ab")], tokenizer, False, 99)
     assert found.tokens.tolist() == [BOS] * bool(adds_bos or written) + [*b"ab"]
 
 
@@ -524,6 +527,6 @@ def test_a_template_decides_alone_on_the_beginning_of_a_chat(
     tokenizer = models.load(str(make_model(templates.ALL[name], adds_bos)))[1]
     template = chat.Template(tokenizer)
     text = dataset.render(turns("a?", "b"), template, False)
-    found = dataset.tokenize([text], tokenizer, False, 999).tokens.tolist()
+    found = tokenizing.tokenize([text], tokenizer, False, 999).tokens.tolist()
     assert found.count(BOS) == templates.ALL[name].count("'<s>'")
     assert tokenizer.decode(found) == text.whole

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import models
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching, dataset, tokenizing
 
 import mlx.core as mx
 import numpy as np
@@ -35,21 +35,21 @@ def tokenizer(model: Path) -> TokenizerWrapper:
     return models.load(str(model))[1]
 
 
-def make_examples(lengths: np.ndarray) -> dataset.Examples:
+def make_examples(lengths: np.ndarray) -> batching.Examples:
     """Examples of the given lengths that hold 1, 2, 3 and so on, so that each token is known."""
     tokens = np.arange(1, 1 + lengths.sum(), dtype=np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    return dataset.Examples(tokens, starts, tokens % 3 > 0)
+    return batching.Examples(tokens, starts, tokens % 3 > 0)
 
 
 def read_texts(file: Path) -> list[str]:
-    return [entry["text"] for _, entry in dataset.read(file, mask_prompt=False).entries]
+    return [row["text"] for _, row in dataset.read(file, mask_prompt=False).rows]
 
 
 def tokenize(
     tokenizer: TokenizerWrapper, texts: list[str], end: bool, max_length: int = 9999
-) -> dataset.Examples:
-    return dataset.tokenize(map(dataset.Text, texts), tokenizer, end, max_length)
+) -> batching.Examples:
+    return tokenizing.tokenize(map(dataset.Text, texts), tokenizer, end, max_length)
 
 
 # --- Reading ------------------------------------------------------------------------------------
@@ -105,13 +105,13 @@ def test_long_texts_are_cut_and_counted_and_short_ones_left_alone(
 def test_an_epoch_is_every_example_exactly_once(
     lengths: np.ndarray, batch_size: int, seed: int
 ) -> None:
-    batches = dataset.epoch_batches(lengths, batch_size, seed, 0)
+    batches = batching.epoch_batches(lengths, batch_size, seed, 0)
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
 
 
 @given(LENGTHS, BATCH_SIZES, SEEDS)
 def test_all_batches_are_full_but_one(lengths: np.ndarray, batch_size: int, seed: int) -> None:
-    batches = dataset.epoch_batches(lengths, batch_size, seed, 0)
+    batches = batching.epoch_batches(lengths, batch_size, seed, 0)
     short = [len(batch) for batch in batches if len(batch) != batch_size]
     assert len(batches) == math.ceil(len(lengths) / batch_size)
     assert short == ([len(lengths) % batch_size] if len(lengths) % batch_size else [])
@@ -123,10 +123,10 @@ def test_training_can_start_at_any_iteration_of_a_run(
 ) -> None:
     """Its batches are those that the run would have come to, through the ends of epochs too."""
     examples = make_examples(lengths)
-    whole = dataset.training_batches(examples, batch_size, seed, 0)
+    whole = batching.training_batches(examples, batch_size, seed, 0)
     for _ in range(start):
         next(whole)
-    part = dataset.training_batches(examples, batch_size, seed, start)
+    part = batching.training_batches(examples, batch_size, seed, start)
     for _ in range(3):
         for expected, found in zip(*next(whole), *next(part), strict=True):
             assert np.array_equal(expected, found)
@@ -134,9 +134,9 @@ def test_training_can_start_at_any_iteration_of_a_run(
 
 def test_another_seed_and_another_epoch_deal_other_batches() -> None:
     lengths = np.arange(1, 101)
-    first = dataset.training_batches(make_examples(lengths), 10, 1, 0)
-    again = dataset.training_batches(make_examples(lengths), 10, 1, 10)
-    other = dataset.training_batches(make_examples(lengths), 10, 2, 0)
+    first = batching.training_batches(make_examples(lengths), 10, 1, 0)
+    again = batching.training_batches(make_examples(lengths), 10, 1, 10)
+    other = batching.training_batches(make_examples(lengths), 10, 2, 0)
     deals = [[next(batches)[0][1].tolist() for _ in range(10)] for batches in (first, again, other)]
     assert deals[0] != deals[1] != deals[2] != deals[0]
 
@@ -145,7 +145,7 @@ def test_another_seed_and_another_epoch_deal_other_batches() -> None:
 def test_evaluation_sees_the_first_examples_once_each(
     lengths: np.ndarray, batch_size: int, number: int
 ) -> None:
-    batches = dataset.evaluation_batches(make_examples(lengths), batch_size, number)
+    batches = batching.evaluation_batches(make_examples(lengths), batch_size, number)
     expected = len(lengths) if number == -1 else min(len(lengths), number * batch_size)
     assert sorted(np.concatenate(batches)) == list(range(expected))
     assert max(map(len, batches)) <= batch_size
@@ -173,9 +173,9 @@ def test_the_share_of_padding_is_that_of_the_first_epoch(
     lengths: np.ndarray, batch_size: int, seed: int
 ) -> None:
     examples = make_examples(lengths)
-    batches = dataset.training_batches(examples, batch_size, seed, 0)
+    batches = batching.training_batches(examples, batch_size, seed, 0)
     widths = [next(batches)[0][0][:, :-1] for _ in range(math.ceil(len(lengths) / batch_size))]
-    share = dataset.padding_share(lengths, batch_size, seed)
+    share = batching.padding_share(lengths, batch_size, seed)
     assert share == pytest.approx(1 - sum(lengths - 1) / sum(inputs.size for inputs in widths))
 
 
@@ -184,7 +184,7 @@ def test_padding_adds_less_than_a_step_and_at_most_a_share(
     monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType, multiple: int, share: int
 ) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: device)
-    padded = [dataset.padded_length(length) for length in range(1, 5000)]
+    padded = [batching.padded_length(length) for length in range(1, 5000)]
     assert padded == sorted(padded)
     for length, found in enumerate(padded, 1):
         assert found % multiple == 0
@@ -197,4 +197,4 @@ def test_bucketing_limits_the_number_of_widths(
 ) -> None:
     """Since the compiled step is made anew for each of them."""
     monkeypatch.setattr(mx, "default_device", lambda: device)
-    assert len({dataset.padded_length(length) for length in range(1, 2049)}) <= most
+    assert len({batching.padded_length(length) for length in range(1, 2049)}) <= most

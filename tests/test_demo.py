@@ -7,7 +7,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Run
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading
 from lora_finetune.base.errors import UserError
 from lora_finetune.demo import demo_model
 
@@ -64,9 +64,8 @@ def test_the_demo_model_learns_answers_and_gives_an_adapter_that_mlx_lm_loads(
 def assert_mlx_lm_gives_the_same_logits(folder: Path, file: Path) -> None:
     """Compare the adapted model with one adapted by mlx-lm's own class, loaded by MLX alone."""
     ours, tokenizer = models.load(str(folder))
-    adapter = adapters.read_adapter(file)
-    models.add_lora(ours, {path: a.shape[1] for path, (a, _) in adapter.items()})
-    adapters.load_adapter(ours, adapter)
+    adapter = loading.read_adapter(file)
+    loading.adapt(ours, adapter, file, None)
 
     theirs, _ = models.load(str(folder))
     modules = dict(theirs.named_modules())

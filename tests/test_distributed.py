@@ -19,9 +19,9 @@ from pathlib import Path
 import background
 import tiny
 from conftest import ROOT, Run
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading, npz
 from lora_finetune.run import checkpoint
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching
 from test_survival import RHYTHM, entries, losses, wait_for
 
 import mlx.core as mx
@@ -89,11 +89,11 @@ def printed(folder: Path, name: str) -> list[list[str]]:
 
 
 def assert_equal_to_rounding(folder: Path, other: Path) -> None:
-    found, expected = (adapters.read_arrays(path / "a.npz") for path in (folder, other))
+    found, expected = (npz.read_arrays(path / "a.npz") for path in (folder, other))
     assert found.keys() == expected.keys()
     for name in found:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
-    logs = [losses(path / "a.log.jsonl", "") for path in (folder, other)]
+    logs = [losses(path / "a.run/log.jsonl", "") for path in (folder, other)]
     for entry, other_entry in zip(*logs, strict=True):
         assert entry == pytest.approx(other_entry, rel=1e-5)
 
@@ -131,10 +131,10 @@ def test_a_run_goes_on_with_another_number_of_processes(
     process.join()
     assert process.exitcode == 0
     assert join(launch(tmp_path, 2, *args, *resume, "--iters", 50)) == [0] * 2
-    found, expected = (adapters.read_arrays(path / "a.npz") for path in (tmp_path, alone))
+    found, expected = (npz.read_arrays(path / "a.npz") for path in (tmp_path, alone))
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
-    trained = [entries(path / "a.log.jsonl", "test_loss") for path in (tmp_path, alone)]
+    trained = [entries(path / "a.run/log.jsonl", "test_loss") for path in (tmp_path, alone)]
     assert trained[0] == [pytest.approx(entry, rel=1e-5) for entry in trained[1]]
 
 
@@ -152,26 +152,18 @@ def test_a_launcher_of_one_process_starts_a_run_like_any_other(
 # --- Shares -------------------------------------------------------------------------------------
 
 
-def test_a_long_text_is_alone_and_short_ones_together() -> None:
-    rows, long = np.array([3, 1, 7, 5]), 65 if mx.default_device() == mx.cpu else 265
-    shares = dataset.shares(rows, np.array([20, long, 9, 40]), 2)
-    assert [share.tolist() for share in shares] == [[1], [3, 7, 5]]
-
-
 @pytest.mark.parametrize("size", [2, 3, 8])
-def test_each_text_is_in_one_share_and_none_has_more_work_than_even_ones_of_the_longest(
-    size: int,
-) -> None:
-    rng = np.random.default_rng(size)
-    for number in range(1, 40):
-        rows, lengths = rng.permutation(1000)[:number], rng.integers(2, 500, number)
-        shares = dataset.shares(rows, lengths, size)
-        assert len(shares) == size
-        assert sorted(np.concatenate(shares)) == sorted(rows)
-        length_of = dict(zip(rows, lengths, strict=True))
-        most = -(-number // size) * dataset.padded_width(lengths)
-        for share in filter(len, shares):
-            assert len(share) * dataset.padded_width([length_of[row] for row in share]) <= most
+def test_each_text_is_in_one_share_and_shares_differ_by_a_text_at_most(size: int) -> None:
+    lengths = np.random.default_rng(size).integers(2, 500, 39)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    first_of_its_text = np.isin(np.arange(starts[-1]), starts)
+    examples = batching.Examples(np.arange(starts[-1], dtype=np.int32), starts, first_of_its_text)
+    shares = [
+        next(batching.training_batches(examples, 39, 0, 0, 1, rank, size)) for rank in range(size)
+    ]
+    first_tokens = [tokens[:, 0].tolist() for [(tokens, _)] in shares]
+    assert sorted(sum(first_tokens, [])) == starts[:-1].tolist()
+    assert max(map(len, first_tokens)) - min(map(len, first_tokens)) <= 1
 
 
 # --- Together to the end ------------------------------------------------------------------------
@@ -187,9 +179,9 @@ def wait_for_iteration(folder: Path, processes: Processes, rng: random.Random) -
 
 def assert_saved_whole(folder: Path) -> int:
     """Check that the state belongs to the adapter; returns the iteration."""
-    state = checkpoint.read(folder / "a.npz")
+    state = checkpoint.read_state(folder / "a.npz")
     assert state is not None
-    adapters.read_adapter(folder / "a.npz")
+    loading.read_adapter(folder / "a.npz")
     return state.progress.iteration
 
 
@@ -278,8 +270,8 @@ def test_where_the_memory_of_one_is_small_all_compute_in_as_many_parts(
     peak = float(re.search(r"Peak mem ([\d.]+) GB", (folders[0] / "out.0").read_text())[1])
     little = {1: {"device_memory": int(peak * 2e9 / 2)}}  # two processes share it
     assert join(launch(folders[1], 2, *args, *long_texts, of=little)) == [0, 0]
-    assert checkpoint.read(folders[0] / "a.npz").progress.parts == 1
-    assert checkpoint.read(folders[1] / "a.npz").progress.parts > 1
+    assert checkpoint.read_state(folders[0] / "a.npz").progress.micro_batches == 1
+    assert checkpoint.read_state(folders[1] / "a.npz").progress.micro_batches > 1
     assert_equal_to_rounding(*folders)
 
 
@@ -340,7 +332,7 @@ def test_moments_of_adam_that_differ_are_an_error(
     args: list[object], alone: Path, tmp_path: Path
 ) -> None:
     folders = [Path(shutil.copytree(alone, tmp_path / str(rank))) for rank in range(2)]
-    state = folders[1] / "a.state.npz"
+    state = folders[1] / "a.run/state.npz"
     with np.load(state) as saved:
         arrays = {n: a * 2 if n.endswith(".v") else a for n, a in saved.items()}
     np.savez(state, **arrays)

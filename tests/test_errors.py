@@ -17,7 +17,7 @@ from threading import Thread
 import models
 import tiny
 from conftest import ROOT, TEXTS, Run, listing, one_error
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import npz
 from lora_finetune.base.errors import UserError
 
 import mlx.core as mx
@@ -213,11 +213,11 @@ FILES = {  # that are no JSON Lines, and what is said of them
     ),
     "Python": (f"{ROWS[0]}\n", "property name enclosed in double quotes at character 2"),
     "columns": (json.dumps({"text": ["a", "b"]}), 'its "text" is not a string, but a list'),
-    "a list in an object": (json.dumps({"data": ROWS}), "holds others by their keys (data); write"),
+    "a list in an object": (json.dumps({"data": ROWS}), 'with a "completion"; it has data'),
     "other names": ('{"body": "a"}', 'with a "completion"; it has body'),
     "an object by key": (
         json.dumps({f"key {i}": ROWS[0] for i in range(50_000)}),
-        "holds others by their keys (key 0, key 1, key 2, key 3, key 4 and 49995 more); write each",
+        'with a "completion"; it has key 0, key 1, key 2, key 3, key 4 and 49995 more',
     ),
     "CSV": ("text,number\na,1\n", "CSV with commas: name it .csv for prepare_lora_data.py"),
     "CSV with semicolons": (
@@ -244,7 +244,7 @@ def test_what_a_file_looks_like_is_reported(
 
 def test_no_message_is_long_whatever_it_mentions(fails: Fails, run: Run, tmp_path: Path) -> None:
     names = {f"{'x' * 5000}.{i}": np.zeros((64, 8), np.float32) for i in range(300)}
-    (tmp_path / "bad.npz").write_bytes(npz(names))
+    (tmp_path / "bad.npz").write_bytes(npz.npz_content(names))
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}) + "\n" + '{"b": "' + "c" * 9999)
     for args in (
         ["--prompt", "a", "--adapter-file", tmp_path / "bad.npz"],
@@ -353,12 +353,6 @@ GOOD_ADAPTER = tiny.adapter_arrays()
 FIRST = "model.layers.0.self_attn.q_proj"
 
 
-def npz(arrays: dict[str, np.ndarray]) -> bytes:
-    stream = io.BytesIO()
-    np.savez(stream, **arrays)
-    return stream.getvalue()
-
-
 def npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array)
@@ -373,7 +367,7 @@ def renamed(old: str, new: str) -> dict[str, np.ndarray]:
     return {name.replace(old, new): array for name, array in GOOD_ADAPTER.items()}
 
 
-WHOLE = npz(GOOD_ADAPTER)
+WHOLE = npz.npz_content(GOOD_ADAPTER)
 BAD_FILES = {
     "empty": b"",
     "text": b"this is not an adapter\n",
@@ -439,7 +433,7 @@ BAD_ARRAYS = {  # and the reason that is reported
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(content, NOT_WHOLE) for content in BAD_FILES.values()]
-    + [(npz(arrays), reason) for arrays, reason in BAD_ARRAYS.values()],
+    + [(npz.npz_content(arrays), reason) for arrays, reason in BAD_ARRAYS.values()],
     ids=[*BAD_FILES, *BAD_ARRAYS],
 )
 def test_the_reason_is_reported_why_an_adapter_cannot_be_used(
@@ -472,7 +466,7 @@ def test_a_pickle_in_an_adapter_is_refused_and_not_run(
 ) -> None:
     pickled = np.array([[Payload()]], dtype=object)
     for name, content in [
-        ("object.npz", npz(GOOD_ADAPTER | {f"{FIRST}.lora_a": pickled})),
+        ("object.npz", npz.npz_content(GOOD_ADAPTER | {f"{FIRST}.lora_a": pickled})),
         ("object.npy", npy(pickled)),
     ]:
         (tmp_path / name).write_bytes(content)
@@ -490,7 +484,7 @@ def test_a_full_disk_leaves_the_old_adapter_as_it_was(model: Path, tmp_path: Pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(UserError, match=r"a\.npz cannot be written: File too large"):
-            adapters.write_arrays(file, adapters.trainable_arrays(loaded))
+            npz.write_arrays(file, npz.trainable_arrays(loaded))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert listing(tmp_path) == before

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 
 import models
+import tiny
 from conftest import ROOT
 from lora_finetune.mlx_patches import activations, attention, patches
-from lora_finetune.training import losses, training_step
+from lora_finetune.training import losses
 from lora_finetune.training.losses import Loss
 from test_architectures import ADAPTED, IS_TARGET, TOKENS, adapt, build, trainable
 
@@ -574,12 +575,11 @@ def test_by_chunks_fifty_steps_end_where_the_plain_ones_do(small_chunks: None, n
         loss = make_loss(model)
         adapt(model)
         model.train()
-        step = training_step.make_step(model, loss, training_step.make_optimizer(model, 3e-4, {}))
         batch = [(np.array(TOKENS), np.array(IS_TARGET))]
         with ExitStack() as stack:
             if loss is not losses.loss:
                 stack.enter_context(patches.applied())
-            ends.append([step(batch).compute()[0] for _ in range(50)])
+            ends.append(list(tiny.train_on(model, loss, [batch] * 50, 3e-4)))
     assert ends[1] == pytest.approx(ends[0], 1e-4)
     assert ends[0][-1] < 0.9 * ends[0][0]
 

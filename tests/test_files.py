@@ -19,9 +19,8 @@ import background
 import models
 import tiny
 from conftest import PERPLEXITY, ROOT, Run, one_error
-from lora_finetune.adapters import adapters
-from lora_finetune.run import run_files
-from lora_finetune.run.checkpoint import Progress
+from lora_finetune.adapters import loading, npz
+from lora_finetune.run.run import Run as FreshRun
 from test_survival import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
 
 import mlx.core as mx
@@ -29,8 +28,8 @@ import numpy as np
 import pytest
 from mlx_lm.models import llama
 
-NAMES = ["a.npz", "a.state.npz", "a.best.npz", "a.log.jsonl"]
-PREVIOUS = [name.replace("a.", "a.previous.", 1) for name in NAMES]
+NAMES = ["a.npz", "a.run/state.npz", "a.run/best.npz", "a.run/log.jsonl"]
+PREVIOUS = [name.replace("a.", "a.previous-1.", 1) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def contents(folder: Path, names: list[str]) -> list[bytes]:
 # --- A fresh run over an earlier one ------------------------------------------------------------
 
 
-def test_a_fresh_run_stopped_early_leaves_the_earlier_one_as_it_was_and_can_go_on(
+def test_a_fresh_run_stopped_early_keeps_the_earlier_one_and_can_go_on(
     args: list[object], finished: Path, copy: Path
 ) -> None:
     slowly = ["--steps-per-eval", 1, "--val-batches", -1, "--batch-size", 1, "--save-every", 1000]
@@ -72,17 +71,16 @@ def test_a_fresh_run_stopped_early_leaves_the_earlier_one_as_it_was_and_can_go_o
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 130
-    assert contents(copy, NAMES) == contents(finished, NAMES)
-    assert not list(copy.glob("a.previous*"))
+    assert contents(copy, PREVIOUS) == contents(finished, NAMES)
     *_, line = (copy / "err").read_text().splitlines()
-    assert line.endswith("the same command with --resume-adapter-file a.stopped.npz goes on")
-    stopped = entries(copy / "a.stopped.log.jsonl")
+    assert line.endswith("the same command with --resume-adapter-file a.npz goes on")
+    stopped = entries(copy / "a.run/log.jsonl")
 
-    resume = ["--resume-adapter-file", "a.stopped.npz", "--iters", stopped[-1]["iter"] + 1]
+    resume = ["--resume-adapter-file", "a.npz", "--iters", stopped[-1]["iter"] + 1]
     process = background.start(copy, *args, *slowly, *resume)
     process.join()
     assert process.exitcode == 0
-    assert (copy / "err").read_text().count("warning") == 1
+    assert "warning" not in (copy / "err").read_text()
     assert contents(copy, PREVIOUS) == contents(finished, NAMES)
 
 
@@ -98,14 +96,14 @@ def test_a_fresh_run_that_fails_keeps_the_best_adapter_that_it_had(
     finished: Path, copy: Path, model: Path
 ) -> None:
     loaded, _ = models.load(str(model))
-    adapters.adapt(loaded, {}, None, 2)
-    files = run_files.RunFiles(Path("a.npz"))
-    files.begin(None, None, Progress(), unchanged=False)
-    files.keep_best(loaded)
-    files.save_best_after_error(Progress(iteration=5, best_iteration=4))
-    assert contents(copy, NAMES) == contents(finished, NAMES)
-    kept = np.load("a.stopped.best.npz")
-    assert kept.keys() == adapters.trainable_arrays(loaded).keys()
+    loading.adapt(loaded, {}, None, 2)
+    fresh = FreshRun(Path("a.npz"))
+    fresh.begin()
+    fresh.keep_best(loaded)
+    fresh.save_best()
+    assert contents(copy, PREVIOUS) == contents(finished, NAMES)
+    kept = np.load("a.run/best.npz")
+    assert kept.keys() == npz.trainable_arrays(loaded).keys()
 
 
 def test_the_first_save_of_a_fresh_run_moves_all_of_the_earlier_one_and_says_so(
@@ -113,13 +111,14 @@ def test_the_first_save_of_a_fresh_run_moves_all_of_the_earlier_one_and_says_so(
 ) -> None:
     ended = call(*args, "--iters", 5, "--seed", 1)
     assert ended.stderr == (
-        "warning: the earlier run of a.npz is kept as a.previous.npz, with all its files\n"
+        "warning: the earlier run of a.npz is kept as a.previous-1.npz and a.previous-1.run\n"
     )
     assert contents(copy, PREVIOUS) == contents(finished, NAMES)
     call(*args, "--iters", 5, "--seed", 1, "--adapter-file", tmp_path / "a.npz")
-    assert contents(copy, ["a.npz", "a.best.npz"]) == contents(tmp_path, ["a.npz", "a.best.npz"])
-    assert [entry["iter"] for entry in entries(copy / "a.log.jsonl")] == [1, 3, 4, 5, 5]
-    ended = call(*args, "--resume-adapter-file", "a.previous.npz", "--adapter-file", "c.npz")
+    both = ["a.npz", "a.run/best.npz"]
+    assert contents(copy, both) == contents(tmp_path, both)
+    assert [entry["iter"] for entry in entries(copy / "a.run/log.jsonl")] == [1, 3, 4, 5, 5]
+    ended = call(*args, "--resume-adapter-file", "a.previous-1.npz", "--adapter-file", "c.npz")
     assert ended.returncode == 2 and f"iteration {ITERS} of" in ended.stderr
 
 
@@ -144,10 +143,11 @@ def test_a_kill_within_the_move_loses_neither_run(
         if contents(folder, NAMES) == earlier:
             continue
         moved += 1
+        resume = ["--resume-adapter-file", "a.npz"] if (folder / "a.run/state.npz").exists() else []
+        background.start(folder, *fresh, *resume).join()
         assert contents(folder, PREVIOUS) == earlier
-        background.start(folder, *fresh, "--resume-adapter-file", "a.npz").join()
-        for file in folder.glob("a.previous*"):
-            file.unlink()
+        (folder / "a.previous-1.npz").unlink()
+        shutil.rmtree(folder / "a.previous-1.run")
         assert_same_run(folder, whole)
 
 
@@ -165,13 +165,14 @@ def test_a_run_resumed_from_elsewhere_takes_its_best_adapter_and_log_along(
 ) -> None:
     """As where a run was begun over it by mistake."""
     call(*args, "--iters", 3, "--seed", 5)
-    call(*args, "--iters", ITERS + 1, "--resume-adapter-file", "a.previous.npz", "--val-batches", 1)
+    resume = ["--resume-adapter-file", "a.previous-1.npz", "--val-batches", 1]
+    call(*args, "--iters", ITERS + 1, *resume)
     call(*args, "--iters", 3, "--seed", 5)
-    resume = ["--resume-adapter-file", "a.previous.npz", "--steps-per-eval", 100]
-    ended = call(*args, "--iters", ITERS, "--resume-adapter-file", "a.previous.2.npz", *resume[2:])
+    resume = ["--resume-adapter-file", "a.previous-1.npz", "--steps-per-eval", 100]
+    ended = call(*args, "--iters", ITERS, *resume)
     assert ended.returncode == 0
     assert contents(copy, NAMES[:1] + NAMES[2:3]) == contents(finished, NAMES[:1] + NAMES[2:3])
-    assert losses(copy / "a.log.jsonl") == losses(finished / "a.log.jsonl")
+    assert losses(copy / "a.run/log.jsonl") == losses(finished / "a.run/log.jsonl")
 
 
 def test_no_earlier_run_is_ever_overwritten(call: Run, args: list[object], copy: Path) -> None:
@@ -179,11 +180,9 @@ def test_no_earlier_run_is_ever_overwritten(call: Run, args: list[object], copy:
     for seed in range(4):
         whole[seed] = contents(copy, NAMES)
         call(*args, "--iters", 2, "--seed", seed)
-    kept = [
-        PREVIOUS,
-        *([name.replace("previous", f"previous.{i}") for name in PREVIOUS] for i in (2, 3, 4)),
-    ]
-    assert [contents(copy, names) for names in kept] == [whole[i] for i in (3, 0, 1, 2)]
+    for seed in range(4):
+        kept = [name.replace("previous-1", f"previous-{seed + 1}") for name in PREVIOUS]
+        assert contents(copy, kept) == whole[seed]
 
 
 def test_an_adapter_that_is_put_back_is_the_one_that_is_resumed(
@@ -191,13 +190,13 @@ def test_an_adapter_that_is_put_back_is_the_one_that_is_resumed(
 ) -> None:
     """And not the run whose state is beside it, which replaced that adapter."""
     call(*args, "--iters", 2, "--seed", 5)
-    shutil.copy("a.previous.npz", "a.npz")
+    shutil.copy("a.previous-1.npz", "a.npz")
     ended = call(*args, "--iters", 3, "--resume-adapter-file", "a.npz", "--learning-rate", 0)
     assert "a.npz has no training state beside it" in ended.stderr
     assert (copy / "a.npz").read_bytes() == (finished / "a.npz").read_bytes()
 
 
-def test_a_rewound_run_stopped_early_does_not_replace_the_longer_one(
+def test_a_rewound_run_stopped_early_keeps_the_longer_one(
     args: list[object], finished: Path, copy: Path
 ) -> None:
     more = ["--resume-adapter-file", "a.npz", "--start-iter", 3, "--iters", 1000, "--batch-size", 1]
@@ -206,9 +205,9 @@ def test_a_rewound_run_stopped_early_does_not_replace_the_longer_one(
     wait_for(copy / "out", "Iter 6: Train", process)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
-    assert contents(copy, NAMES) == contents(finished, NAMES)
+    assert contents(copy, PREVIOUS) == contents(finished, NAMES)
     *_, line = (copy / "err").read_text().splitlines()
-    assert line.endswith("--resume-adapter-file a.stopped.npz and without --start-iter goes on")
+    assert line.endswith("--resume-adapter-file a.npz and without --start-iter goes on")
 
 
 def test_a_first_run_that_never_saved_is_no_earlier_run(
@@ -219,9 +218,9 @@ def test_a_first_run_that_never_saved_is_no_earlier_run(
     wait_for(tmp_path / "out", "Iter 3: Train", process)
     process.kill()
     process.join()
-    assert entries(tmp_path / "a.log.jsonl")
+    assert entries(tmp_path / "a.run/log.jsonl")
     assert call(*args, "--iters", 2).stderr == ""
-    assert [entry["iter"] for entry in entries(tmp_path / "a.log.jsonl")] == [1, 2, 2]
+    assert [entry["iter"] for entry in entries(tmp_path / "a.run/log.jsonl")] == [1, 2, 2]
 
 
 def test_a_test_between_two_parts_of_a_run_stays_in_the_log(
@@ -229,7 +228,7 @@ def test_a_test_between_two_parts_of_a_run_stays_in_the_log(
 ) -> None:
     call(*args[:6], "--test")
     call(*args, "--iters", ITERS + 1, "--resume-adapter-file", "a.npz")
-    found = [entry.get("iter", "test") for entry in losses(Path("a.log.jsonl"), "")]
+    found = [entry.get("iter", "test") for entry in losses(Path("a.run/log.jsonl"), "")]
     assert found[-4:] == [ITERS, "test", ITERS + 1, ITERS + 1]
 
 
@@ -239,27 +238,19 @@ def test_a_test_between_two_parts_of_a_run_stays_in_the_log(
 def test_adapters_of_similar_names_share_nothing(
     call: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And each ends in .npz, which is told where it was not typed."""
     monkeypatch.chdir(tmp_path)
-    names = ["qwen-v1.5", "qwen-v1.7", "b.npz", "b.safetensors"]
-    for seed, name in enumerate(names):
+    for seed, name in enumerate(["v1.5", "v1.7", "b.npz", "b.safetensors"]):
         ended = call(*args, "--iters", 2, "--adapter-file", name, "--seed", seed)
-        assert (ended.returncode, ended.stderr) == (0, "")
-    assert {file.name for file in tmp_path.iterdir()} == {
-        *("qwen-v1.5", "qwen-v1.5.state.npz", "qwen-v1.5.best.npz", "qwen-v1.5.log.jsonl"),
-        *("qwen-v1.7", "qwen-v1.7.state.npz", "qwen-v1.7.best.npz", "qwen-v1.7.log.jsonl"),
-        *("b.npz", "b.state.npz", "b.best.npz", "b.log.jsonl"),
-        *("b.safetensors", "b.safetensors.state.npz", "b.safetensors.log.jsonl"),
-        *("b.safetensors.best.safetensors", "adapter_config.json"),
-    }
-    for seed, name in enumerate(names):
-        resume = ["--adapter-file", name, "--resume-adapter-file", name, "--seed", seed]
-        assert call(*args, "--iters", 3, *resume).stderr == ""
-
-
-def test_names_that_would_share_a_state_are_refused(
-    call: Run, args: list[object], copy: Path
-) -> None:
-    one_error(call(*args, "--adapter-file", "a"), "a.npz", "would share a.state.npz")
+        told = f"warning: adapters are saved as .npz files, so this one is {name}.npz\n"
+        assert (ended.returncode, ended.stderr) == (0, "" if name == "b.npz" else told)
+    files = {"v1.5.npz", "v1.7.npz", "b.npz", "b.safetensors.npz"}
+    folders = {name.replace(".npz", ".run") for name in files}
+    assert {file.name for file in tmp_path.iterdir()} == files | folders
+    resume = ["--adapter-file", "v1.5", "--resume-adapter-file", "v1.5.npz", "--seed", 0]
+    assert call(*args, "--iters", 3, *resume).stderr.count("warning") == 1
+    ended = call(*args[:2], "--adapter-file", "v1.7", "--prompt", "a", "--max-tokens", 1)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -294,7 +285,7 @@ def test_either_unicode_form_of_a_name_means_the_same_file(
     assert call(*args, "--iters", 3, *name, "--resume-adapter-file", "한글.npz").stderr == ""
     assert call(*args[:2], *name, "--prompt", "a", "--max-tokens", 1).returncode == 0
     names = {unicodedata.normalize("NFC", file.name) for file in tmp_path.iterdir()}
-    assert len(names) == len(list(tmp_path.iterdir())) == 5
+    assert len(names) == len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_folder_of_mlx_lm_is_taken_with_its_scale(
@@ -334,11 +325,10 @@ def test_a_folder_that_is_no_adapter_is_an_error_that_says_what_to_name(
     one_error(call(*args[:2], "--prompt", "a", "--adapter-file", tmp_path / "adapter"), reason)
 
 
-@pytest.mark.parametrize("name", ["a.best.npz", "a.state.npz", "a.previous.2.npz", "a.stopped.npz"])
-def test_an_adapter_cannot_be_named_like_a_part_of_a_run(
-    call: Run, args: list[object], tmp_path: Path, name: str
+def test_the_best_adapter_of_a_run_is_not_trained_over(
+    call: Run, args: list[object], copy: Path
 ) -> None:
-    one_error(call(*args, "--adapter-file", tmp_path / name), name, "give another --adapter-file")
+    one_error(call(*args, "--adapter-file", "a.run/best.npz"), "give another --adapter-file")
 
 
 @pytest.mark.parametrize("name", ["가" * 79 + ".npz", "n" * 240])
@@ -354,15 +344,6 @@ def test_a_link_to_itself_is_an_error(call: Run, args: list[object], tmp_path: P
     for phase in ("--train", "--test"):
         ended = call(*args[:4], "--adapter-file", tmp_path / "a.npz", phase)
         one_error(ended, "a loop of links")
-
-
-def test_a_file_of_another_scale_is_not_written_over(
-    call: Run, args: list[object], tmp_path: Path
-) -> None:
-    config = {"lora_parameters": {"scale": 2.0}}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    file = tmp_path / "adapters.safetensors"
-    one_error(call(*args, "--adapter-file", file), "sets another scale than 20")
 
 
 # --- Streams ------------------------------------------------------------------------------------
@@ -381,7 +362,7 @@ def test_training_goes_on_when_nobody_reads_a_stream_any_more(
         getattr(process, stream).close()
         assert process.wait() == 0
     assert (tmp_path / "a.npz").read_bytes() == (finished / "a.npz").read_bytes()
-    assert len(losses(tmp_path / "a.log.jsonl")) == len(losses(finished / "a.log.jsonl"))
+    assert len(losses(tmp_path / "a.run/log.jsonl")) == len(losses(finished / "a.run/log.jsonl"))
 
 
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
@@ -494,7 +475,7 @@ def test_the_same_model_in_another_folder_is_the_same(
     assert call(*args, *more).stderr == ""
 
 
-@pytest.mark.parametrize("file", ["a.npz", "a.best.npz"])
+@pytest.mark.parametrize("file", ["a.npz", "a.run/best.npz"])
 def test_an_adapter_on_another_model_of_the_same_shape_is_warned_of_once(
     call: Run, args: list[object], copy: Path, tmp_path: Path, file: str
 ) -> None:

@@ -15,12 +15,12 @@ import background
 import models
 import tiny
 import train_lora
-from conftest import Run, listing
-from lora_finetune.adapters import adapters
+from conftest import Run
+from lora_finetune.adapters import loading
 from lora_finetune.base import memory
 from lora_finetune.run import checkpoint
-from lora_finetune.texts import dataset
-from lora_finetune.training import frozen_prefix, losses, training_step
+from lora_finetune.texts import batching
+from lora_finetune.training import frozen_prefix, losses
 from test_survival import wait_for
 
 import mlx.core as mx
@@ -40,39 +40,39 @@ def build(name: str, dtype: mx.Dtype = mx.float32) -> nn.Module:
     config = copy.deepcopy(ARCHITECTURES[name]["config"])
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(dtype)
-    adapters.adapt(model, {}, None, 2)
+    loading.adapt(model, {}, None, 2)
     return model
 
 
-def make_examples(number: int, seed: int) -> dataset.Examples:
+def make_examples(number: int, seed: int) -> batching.Examples:
     """Random texts of 1 to 45 tokens."""
     rng = np.random.default_rng(seed)
     starts = np.append(0, np.cumsum([1, *rng.integers(2, 46, number - 1)]))
     is_target = np.ones(starts[-1], bool)
     is_target[starts[:-1]] = False
-    return dataset.Examples(rng.integers(1, 128, starts[-1], np.int32), starts, is_target)
+    return batching.Examples(rng.integers(1, 128, starts[-1], np.int32), starts, is_target)
 
 
 @pytest.fixture
-def examples() -> dict[str, dataset.Examples]:
+def examples() -> dict[str, batching.Examples]:
     return {"train": make_examples(8, 0), "valid": make_examples(7, 1)}
 
 
 def with_kept_states(
     prefix: frozen_prefix.Prefix,
-    examples: dict[str, dataset.Examples],
+    examples: dict[str, batching.Examples],
     folder: Path,
     parts: int = 1,
-) -> dict[str, dataset.Examples]:
+) -> dict[str, batching.Examples]:
     groups = {
-        "train": dataset.epoch_batches(examples["train"].lengths, BATCH_SIZE, 0, 0),
-        "valid": dataset.evaluation_batches(examples["valid"], BATCH_SIZE, -1),
+        "train": batching.epoch_batches(examples["train"].lengths, BATCH_SIZE, 0, 0),
+        "valid": batching.evaluation_batches(examples["valid"], BATCH_SIZE, -1),
     }
     return {
         split: frozen_prefix.keep(
             prefix,
             prefix.examples(examples[split]),
-            [part for rows in groups[split] for part in dataset.split_batch(rows, parts)],
+            [part for rows in groups[split] for part in batching.split_batch(rows, parts)],
             folder,
         )
         for split in groups
@@ -80,21 +80,23 @@ def with_kept_states(
 
 
 def train(
-    model: nn.Module, loss: losses.Loss, examples: dict[str, dataset.Examples], parts: int = 1
+    model: nn.Module, loss: losses.Loss, examples: dict[str, batching.Examples], parts: int = 1
 ) -> Iterator[float]:
     """The loss of each step of a few epochs, and of a validation after each epoch."""
     model.train()
-    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 1e-3, {}))
-    batches = dataset.training_batches(examples["train"], BATCH_SIZE, 0, 0, parts)
+    steps = tiny.train_on(
+        model, loss, batching.training_batches(examples["train"], BATCH_SIZE, 0, 0, parts)
+    )
     for _ in range(EPOCHS):
-        for batch in itertools.islice(batches, math.ceil(len(examples["train"]) / BATCH_SIZE)):
-            yield step(batch).compute()[0]
-        yield train_lora.evaluate(model, loss, examples["valid"], BATCH_SIZE, -1, parts=parts)
+        yield from itertools.islice(steps, math.ceil(len(examples["train"]) / BATCH_SIZE))
+        yield train_lora.evaluate(
+            model, loss, examples["valid"], BATCH_SIZE, -1, micro_batches=parts
+        )
         model.train()
 
 
 def assert_trains_the_same(
-    name: str, examples: dict[str, dataset.Examples], folder: Path, parts: int = 1
+    name: str, examples: dict[str, batching.Examples], folder: Path, parts: int = 1
 ) -> None:
     plain, model = build(name), build(name)
     expected = list(train(plain, losses.make_loss(plain), examples, parts))
@@ -117,7 +119,7 @@ NAMES = ("llama", "qwen2", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_ne
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_and_adapter_are_those_of_the_whole_model(
-    name: str, examples: dict[str, dataset.Examples], tmp_path: Path
+    name: str, examples: dict[str, batching.Examples], tmp_path: Path
 ) -> None:
     mx.disable_compile()  # which takes most of the time
     try:
@@ -127,14 +129,14 @@ def test_losses_and_adapter_are_those_of_the_whole_model(
 
 
 def test_the_same_compiled_and_in_parts(
-    examples: dict[str, dataset.Examples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examples: dict[str, batching.Examples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frozen_prefix, "COMPILED", True)  # as on a GPU
     assert_trains_the_same("gemma2", examples, tmp_path, parts=2)
 
 
 def test_each_text_is_computed_once_for_all_epochs_and_validations(
-    examples: dict[str, dataset.Examples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examples: dict[str, batching.Examples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frozen_prefix, "COMPILED", False)  # so that each call can be counted
     model = build("llama")
@@ -153,7 +155,7 @@ def test_each_text_is_computed_once_for_all_epochs_and_validations(
 
 
 def test_compiled_the_layers_are_called_once_for_each_shape(
-    examples: dict[str, dataset.Examples], monkeypatch: pytest.MonkeyPatch
+    examples: dict[str, batching.Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frozen_prefix, "COMPILED", True)  # as on a GPU
     model = build("llama")
@@ -178,7 +180,7 @@ def test_what_is_kept_takes_the_memory_that_was_reckoned_with_and_no_more(
     examples, rows = make_examples(300, 0), np.arange(300)
     prefix = frozen_prefix.find(build("llama"))
     groups = [rows[start : start + 3] for start in range(0, 300, 3)]
-    widths = [dataset.padded_width(examples.lengths[group]) - 1 for group in groups]
+    widths = [batching.padded_width(examples.lengths[group]) - 1 for group in groups]
     size = sum(3 * width * prefix.model.args.hidden_size * 4 for width in widths)
     monkeypatch.setattr(memory, "available", lambda: size * 16 + mx.get_active_memory())
     for factor, in_memory in ((1 + 1e-6, True), (1 - 1e-6, False)):
@@ -199,7 +201,7 @@ def test_what_is_kept_takes_the_memory_that_was_reckoned_with_and_no_more(
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_what_is_kept_has_the_type_of_the_model_and_every_bit_whoever_asks_first(
-    dtype: mx.Dtype, examples: dict[str, dataset.Examples], tmp_path: Path
+    dtype: mx.Dtype, examples: dict[str, batching.Examples], tmp_path: Path
 ) -> None:
     prefix = frozen_prefix.find(build("llama", dtype))
     kept = with_kept_states(prefix, examples, tmp_path)["train"]
@@ -207,7 +209,7 @@ def test_what_is_kept_has_the_type_of_the_model_and_every_bit_whoever_asks_first
     for row in range(len(kept))[::-1]:
         *_, states = other.batch(np.array([row]))
         assert states.dtype == dtype
-    for rows in dataset.epoch_batches(kept.lengths, BATCH_SIZE, 0, 0):
+    for rows in batching.epoch_batches(kept.lengths, BATCH_SIZE, 0, 0):
         *_, expected = prefix.examples(examples["train"]).batch(rows)
         for each in (kept, other):
             assert mx.array_equal(each.batch(rows)[-1], expected).item()
@@ -286,8 +288,8 @@ def test_beyond_the_memory_a_file_serves_which_nobody_sees_and_a_kill_takes_alon
     assert sum(str(folder) in file and file.endswith(" (deleted)") for file in mapped) == 2
     process.kill()
     process.join()
-    names = {Path(file).name for file in listing(folder)}
-    whole = {"a.npz", "a.state.npz", "a.best.npz", "a.log.jsonl", "out", "err"}
+    names = {file.name for file in folder.iterdir()}
+    whole = {"a.npz", "a.run", "out", "err"}
     assert {name for name in names if not name.endswith(".part")} == whole  # of a save that it hit
     lines = (folder / "err").read_text().splitlines()
     assert len(lines) == 2
@@ -319,7 +321,7 @@ def test_without_room_on_the_disk_either_each_epoch_computes_them_and_so_it_goes
             assert ended.stderr.count("has no room, so they are computed again in each epoch") == 2
     ended = call(*args, "--epochs", 4, "--resume-adapter-file", "a.npz")
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert not checkpoint.read(Path("a.npz")).progress.has_room
+    assert not checkpoint.read_state(Path("a.npz")).progress.has_room
     assert Path("a.npz").read_bytes() == Path("b.npz").read_bytes()
     with np.load("a.npz") as found, np.load("kept.npz") as expected:
         for path in expected:

@@ -25,10 +25,15 @@ import models
 import tiny
 import train_lora
 from conftest import OUTCOME, ROOT
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading, mlx_lm, npz
 from lora_finetune.base.errors import UserError
 from lora_finetune.run import checkpoint
-from lora_finetune.texts import dataset
+from lora_finetune.run.config import read_config
+from lora_finetune.run.run import open_run
+from lora_finetune.texts import dataset, tokenizing
+from lora_finetune.training import losses
+from lora_finetune.training.distributed import ALONE
+from lora_finetune.training.step import Trainer
 from mutations import REPLACED, mutate
 
 import pytest
@@ -40,7 +45,7 @@ NUMBERS = {
     "peft/adapter_model.safetensors": (200, 10),
     "peft/adapter_config.json": (400, 10),
     "adapter_config.json": (200, 10),
-    "a.state.npz": (400, 80),
+    "a.run/state.npz": (400, 80),
     "texts/train.jsonl": (300, 20),
     "prompts/train.jsonl": (200, 10),
     "messages/train.jsonl": (300, 20),
@@ -72,11 +77,11 @@ COMMANDS = {
     ],
     "s.safetensors": [
         ["--adapter-file", "s.safetensors", *GENERATE],
-        [*RESUME, "--resume-adapter-file", "s.safetensors", "--adapter-file", "s.safetensors"],
+        [*RESUME, "--resume-adapter-file", "s.safetensors", "--adapter-file", "b.npz"],
     ],
     "peft": [["--adapter-file", "peft", *GENERATE]],
     "adapter_config.json": [["--adapter-file", "s.safetensors", *GENERATE]],
-    "a.state.npz": [[*RESUME, "--resume-adapter-file", "a.npz", "--adapter-file", "a.npz"]],
+    "a.run/state.npz": [[*RESUME, "--resume-adapter-file", "a.npz", "--adapter-file", "a.npz"]],
     "train.jsonl": [
         [*TRAIN, "--iters", "1", "--adapter-file", "b.npz"],
         [*TRAIN, "--iters", "1", "--adapter-file", "b.npz", "--mask-prompt"],
@@ -191,7 +196,7 @@ def commands_of(file: str) -> list[list[str]]:
 def call_function(case: Case) -> int:
     file = Path(case.file)
     try:
-        if file.name == "a.state.npz":
+        if file.name == "a.run/state.npz":
             resume("a.npz")
         elif file.suffix == ".jsonl":
             read_data(file)
@@ -199,9 +204,9 @@ def call_function(case: Case) -> int:
             models.load("model")
         elif file.name == "adapter_config.json":
             names = ("adapter_model.safetensors", "s.safetensors")
-            adapters.read_adapter(next(filter(Path.is_file, map(file.with_name, names))))
+            loading.read_adapter(next(filter(Path.is_file, map(file.with_name, names))))
         else:
-            adapters.read_adapter(file)
+            loading.read_adapter(file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -211,16 +216,18 @@ def call_function(case: Case) -> int:
 def resume(file: str) -> None:
     """What the program does, by the same calls, up to the first step of a resumed run."""
     args = ["--model", "model", "--data", "texts", *RESUME, "--resume-adapter-file", file]
-    plan = train_lora.check(train_lora.parse_arguments([*args, "--adapter-file", file]))
+    config = read_config(train_lora.build_parser(), [*args, "--adapter-file", file])
+    resumed = open_run(config, train_lora.read_files(config), ALONE)
     model, _ = models.load("model")
-    adapters.adapt(model, plan.adapter, plan.source, None)
-    train_lora.start_or_resume(model, plan)
+    train_lora.adapt(resumed, model)
+    resumed.begin()
+    Trainer(model, losses.loss, 1e-3, resumed.start.state.optimizer if resumed.start.state else {})
 
 
 def read_data(file: Path) -> None:
     _, tokenizer = models.load("model")
     for mask_prompt in (False, True):
-        dataset.load(
+        tokenizing.load(
             {"train": dataset.read(file, mask_prompt)},
             tokenizer,
             vocabulary_size=300,
@@ -239,14 +246,14 @@ def what_is_left(before: dict[Path, bytes]) -> str:
         return "a file has gone"
     changed = [path for path, content in after.items() if content != before.get(path)]
     for path in changed:
-        if path.suffix == ".part" or path.parent != Path():
+        if path.suffix == ".part" or path.parent not in (Path(), Path("a.run")):
             return f"{path} was written"
         if path.suffix in (".npz", ".safetensors"):
-            adapters.read_arrays(path)
+            npz.read_arrays(path)
     for path in changed:
         if path.suffix in (".npz", ".safetensors") and len(path.suffixes) == 1:
-            adapters.read_adapter(path)
-            if not checkpoint.read(path):
+            loading.read_adapter(path)
+            if not checkpoint.read_state(path):
                 return f"{path} and its state do not belong together"
     return ""
 
@@ -267,11 +274,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text(json.dumps(settings))
     for name, entry in ENTRIES.items():
         make_data(folder / name, entry)
-    for name in ("a.npz", "s.safetensors"):
-        args = ["--model", "model", "--data", "texts", *TRAIN, "--iters", 2, "--adapter-file", name]
-        process = background.start(folder, *args)
-        process.join()
-        assert process.exitcode == 0, (folder / "err").read_text()
+    args = ["--model", "model", "--data", "texts", *TRAIN, "--iters", 2, "--adapter-file", "a.npz"]
+    process = background.start(folder, *args)
+    process.join()
+    assert process.exitcode == 0, (folder / "err").read_text()
+    arrays, config = npz.read_arrays(folder / "a.npz"), {"lora_parameters": {"scale": 20.0}}
+    mlx_lm.write_files(folder / "s.safetensors", arrays, "mlx", config)
     tiny.make_peft(
         folder / "peft", layer=1, alpha_pattern={"q_proj": 4}, rank_pattern={"q_proj": 2}
     )

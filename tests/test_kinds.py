@@ -10,7 +10,7 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Run
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching, dataset, tokenizing
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ CHAT = {
 }
 TEXT = {"text": "### 질문:\n물은?\n\n### 답변:\nH2O입니다."}
 
-Tokenized = Callable[..., dataset.Examples]
+Tokenized = Callable[..., batching.Examples]
 
 
 def make_folder(model: Path, folder: Path, template: str | None = TEMPLATE) -> Path:
@@ -89,15 +89,15 @@ def tokenized(tmp_path: Path) -> Tokenized:
         mask: bool = False,
         end: bool = False,
         longest=999,
-    ) -> dataset.Examples:
+    ) -> batching.Examples:
         file = write_entries(tmp_path / "a.jsonl", *entries)
-        texts = dataset.render_entries(dataset.read(file, mask), tokenizer, mask)
-        return dataset.tokenize(texts, tokenizer, end, longest)
+        texts = dataset.render_rows(dataset.read(file, mask), tokenizer, mask)
+        return tokenizing.tokenize(texts, tokenizer, end, longest)
 
     return tokenized
 
 
-def parts(examples: dataset.Examples, row: int = 0) -> tuple[str, str]:
+def parts(examples: batching.Examples, row: int = 0) -> tuple[str, str]:
     """What of an example is passed over, and what is learnt, as text; tokens are bytes here.
 
     All of it is learnt where the first token alone is not, which nothing can predict.
@@ -259,7 +259,7 @@ def test_prompt_and_answer_together_are_the_text(
 ) -> None:
     entry = {"prompt": prompt, "completion": answer}
     text = dataset.render(entry, None, mask_prompt=True)
-    masked = dataset.tokenize([text], without_template, add_eos=False, max_length=9999)
+    masked = tokenizing.tokenize([text], without_template, add_eos=False, max_length=9999)
     assert masked.tokens.tolist() == [*(prompt + answer).encode()]
     learnt = [False] * len(prompt.encode()) + [True] * len(answer.encode())
     assert masked.is_target.tolist() == learnt
@@ -275,7 +275,7 @@ def test_a_run_with_the_mask_counts_the_tokens_of_answers_alone(
     args += ["--train", "--test", "--lora-layers", 1, "--mask-prompt"]
     ended = call(*args)
     assert (ended.returncode, ended.stderr) == (0, "")
-    entry = json.loads((tmp_path / "a.log.jsonl").read_text().splitlines()[1])
+    entry = json.loads((tmp_path / "a.run/log.jsonl").read_text().splitlines()[1])
     answers = 2 * (len("H2O입니다.".encode()) + 1) + 40
     assert entry["tokens_per_sec"] / entry["it_per_sec"] == pytest.approx(answers)
 
@@ -358,8 +358,8 @@ def test_a_text_without_an_answer_is_reported_before_the_model_is_loaded(
 def test_texts_beyond_a_batch_of_the_tokenizer_stay_in_order(
     without_template: TokenizerWrapper,
 ) -> None:
-    words = [f"{i} {'가' * (i % 7)}" for i in range(dataset.CHUNK_CHARACTERS // 3)]
-    found = dataset.tokenize(map(dataset.Text, words), without_template, False, 9999)
+    words = [f"{i} {'가' * (i % 7)}" for i in range(tokenizing.CHUNK_CHARACTERS // 3)]
+    found = tokenizing.tokenize(map(dataset.Text, words), without_template, False, 9999)
     assert found.tokens.tolist() == [*"".join(words).encode()]
     assert found.lengths.tolist() == [len(word.encode()) for word in words]
     assert (found.tokens.dtype, found.is_target.dtype) == (np.int32, bool)
@@ -372,7 +372,7 @@ def test_a_tokenizer_saved_with_a_cut_or_padding_does_neither(model: Path, tmp_p
     backend.enable_padding(length=50)
     backend.save(str(folder / "tokenizer.json"))
     texts = [dataset.Text("abcdefg"), dataset.Text("h")]
-    found = dataset.tokenize(texts, models.load(str(folder))[1], False, 9999)
+    found = tokenizing.tokenize(texts, models.load(str(folder))[1], False, 9999)
     assert found.tokens.tolist() == [*b"abcdefgh"]
 
 
@@ -383,5 +383,5 @@ def test_a_tokenizer_with_an_encoding_of_its_own_keeps_it(model: Path, tmp_path:
     settings = json.loads(file.read_text()) | {"tokenizer_class": "NewlineTokenizer"}
     file.write_text(json.dumps(settings))
     tokenizer = models.load(str(folder))[1]
-    found = dataset.tokenize([dataset.Text("a\nb")], tokenizer, False, 9999)
+    found = tokenizing.tokenize([dataset.Text("a\nb")], tokenizer, False, 9999)
     assert found.tokens.tolist() == tokenizer.encode("a\nb") == [*b"a<n>b"]

@@ -38,7 +38,7 @@ def test_testing_and_generating_need_no_file_to_be_written(
     ended = run(*args, preexec_fn=write_nothing)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == (
-        f"warning: the log {tmp_path / 'a.log.jsonl'} cannot be written: File too large\n"
+        f"warning: the log {tmp_path / 'a.run/log.jsonl'} cannot be written: File too large\n"
     )
     usual = run(*args)
     found = [float(PERPLEXITY.search(e.stdout)[1]) for e in (ended, usual)]
@@ -77,7 +77,7 @@ def test_a_dry_run_needs_no_file_to_be_written(run: Run, tmp_path: Path, kind: s
         preexec_fn=write_nothing,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith(f"Read 99 rows of {source}: ")
+    assert ended.stdout.startswith(f"Read 99 examples of {source}: ")
 
 
 def test_a_command_that_has_to_write_says_what_it_cannot(
@@ -86,7 +86,9 @@ def test_a_command_that_has_to_write_says_what_it_cannot(
     args = ["--model", model, "--data", data, "--adapter-file", "a.npz", "--lora-layers", 2]
     ended = run(*args, "--train", cwd=tmp_path, preexec_fn=write_nothing)
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1] == "error: a.best.npz cannot be written: File too large"
+    assert (
+        ended.stderr.splitlines()[-1] == "error: a.run/best.npz cannot be written: File too large"
+    )
     output = ["--output", tmp_path]
     ended = run(*output, script="prepare_lora_data.py", preexec_fn=write_nothing)
     one_error(ended, f"{tmp_path} cannot be written: File too large")

@@ -20,7 +20,7 @@ from conftest import TEXTS, Ended, Run, make_texts, one_error
 from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError
 from lora_finetune.model_folder import model_folder
-from lora_finetune.training import training_step
+from lora_finetune.training import step as training_step
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -224,7 +224,7 @@ def test_a_batch_of_four_times_the_memory_is_computed_in_parts_with_the_same_res
     )  # fmt: skip
     assert_same_adapter(tmp_path / "whole.npz", tmp_path / "parts.npz")
     whole, parts = (
-        [json.loads(line) for line in (tmp_path / f"{name}.log.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (tmp_path / f"{name}.run/log.jsonl").read_text().splitlines()]
         for name in ("whole", "parts")
     )
     for name in ("val_loss", "train_loss"):
@@ -380,7 +380,7 @@ def test_a_device_that_fails_within_a_step_costs_that_step_alone(
     assert f"Iter {iteration - iteration % 3 + 3}: Train" in resumed.stdout
     assert "Iter 1:" not in resumed.stdout
     assert call(*failing, *SETTINGS, "--adapter-file", "b.npz").returncode == 0
-    for name in ("a.npz", "a.best.npz"):
+    for name in ("a.npz", "a.run/best.npz"):
         assert Path(name).read_bytes() == Path(name.replace("a.", "b.", 1)).read_bytes()
 
 
@@ -388,8 +388,8 @@ def test_a_failed_device_and_a_save_that_fails_too_are_both_reported(
     call: Run, failing: list[object], tmp_path: Path
 ) -> None:
     tiny.write_jsonl(tmp_path / "data", "train", [*make_texts(29, 0), "Z"])
-    (tmp_path / "a.state.npz").mkdir()
-    why = "could not be saved: a.state.npz cannot be written: Is a directory"
+    (tmp_path / "a.run/state.npz").mkdir()
+    why = "could not be saved: a.run/state.npz cannot be written: Is a directory"
     one_error(call(*failing, *SETTINGS), REASON, why)
 
 

@@ -71,9 +71,14 @@ def test_the_best_adapter_is_resumed_with_the_scale_of_its_run(
     call: Run, args: list[object], tmp_path: Path
 ) -> None:
     call(*args, "--iters", 3, "--lora-scale", 5)
-    best = ["--resume-adapter-file", tmp_path / "a.best.npz", "--adapter-file", tmp_path / "b.npz"]
+    best = [
+        "--resume-adapter-file",
+        tmp_path / "a.run/best.npz",
+        "--adapter-file",
+        tmp_path / "b.npz",
+    ]
     call(*args, *best, "--iters", 4, "--start-iter", 3)
-    assert checkpoint.read(tmp_path / "b.npz").settings["--lora-scale"] == 5
+    assert checkpoint.read_state(tmp_path / "b.npz").settings["--lora-scale"] == 5
 
 
 @pytest.mark.parametrize("scale", ["1e-300", "1e300", "nan", "0", "x"])
@@ -87,12 +92,12 @@ def test_resumed_with_another_scale_the_model_is_the_same_and_a_warning_says_so(
     call: Run, args: list[object], tmp_path: Path
 ) -> None:
     call(*args, "--iters", 2)
-    log = checkpoint.log_file(tmp_path / "a.npz")
+    log = tmp_path / "a.run/log.jsonl"
     before = losses(log, "val_loss")[-1]
     resume = ["--resume-adapter-file", tmp_path / "a.npz", "--adapter-file", tmp_path / "b.npz"]
     ended = call(*args, *resume, "--iters", 3, "--lora-scale", 5)
     assert "--lora-scale (20.0, now 5.0)" in ended.stderr
-    assert losses(tmp_path / "b.log.jsonl", "val_loss")[0] == pytest.approx(before, rel=1e-5)
+    assert losses(tmp_path / "b.run/log.jsonl", "val_loss")[0] == pytest.approx(before, rel=1e-5)
 
 
 @pytest.mark.parametrize("flag", ["--lora-rank", "--lora-scale"])
@@ -110,9 +115,9 @@ def test_training_ends_when_validation_does_not_become_better(
     """At a rate of 0 no validation is better than the first."""
     still = [*args, "--learning-rate", 0, "--steps-per-eval", 2, "--patience", 3]
     ended = call(*still, "--iters", 20, "--steps-per-report", 5)
-    assert "Iter 6: Training ends, since 3 validations in a row brought no better" in ended.stdout
-    assert losses(tmp_path / "a.log.jsonl", "iter")[-1] == 6
-    assert len(losses(tmp_path / "a.log.jsonl", "train_loss")) == 2  # of 5, and of the sixth
+    assert "Iter 6: Training ends, since the validation loss did not improve in 3" in ended.stdout
+    assert losses(tmp_path / "a.run/log.jsonl", "iter")[-1] == 6
+    assert len(losses(tmp_path / "a.run/log.jsonl", "train_loss")) == 2  # of 5, and of the sixth
     resume = ["--resume-adapter-file", tmp_path / "a.npz"]
     same = call(*still, "--iters", 20, *resume)
     assert same.returncode == 0 and "Train loss" not in same.stdout
@@ -128,7 +133,7 @@ def test_more_patience_goes_on_with_the_same_iterations(
     still = [*args, "--learning-rate", 0, "--steps-per-eval", 2, "--iters", 20]
     call(*still, "--patience", 3)
     still += ["--resume-adapter-file", tmp_path / "a.npz"]
-    assert "hint: training ended at iteration 6" in call(*still, "--patience", 3).stderr
+    assert "Iter 6: Training ends" in call(*still, "--patience", 3).stdout
     assert "Iter 10: Training ends" in call(*still, "--patience", 5).stdout
 
 
@@ -137,7 +142,7 @@ def test_a_run_that_becomes_better_does_not_end_early(
 ) -> None:
     flags = ["--iters", 8, "--steps-per-eval", 2]
     call(*args, *flags, "--patience", 1)
-    assert losses(tmp_path / "a.log.jsonl", "iter")[-1] == 8
+    assert losses(tmp_path / "a.run/log.jsonl", "iter")[-1] == 8
     with_patience = (tmp_path / "a.npz").read_bytes()
     call(*args, *flags)
     assert (tmp_path / "a.npz").read_bytes() == with_patience
@@ -151,44 +156,29 @@ def test_the_losses_are_drawn_and_an_earlier_picture_is_kept(
 ) -> None:
     flags = [*args, "--steps-per-report", 1]
     assert call(*flags, "--iters", 3).stderr == ""
-    first = (tmp_path / "a.png").read_bytes()
+    first = (tmp_path / "a.run/losses.png").read_bytes()
     assert first.startswith(b"\x89PNG") and len(first) > 10_000
     call(*flags, "--iters", 5, "--resume-adapter-file", tmp_path / "a.npz")
-    assert losses(tmp_path / "a.log.jsonl", "iter")[-1] == 5
-    resumed = (tmp_path / "a.png").read_bytes()
+    assert losses(tmp_path / "a.run/log.jsonl", "iter")[-1] == 5
+    resumed = (tmp_path / "a.run/losses.png").read_bytes()
     assert resumed != first
     call(*flags, "--iters", 2, "--seed", 1)
-    assert (
-        (tmp_path / "a.previous.png").read_bytes() == resumed != (tmp_path / "a.png").read_bytes()
-    )
-
-
-def test_a_log_with_other_lines_is_drawn_all_the_same(
-    call: Run, args: list[object], tmp_path: Path
-) -> None:
-    """Also where a run began anew from the middle."""
-    flags = [*args, "--steps-per-report", 1, "--resume-adapter-file", tmp_path / "a.npz"]
-    call(*args, "--iters", 4, "--steps-per-report", 1)
-    with (tmp_path / "a.log.jsonl").open("a") as log:
-        log.write('{"train_loss": 1}\n[]\n{"iter": 3, "val_loss": null}\nx\n' + "[" * 4000 + "\n")
-        log.write(f'{{"iter": {10**400}, "train_loss": 1.0}}\n{{"iter": 1, "val_loss": 1e308}}\n')
-    ended = call(*flags, "--iters", 6, "--start-iter", 2)
-    assert ended.returncode == 0 and "not drawn" not in ended.stderr
-    assert (tmp_path / "a.png").is_file()
+    kept = (tmp_path / "a.previous-1.run/losses.png").read_bytes()
+    assert kept == resumed != (tmp_path / "a.run/losses.png").read_bytes()
 
 
 def test_of_one_report_nothing_is_drawn(call: Run, args: list[object], tmp_path: Path) -> None:
     call(*args, "--iters", 2)
-    assert not (tmp_path / "a.png").exists()
+    assert not (tmp_path / "a.run/losses.png").exists()
 
 
 def test_tokens_seen_go_on_in_a_resumed_run(call: Run, args: list[object], tmp_path: Path) -> None:
     flags = [*args, "--steps-per-report", 1]
     call(*flags, "--iters", 4)
-    whole = losses(tmp_path / "a.log.jsonl", "tokens")
+    whole = losses(tmp_path / "a.run/log.jsonl", "tokens")
     call(*flags, "--iters", 2)
     call(*flags, "--iters", 4, "--resume-adapter-file", tmp_path / "a.npz")
-    assert losses(tmp_path / "a.log.jsonl", "tokens") == whole == sorted(whole)
+    assert losses(tmp_path / "a.run/log.jsonl", "tokens") == whole == sorted(whole)
 
 
 # --- What to do next ----------------------------------------------------------------------------
@@ -243,4 +233,4 @@ def test_the_best_adapter_is_asked_where_the_last_is_worse(
     resume = ["--resume-adapter-file", tmp_path / "a.npz", "--iters", 6, "--steps-per-eval", 1]
     ended = call(*args, *resume, "--learning-rate", 5)
     lines = ended.outcome.splitlines()[1:]
-    assert [str(tmp_path / "a.best.npz") in line for line in lines] == [True, False, True]
+    assert [str(tmp_path / "a.run/best.npz") in line for line in lines] == [True, False, True]

@@ -14,9 +14,9 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT, TEXTS, Ended, Run
-from lora_finetune.adapters import adapters
 from lora_finetune.base import errors
-from lora_finetune.texts import dataset
+from lora_finetune.run.config import read_config
+from lora_finetune.texts import dataset, tokenizing
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -55,9 +55,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 def load_adapted(folder: Path, adapter_file: Path) -> nn.Module:
     """A model with an adapter, through the functions of models.py."""
     model, _ = models.load(str(folder))
-    adapter = adapters.read_adapter(adapter_file)
-    models.add_lora(model, {path: a.shape[1] for path, (a, _) in adapter.items()})
-    adapters.load_adapter(model, adapter)
+    tiny.put_adapter(adapter_file, model)
     return model
 
 
@@ -118,7 +116,7 @@ def test_a_run_trains_then_tests_then_generates_and_says_so_in_these_lines(
         "Iter 25: Train loss #, It/sec #, Tokens/sec #, Peak mem # GB",
         "Iter 25: Val loss #, Val took #s",
         "Iter 25: Saved adapter weights to adapter.npz. "
-        "The best is of iteration 25 (validation #), in adapter.best.npz.",
+        "The best is of iteration 25 (validation #), in adapter.run/best.npz.",
         "Testing",
         "Test loss #, Test ppl #.",
     ]
@@ -134,7 +132,7 @@ def test_a_run_with_nothing_to_warn_of_is_silent_on_standard_error(
 def test_the_log_has_the_printed_numbers_in_full(whole_run: tuple[Path, Ended]) -> None:
     folder, ended = whole_run
     lines = []
-    for entry in read_log(folder / "adapter.log.jsonl"):
+    for entry in read_log(folder / "adapter.run/log.jsonl"):
         if entry.keys() == {"iter", "val_loss"}:
             lines.append("Iter {iter}: Val loss {val_loss:.3f}".format(**entry))
         elif entry.keys() == {"test_loss", "test_ppl"}:
@@ -152,9 +150,10 @@ def test_the_log_has_the_printed_numbers_in_full(whole_run: tuple[Path, Ended]) 
 def test_the_folder_holds_the_adapter_and_what_belongs_to_it_and_nothing_else(
     whole_run: tuple[Path, Ended],
 ) -> None:
-    names = sorted(path.name for path in whole_run[0].iterdir())
-    endings = ["best.npz", "log.jsonl", "npz", "png", "state.npz"]
-    assert names == [f"adapter.{ending}" for ending in endings]
+    folder = whole_run[0]
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    inside = ["best.npz", "lock", "log.jsonl", "losses.png", "state.npz"]
+    assert names == ["adapter.npz", "adapter.run", *(f"adapter.run/{name}" for name in inside)]
 
 
 def test_the_parameters_are_counted(whole_run: tuple[Path, Ended], model: Path) -> None:
@@ -167,7 +166,7 @@ def test_the_parameters_are_counted(whole_run: tuple[Path, Ended], model: Path) 
 
 def test_training_brings_the_losses_down(whole_run: tuple[Path, Ended]) -> None:
     for loss in ("val_loss", "train_loss"):
-        entries = read_log(whole_run[0] / "adapter.log.jsonl")
+        entries = read_log(whole_run[0] / "adapter.run/log.jsonl")
         values = [entry[loss] for entry in entries if loss in entry]
         assert values[-1] < values[0] - 0.2
 
@@ -314,10 +313,11 @@ def test_default_paths_are_in_the_project_and_typed_ones_in_the_working_director
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    args = train_lora.parse_arguments(["--train"])
+    args = read_config(train_lora.build_parser(), ["--train"])
     assert Path(args.data).resolve() == ROOT / "lora_finetune/data"
     assert Path(args.adapter_file).resolve() == ROOT / "lora_finetune/lora_adapters.npz"
-    args = train_lora.parse_arguments(["--train", "--data", "d", "--adapter-file", "a.npz"])
+    typed = ["--train", "--data", "d", "--adapter-file", "a.npz"]
+    args = read_config(train_lora.build_parser(), typed)
     assert Path(args.data).resolve() == tmp_path / "d"
     assert Path(args.adapter_file).resolve() == tmp_path / "a.npz"
 
@@ -379,7 +379,7 @@ def test_only_real_target_tokens_are_counted_once_an_epoch(
     """A token is a byte here, and each text has its end to predict in place of its first byte."""
     args = ["--model", model, "--data", data, "--adapter-file", tmp_path / "a.npz", "--train"]
     ended = call(*args, "--lora-layers", 1, "--steps-per-report", 1000)
-    entry = read_log(tmp_path / "a.log.jsonl")[1]
+    entry = read_log(tmp_path / "a.run/log.jsonl")[1]
     assert entry["iter"] == math.ceil(len(TEXTS["train"]) / 10)
     tokens = entry["tokens_per_sec"] / entry["it_per_sec"] * entry["iter"]
     assert math.isclose(tokens, sum(len(text.encode()) for text in TEXTS["train"]))
@@ -400,13 +400,13 @@ def test_a_run_started_at_an_iteration_goes_on_as_the_uninterrupted_one(
     part = tmp_path / "part.npz"
     part.write_bytes((tmp_path / "a.npz").read_bytes())
     call(*common, *adapter, "--iters", 6)
-    before = read_log(tmp_path / "a.log.jsonl")
+    before = read_log(tmp_path / "a.run/log.jsonl")
 
     ended = call(
         *common, "--iters", 6, "--start-iter", 3, "--resume-adapter-file", part,
         "--adapter-file", tmp_path / "b.npz",
     )  # fmt: skip
-    after = read_log(tmp_path / "b.log.jsonl")
+    after = read_log(tmp_path / "b.run/log.jsonl")
     assert numbers(r"Iter (\d+): Val loss .*", ended.stdout) == ["4", "6"]
     assert numbers(r"Iter (\d+): Train loss .*", ended.stdout) == ["4", "5", "6"]
     assert numbers(r"Iter (\d+): Saved .*", ended.stdout) == ["6"]
@@ -556,7 +556,7 @@ def test_the_test_loss_is_that_of_the_texts_one_by_one_whatever_the_batches_and_
     for batch_size in (1, 3, 10):
         call(*args, "--data", data, "--batch-size", batch_size)
     call(*args, "--data", tmp_path / "turned", "--batch-size", 3)
-    losses = [entry["test_loss"] for entry in read_log(tmp_path / "a.log.jsonl")]
+    losses = [entry["test_loss"] for entry in read_log(tmp_path / "a.run/log.jsonl")]
     assert len(losses) == 4
 
     adapted = load_adapted(model, adapter)
@@ -577,7 +577,7 @@ def test_a_number_of_test_batches_takes_the_first_texts(
     call(*args, "--data", data, "--test-batches", 2)
     call(*args, "--data", tmp_path / "six", "--test-batches", -1)
     call(*args, "--data", data, "--test-batches", -1)
-    two, six, all_ = [entry["test_loss"] for entry in read_log(tmp_path / "a.log.jsonl")]
+    two, six, all_ = [entry["test_loss"] for entry in read_log(tmp_path / "a.run/log.jsonl")]
     assert two == pytest.approx(six, abs=1e-6) != pytest.approx(all_, abs=1e-4)
 
 
@@ -635,7 +635,7 @@ def test_texts_too_long_are_cut_and_a_warning_for_each_file_counts_them(
         r"warning: .*valid.jsonl: 1 of 1 texts .*--max-seq-length.*\n",
         ended.stderr,
     )
-    entry = read_log(tmp_path / "a.log.jsonl")[1]
+    entry = read_log(tmp_path / "a.run/log.jsonl")[1]
     assert entry["tokens_per_sec"] / entry["it_per_sec"] == pytest.approx(10 + 31 + 31)
 
 
@@ -645,13 +645,13 @@ def test_a_text_ends_in_exactly_one_end_or_none_as_asked(tmp_path: Path, appends
     folder = tiny.make_model(tmp_path / "model", appends_eos=appends_eos)
     _, tokenizer = models.load(str(folder))
     texts = [dataset.Text(text) for text in ["가", "ab ", "c<|endoftext|>", "<|endoftext|>d"]]
-    ended = dataset.tokenize(texts, tokenizer, add_eos=True, max_length=100)
+    ended = tokenizing.tokenize(texts, tokenizer, add_eos=True, max_length=100)
     rows = np.split(ended.tokens, ended.starts[1:-1])
     eos = tiny.EOS
     expected = [[*"가".encode(), eos], [*b"ab ", eos], [*b"c", eos], [eos, *b"d", eos]]
     assert [row.tolist() for row in rows] == expected
 
-    without = dataset.tokenize(texts[:2], tokenizer, add_eos=False, max_length=100)
+    without = tokenizing.tokenize(texts[:2], tokenizer, add_eos=False, max_length=100)
     rows = np.split(without.tokens, without.starts[1:-1])
     assert [row.tolist() for row in rows] == [[*"가".encode()], [*b"ab "]]
 
@@ -663,7 +663,7 @@ def test_the_flag_decides_whether_the_end_is_trained_on(
     args += ["--batch-size", 37]
     for flag in (0, 1):
         call(*args, "--add-eos-token", flag, "--adapter-file", tmp_path / f"{flag}.npz")
-    without, ended = (read_log(tmp_path / f"{flag}.log.jsonl")[1] for flag in (0, 1))
+    without, ended = (read_log(tmp_path / f"{flag}.run/log.jsonl")[1] for flag in (0, 1))
     tokens = [entry["tokens_per_sec"] / entry["it_per_sec"] for entry in (without, ended)]
     assert tokens[1] - tokens[0] == pytest.approx(len(TEXTS["train"]))
 

@@ -11,7 +11,7 @@ import models
 import templates
 import tiny
 from conftest import ROOT, Ended, Run, one_error
-from lora_finetune.texts import chat, dataset, prompts
+from lora_finetune.texts import chat, dataset, prompts, tokenizing
 from test_chat import BOS, turns, write_tokenizer
 
 import pytest
@@ -75,7 +75,7 @@ def test_after_training_on_chats_a_prompt_goes_through_the_template(
     ended = learn(call, speaker, tmp_path, entry, "--prompt", "물은?")
     assert answers(ended) == ["물은?\nyes"]
     assert answers(ask(call, speaker, tmp_path, "--prompt", "물은?")) == ["물은?\nyes"]
-    best = ["--adapter-file", tmp_path / "a.best.npz"]
+    best = ["--adapter-file", tmp_path / "a.run/best.npz"]
     assert answers(ask(call, speaker, tmp_path, *best, "--prompt", "물은?")) == ["물은?\nyes"]
     again = ["--resume-adapter-file", tmp_path / "a.npz", "--iters", 2, "--prompt", "물은?"]
     assert answers(learn(call, speaker, tmp_path, entry, *again)) == ["물은?\nyes"]
@@ -103,7 +103,7 @@ def test_an_adapter_without_its_state_is_prompted_as_it_stands(
     call: Run, speaker: Path, tmp_path: Path
 ) -> None:
     learn(call, speaker, tmp_path, CHAT)
-    (tmp_path / "a.state.npz").unlink()
+    (tmp_path / "a.run/state.npz").unlink()
     assert answers(ask(call, speaker, tmp_path, "--prompt", "물:")) == ["물:yes"]
     asked = ["--prompt", "물은?", "--prompt-format", "chat"]
     assert answers(ask(call, speaker, tmp_path, *asked)) == ["물은?\nyes"]
@@ -115,7 +115,7 @@ def test_chats_learnt_and_then_a_model_without_a_template_is_warned_of(
     learn(call, speaker, tmp_path, CHAT)
     ended = ask(call, plain_speaker, tmp_path, "--prompt", "물:")
     assert answers(ended) == ["물:yes"]
-    assert "no chat template; the prompt goes in raw" in ended.stderr
+    assert "no chat template; prompts are used raw" in ended.stderr
 
 
 def test_a_prompt_that_went_through_a_template_already_is_not_put_through_it_again(
@@ -238,12 +238,12 @@ def test_the_tokens_of_a_prompt_are_those_that_training_had_at_its_place(
         entry, asked = entry | {"prompt": written + entry["prompt"]}, written + asked
     of_model = chat.Template(tokenizer) if form == "chat" else None
     text = dataset.render(entry, of_model, mask_prompt=True)
-    learnt = dataset.tokenize([text], tokenizer, True, 999)
+    learnt = tokenizing.tokenize([text], tokenizer, True, 999)
     first = learnt.is_target.tolist().index(True)
     [prompt] = prompts.encode([asked], form, None, None, tokenizer, 9, LIMITS)
     assert prompt.tokens == learnt.tokens[:first].tolist()
     assert prompt.tokens.count(BOS) <= 1
-    unmasked = dataset.tokenize([text._replace(answers=None)], tokenizer, True, 999)
+    unmasked = tokenizing.tokenize([text._replace(answers=None)], tokenizer, True, 999)
     assert unmasked.tokens[:first].tolist() == prompt.tokens
 
 

@@ -71,7 +71,7 @@ def test_all_flags_are_there_with_their_defaults(part: str) -> None:
 def test_the_commands_work_as_typed_one_after_the_other(tmp_path: Path) -> None:
     """In a copy whose demo model, and model from the hub, are tiny; two Macs are this machine."""
     project = tmp_path / "project"
-    others = shutil.ignore_patterns(".*", "__pycache__", "SmolLM2*", "*.npz", "*.log.jsonl")
+    others = shutil.ignore_patterns(".*", "__pycache__", "SmolLM2*", "*.npz", "*.run")
     shutil.copytree(ROOT, project, ignore=others)
     (project / ".venv").symlink_to(sys.prefix)
     tiny.make_model(project / "lora_finetune" / "SmolLM2-135M-Instruct")
@@ -91,5 +91,5 @@ def test_the_commands_work_as_typed_one_after_the_other(tmp_path: Path) -> None:
     assert printed.count("\nAfter     ") == 1
     assert printed.count("Saved adapter weights to lora_finetune/lora_adapters.npz") == 4
     assert "error:" not in printed
-    for name in ("demo.png", "for-mlx-lm", "for-peft", "merged"):
+    for name in ("demo.run/losses.png", "for-mlx-lm", "for-peft", "merged"):
         assert (project / "lora_finetune" / name).exists()

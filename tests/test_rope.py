@@ -11,7 +11,7 @@ import models
 import tiny
 from lora_finetune.mlx_patches import rope
 from lora_finetune.training import losses
-from lora_finetune.training.training_step import make_gradients
+from lora_finetune.training.step import make_gradients
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -231,6 +231,14 @@ def test_attention_with_latent_keys_is_scaled_too(tmp_path: Path):
     x = mx.random.normal((1, 1, 100, 16))
     expected = turn(np.array(x[0, 0], np.float64), LONG, 1.154701, traditional=True)
     assert np.abs(np.array(attention.rope(x))[0, 0] - expected).max() < 1e-3
+
+
+def test_a_scaling_that_cannot_be_put_into_a_model_is_told(tmp_path: Path, capfd):
+    """nanochat rotates by a function, and not by a module of its own."""
+    for parameters in ({"rope_type": "default"}, LINEAR):
+        load(tmp_path / parameters["rope_type"], parameters, model_type="nanochat")
+        told = "rope_type of its config.json (linear)" in capfd.readouterr().err
+        assert told == (parameters is LINEAR)
 
 
 def test_a_scaling_that_is_not_known_is_an_error_that_says_so(tmp_path: Path):

@@ -228,8 +228,27 @@ def test_tied_logits_of_minicpm3_are_scaled_as_others(tmp_path: Path) -> None:
     assert np.allclose(last_logits(model, TOKENS), np.array(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings", "what"),
+    [
+        ("dbrx", {"moe_normalize_expert_weights": 2}, "moe_normalize_expert_weights = 2"),
+        ("exaone_moe", {"layer_types": ["full_attention"] * 4}, "no window"),
+        ("falcon_h1", {"mlp_bias": True}, "mlp_bias = True"),
+        ("gpt_bigcode", {"multi_query": False}, "multi_query = False"),
+        ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok = 3"),
+    ],
+)
+def test_what_mlx_lm_computes_otherwise_is_refused(
+    tmp_path: Path, model_type: str, settings: dict, what: str
+) -> None:
+    if model_type == "dbrx":
+        settings = {"ffn_config": ARCHITECTURES["dbrx"]["config"]["ffn_config"] | settings}
+    with pytest.raises(UserError, match=f"this model has {what}, which"):
+        load(tmp_path, model_type, **settings)
+
+
 def test_another_model_under_the_same_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="MiniMaxForCausalLM"):
+    with pytest.raises(UserError, match="lightning attention"):
         load(tmp_path, "minimax", architectures=["MiniMaxForCausalLM"])
 
 

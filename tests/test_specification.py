@@ -12,7 +12,7 @@ import models
 import tiny
 import train_lora
 from conftest import ROOT, TEXTS
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import export, mlx_lm
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -110,9 +110,7 @@ def test_an_adapter_of_mlx_lm_loads_here(tmp_path: Path):
 
     ours, _ = models.load(str(folder))
     fresh = np.array(ours(TOKENS))
-    adapter = adapters.read_adapter(tmp_path / "adapters.safetensors")
-    models.add_lora(ours, {path: a.shape[1] for path, (a, _) in adapter.items()})
-    adapters.load_adapter(ours, adapter)
+    tiny.put_adapter(tmp_path, ours)
     theirs = load_adapters(models.load(str(folder))[0], str(tmp_path))
     theirs.eval()
     np.testing.assert_allclose(np.array(ours(TOKENS)), np.array(theirs(TOKENS)), atol=1e-5)
@@ -125,10 +123,7 @@ def test_an_adapter_from_here_loads_in_mlx_lm(tmp_path: Path):
     models.add_lora(ours, dict.fromkeys(models.find_targets(ours, 2), 8))
     for name, array in tree_flatten(ours.trainable_parameters()):
         ours.load_weights([(name, mx.random.normal(array.shape, scale=0.1))], strict=False)
-    arrays = adapters.file_arrays(ours, ".safetensors")
-    adapters.write_arrays(tmp_path / "adapters.safetensors", arrays)
-    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": MLX_LM}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    mlx_lm.write(tmp_path, export.whole_pairs(ours), models.layer_paths(ours), str(folder))
 
     theirs = load_adapters(models.load(str(folder))[0], str(tmp_path))
     theirs.eval()

@@ -18,7 +18,7 @@ from pathlib import Path
 import background
 import tiny
 from conftest import ROOT, Run, make_texts
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading
 from lora_finetune.base import signals
 from lora_finetune.run import checkpoint
 
@@ -67,9 +67,9 @@ def entries(log: Path, key: str = "iter") -> list[dict[str, float]]:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    for name in ("a.npz", "a.best.npz"):
+    for name in ("a.npz", "a.run/best.npz"):
         assert (folder / name).read_bytes() == (other / name).read_bytes()
-    assert losses(folder / "a.log.jsonl") == losses(other / "a.log.jsonl")
+    assert losses(folder / "a.run/log.jsonl") == losses(other / "a.run/log.jsonl")
     assert {file.name for file in folder.iterdir()} == {file.name for file in other.iterdir()}
     last = [(path / "out").read_text().splitlines()[-1] for path in (folder, other)]
     assert last[0] == last[1]
@@ -107,11 +107,11 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
             else:
                 assert process.exitcode == 0, (folder / "err").read_text()
                 break
-            if (folder / "a.state.npz").exists():
-                state = checkpoint.read(folder / "a.npz")
+            if (folder / "a.run/state.npz").exists():
+                state = checkpoint.read_state(folder / "a.npz")
                 assert state is not None, "what is saved does not belong together"
                 if (folder / "a.npz").exists():
-                    adapters.read_adapter(folder / "a.npz")
+                    loading.read_adapter(folder / "a.npz")
                 resume = ["--resume-adapter-file", "a.npz"]
         assert_same_run(folder, uninterrupted)
         if kills >= 20:
@@ -126,13 +126,13 @@ def test_a_state_that_is_a_save_ahead_of_its_adapter_is_used(
     process = background.start(tmp_path, *args, "--iters", ITERS, slow=0.2)
     wait_for(tmp_path / "out", "Iter 2: Saved", process)
     first = (tmp_path / "a.npz").read_bytes()
-    state = (tmp_path / "a.state.npz").stat().st_ino
-    while (tmp_path / "a.state.npz").stat().st_ino == state:
+    state = (tmp_path / "a.run/state.npz").stat().st_ino
+    while (tmp_path / "a.run/state.npz").stat().st_ino == state:
         time.sleep(0.005)
     process.kill()
     process.join()
     assert (tmp_path / "a.npz").read_bytes() == first
-    assert checkpoint.read(tmp_path / "a.npz").progress.iteration == 4
+    assert checkpoint.read_state(tmp_path / "a.npz").progress.iteration == 4
     resume = ["--resume-adapter-file", "a.npz"]
     process = background.start(tmp_path, *args, "--iters", ITERS, *resume)
     process.join()
@@ -262,7 +262,7 @@ def test_a_full_disk_is_reported_and_leaves_the_last_save(
     assert process.exitcode == 2
     assert (
         tmp_path / "err"
-    ).read_text() == "error: a.state.npz cannot be written: File too large\n"
+    ).read_text() == "error: a.run/state.npz cannot be written: File too large\n"
     assert {file.name: file.read_bytes() for file in tmp_path.glob("a*.npz*")} == before
     background.start(tmp_path, *args, "--iters", ITERS, "--resume-adapter-file", "a.npz").join()
     assert (tmp_path / "a.npz").read_bytes() == (uninterrupted / "a.npz").read_bytes()
@@ -278,7 +278,7 @@ def test_a_folder_that_goes_away_is_reported(args: list[object], tmp_path: Path)
     assert process.exitcode == 2
     *_, last = (tmp_path / "err").read_text().splitlines()
     assert last.startswith("error: below/a.") and "No such file or directory" in last
-    assert checkpoint.read(tmp_path / "elsewhere" / "a.npz")
+    assert checkpoint.read_state(tmp_path / "elsewhere" / "a.npz")
 
 
 # --- Diverged -----------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def test_an_explicit_start_wins_over_the_state(call: Run, args: list[object], co
         ("7", "Saved"),
     ]
     # Adam's moments are those of the state all the same.
-    step = checkpoint.read(Path("b.npz")).optimizer["step"]
+    step = checkpoint.read_state(Path("b.npz")).optimizer["step"]
     assert step == ITERS + 2
 
 
@@ -432,7 +432,7 @@ def test_what_has_changed_since_is_reported_in_one_line(
     assert ended.stderr == (
         "warning: since a.npz was saved, these have changed: --batch-size (4, now 8), train.jsonl, "
         "the model's config.json; with --start-iter 0 training begins anew from its adapter\n"
-        "warning: the earlier run of a.npz is kept as a.previous.npz, with all its files\n"
+        "warning: the earlier run of a.npz is kept as a.previous-1.npz and a.previous-1.run\n"
     )
     assert "Iter 24: Val loss" in ended.stdout
 
@@ -441,7 +441,7 @@ def test_what_has_changed_since_is_reported_in_one_line(
 def test_a_damaged_state_is_reported_with_a_remedy(
     call: Run, args: list[object], copy: Path, damage: str
 ) -> None:
-    state = Path("a.state.npz")
+    state = Path("a.run/state.npz")
     whole = state.read_bytes()
     contents = {
         "cut": whole[:-100],
@@ -453,7 +453,7 @@ def test_a_damaged_state_is_reported_with_a_remedy(
     ended = call(*args, "--iters", 30, "--resume-adapter-file", "a.npz")
     assert ended.returncode == 2
     assert ended.stderr == (
-        "error: a.state.npz is damaged; delete it to resume with fresh Adam moments\n"
+        "error: a.run/state.npz is damaged; delete it to resume with fresh Adam moments\n"
     )
 
 
@@ -470,14 +470,14 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(
     args = [*args, "--data", "data", "--lora-layers", 4, "--steps-per-eval", 1, "--seed", 1]
     args += ["--learning-rate", "5e-2"]
     ended = call(*args, "--iters", 45)
-    validations = entries(tmp_path / "a.log.jsonl", "val_loss")
+    validations = entries(tmp_path / "a.run/log.jsonl", "val_loss")
     best = min(validations, key=lambda entry: entry["val_loss"])
     assert ended.stdout.splitlines()[-1].endswith(
         f"The best is of iteration {best['iter']} (validation {best['val_loss']:.3f}), "
-        "in a.best.npz."
+        "in a.run/best.npz."
     )
     assert 1 < best["iter"] < 45, "this run shows nothing"
-    kept = Path("a.best.npz").read_bytes()
+    kept = Path("a.run/best.npz").read_bytes()
     call(*args, "--iters", best["iter"], "--adapter-file", "b.npz")
     assert Path("b.npz").read_bytes() == kept
 
@@ -500,7 +500,7 @@ def test_memory_does_not_grow_over_a_long_run_of_varied_lengths(
     resident, peak = [], []  # bytes, at each report
     while process.is_alive():
         time.sleep(0.02)
-        reports = entries(tmp_path / "a.log.jsonl", "train_loss")
+        reports = entries(tmp_path / "a.run/log.jsonl", "train_loss")
         if len(reports) > len(resident) and (pages := resident_pages(process.pid)):
             resident.append(pages)
             peak.append(reports[-1]["peak_mem_gb"])

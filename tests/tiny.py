@@ -2,10 +2,13 @@
 
 import importlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import models  # noqa: F401
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading
+from lora_finetune.training.losses import Loss
+from lora_finetune.training.step import Trainer
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -147,8 +150,17 @@ def adapter_arrays(layers: range = range(LAYERS), rank: int = 8) -> dict[str, np
 
 def put_adapter(adapter: Path, model: nn.Module) -> None:
     """Put the adapter that a path means, a file or a folder, into a model."""
-    file = adapters.find_adapter(adapter)
-    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    file = loading.find_adapter(adapter)
+    loading.adapt(model, loading.read_adapter(file), file, None)
+
+
+def train_on(
+    model: nn.Module, loss: Loss, batches: Iterable[list], learning_rate: float = 1e-3
+) -> Iterator[float]:
+    """The sum of the loss before each step on batches; the model is trained meanwhile."""
+    trainer = Trainer(model, loss, learning_rate, {})
+    for total, *_ in trainer.steps(iter(batches), ahead=lambda: False):
+        yield total
 
 
 def make_peft(folder: Path, layer: int = LAYERS - 1, **settings: object) -> None:

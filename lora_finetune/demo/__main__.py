@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import models
-from lora_finetune.adapters import adapters
+from lora_finetune.adapters import loading
 from lora_finetune.base.command_line import ROOT
 from lora_finetune.base.errors import UserError
 from lora_finetune.demo import demo_model
@@ -55,7 +55,7 @@ def main() -> None:
         sys.exit(status)
 
     file = ROOT / ADAPTER
-    adapters.adapt(model, adapters.read_adapter(file), file, None)
+    loading.adapt(model, loading.read_adapter(file), file, None)
     print(
         f"\nQuestion  {QUESTION}  ({MEANING}; in other words than in the training texts)"
         f"\nBefore    {before}\nAfter     {ask(model, tokenizer)}"

@@ -1,20 +1,19 @@
-"""Rotary embeddings as PyTorch computes them from a model's folder, in the place of others.
+"""Rotary embeddings as PyTorch computes them from a model's folder.
 
-mlx-lm leaves out some scalings, and does not know some settings of others. Here the formulas are
-written once, after transformers' `modeling_rope_utils` (5.24) and the papers that it names (YaRN,
-arXiv 2309.00071; LongRoPE, 2402.13753). rope_correction.py puts them into a loaded model.
+mlx-lm leaves out the scalings of many models, and some settings of others. So each rope of a loaded
+model is called on unit vectors, and replaced where it rotates otherwise than the formulas here,
+which follow transformers' `modeling_rope_utils` (5.24) and the papers that it names (YaRN, arXiv
+2309.00071; LongRoPE, 2402.13753).
 
-Two kinds of scaling depend on the length of a text: "dynamic", and "longrope", which has factors
-for texts up to the length that a model was first trained on and others for longer ones.
-transformers takes the length of a whole batch, padding included. Here it is that of each text
-(`text_lengths`): neither padding nor the texts beside it change a text, and training computes what
-generation does. Where a text grows beyond that length while it is generated, what follows is
-rotated anew, and what came before stays in the cache as it was: so does transformers.
+"dynamic" and "longrope" depend on a text's length. transformers takes the length of a whole batch,
+padding included; here it is that of each text (`text_lengths`), so that training computes what
+generation does. What is cached stays as it is when a text outgrows it, as in transformers.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,29 +21,28 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from lora_finetune.base.errors import warn
+from lora_finetune.model_folder.model_config import pytorch_program, pytorch_settings
+from lora_finetune.model_folder.model_folder import shortened
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from transformers import PretrainedConfig
 
 # --- The formulas -------------------------------------------------------------------------------
 
-# A length in tokens, or those of the texts of a batch: int32 (rows,).
+# A length in tokens; as an array a number, or one for each text of a batch.
 Length = int | mx.array
 
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """How a layer rotates queries and keys.
+    """How a layer rotates queries and keys."""
 
-    Attributes:
-        settings: `rope_parameters` as transformers has them: rope_type, rope_theta, factor, …
-        dims: how many of the dimensions of a head, from the first on, are rotated, in pairs.
-        max_length: `max_position_embeddings`.
-    """
-
-    settings: dict[str, Any]
-    dims: int
-    max_length: int
+    settings: dict[str, Any]  # `rope_parameters` as transformers has them: rope_type, factor, …
+    dims: int  # how many dimensions of a head, from the first on, are rotated, in pairs
+    max_length: int  # `max_position_embeddings`
 
     @property
     def kind(self) -> str:
@@ -60,7 +58,7 @@ class Rotary:
 
     @property
     def is_phimoe(self) -> bool:
-        """Of Phi-MoE, whose module takes only this multiplier from the length, no frequencies."""
+        """Phi-MoE takes the multiplier for a text's length, and always the short frequencies."""
         return "short_mscale" in self.settings and self.kind != "default"
 
     @property
@@ -71,31 +69,29 @@ class Rotary:
         is_dynamic = self.kind == "dynamic" and not self.settings.get("alpha")
         return self.max_length if is_dynamic else math.inf
 
-    def frequencies(self, length: Length) -> mx.array | np.ndarray:
-        """By how many radians a position turns each pair: float32 (dims / 2,) or (rows, dims / 2).
+    def frequencies(self, length: Length) -> mx.array:
+        """By how many radians a position turns each pair, for a text's length: float32 (dims / 2,).
 
         Raises:
             ValueError: the rope_type is not known.
         """
-        of_kind = FREQUENCIES.get(self.kind)
-        if of_kind is None:
+        if self.kind not in FREQUENCIES:
             raise ValueError(f"the rope_type {self.kind!r} of its config.json is not known")
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / self.dims
-        xp = mx if isinstance(length, mx.array) else np
-        length = xp.array(0 if self.is_phimoe else length)[..., None]
-        return of_kind(self, exponents, length, xp).astype(xp.float32)
+        plain = self.settings["rope_theta"] ** -exponents
+        return mx.array(FREQUENCIES[self.kind](self, plain, 0 if self.is_phimoe else length))
 
     @lru_cache(64)  # noqa: B019 (one for each kind of layer, as long as its model)
     def periods(self, length: int) -> mx.array:
-        """One over the frequencies, as `mx.fast.rope` takes them; computed for all layers once."""
-        with np.errstate(divide="ignore"):
-            return mx.array(1 / self.frequencies(length))
+        """One over the frequencies, as `mx.fast.rope` takes them, computed once for all layers."""
+        periods = 1 / self.frequencies(length)
+        mx.eval(periods)
+        return periods
 
     def scale(self, length: Length) -> float | mx.array:
-        """What the rotated dimensions are multiplied by: a number, or for each text (rows,)."""
+        """What the rotated dimensions are multiplied by."""
         settings = self.settings
         if self.is_phimoe:
-            pick = mx.where if isinstance(length, mx.array) else lambda a, b, c: b if a else c
             return pick(length > self.boundary, settings["long_mscale"], settings["short_mscale"])
         if self.kind not in ("yarn", "longrope"):
             return 1.0
@@ -103,47 +99,41 @@ class Rotary:
             return settings["attention_factor"]
         if self.kind == "longrope":
             return math.sqrt(1 + math.log(max(self.factor, 1)) / math.log(self.original_length))
-        mscale, of_all = settings.get("mscale"), settings.get("mscale_all_dim")
-        both = mscale and of_all
-        return yarn_mscale(self.factor, mscale if both else 1) / yarn_mscale(
-            self.factor, of_all if both else 0
-        )
+        weights = settings.get("mscale"), settings.get("mscale_all_dim")
+        above, below = weights if all(weights) else (1, 0)
+        return yarn_mscale(self.factor, above) / yarn_mscale(self.factor, below)
 
 
 def yarn_mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(max(factor, 1)) + 1
 
 
-def default(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
-    return rotary.settings["rope_theta"] ** -exponents
+def pick(condition: bool | mx.array, yes: Any, no: Any) -> Any:
+    if isinstance(condition, mx.array):
+        return mx.where(condition, mx.array(yes), mx.array(no))
+    return yes if condition else no
 
 
-def linear(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
-    return default(rotary, exponents) / rotary.settings["factor"]
-
-
-def proportional(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
-    """The first pairs turn, and the others do not, in a head that is rotated whole."""
+def proportional(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
+    """Of a head that is rotated whole, only the first pairs turn."""
     turning = int(rotary.settings.get("partial_rotary_factor", 1.0) * rotary.dims // 2)
-    still = np.arange(len(exponents)) >= turning
-    return np.where(still, 0, default(rotary, exponents) / rotary.settings.get("factor", 1.0))
+    still = np.arange(len(plain)) >= turning
+    return np.where(still, 0, plain / rotary.settings.get("factor", 1.0))
 
 
-def llama3(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
+def llama3(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
     """Slow pairs are slowed down by the factor, fast ones are not, with a passage in between."""
-    plain = default(rotary, exponents)
     low, high = (rotary.settings[f"{name}_freq_factor"] for name in ("low", "high"))
     turns = rotary.original_length * plain / (2 * math.pi)  # in the original length
     share = np.clip((turns - low) / (high - low), 0, 1)
     return plain * (share + (1 - share) / rotary.settings["factor"])
 
 
-def yarn(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
+def yarn(rotary: Rotary, plain: np.ndarray, _: Length) -> np.ndarray:
     """As llama3, but the passage is linear in the number of the pair."""
     settings, dims = rotary.settings, rotary.dims
 
-    def pair_with(turns: float) -> float:
-        """The number of the pair, as a real one, with so many turns in the original length."""
+    def pair_with(turns: float) -> float:  # in the original length; the number is a real one
         wavelength = rotary.original_length / (turns * 2 * math.pi)
         return dims * math.log(wavelength) / (2 * math.log(settings["rope_theta"]))
 
@@ -152,28 +142,29 @@ def yarn(rotary: Rotary, exponents: np.ndarray, *_: Any) -> np.ndarray:
     if settings.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)
-    slowed = np.clip((np.arange(len(exponents)) - low) / ((high - low) or 0.001), 0, 1)
-    return default(rotary, exponents) * (1 - slowed + slowed / rotary.factor)
+    slowed = np.clip((np.arange(len(plain)) - low) / ((high - low) or 0.001), 0, 1)
+    return plain * (1 - slowed + slowed / rotary.factor)
 
 
-def longrope(rotary: Rotary, exponents: np.ndarray, length: Any, xp: Any) -> Any:
-    short, long = (np.array(rotary.settings[f"{name}_factor"]) for name in ("short", "long"))
-    plain = default(rotary, exponents)
-    return xp.where(length > rotary.boundary, xp.array(plain / long), xp.array(plain / short))
+def longrope(rotary: Rotary, plain: np.ndarray, length: Length) -> np.ndarray | mx.array:
+    short, long = (plain / rotary.settings[f"{name}_factor"] for name in ("short", "long"))
+    return pick(length > rotary.boundary, long, short)
 
 
-def dynamic(rotary: Rotary, exponents: np.ndarray, length: Any, xp: Any) -> Any:
+def dynamic(rotary: Rotary, plain: np.ndarray, length: Length) -> mx.array:
     """A base that grows with the length, or by HunYuan's fixed `alpha`."""
-    settings, power = rotary.settings, rotary.dims / (rotary.dims - 2)
-    ratio = xp.maximum(length, rotary.max_length) / rotary.max_length
-    growth = settings.get("alpha") or settings["factor"] * ratio - (settings["factor"] - 1)
-    return (settings["rope_theta"] * growth**power) ** xp.array(-exponents)
+    settings, dims = rotary.settings, rotary.dims
+    ratio = mx.maximum(length, rotary.max_length) / rotary.max_length
+    growth = settings.get("alpha") or settings["factor"] * (ratio - 1) + 1
+    return growth ** mx.array(-np.arange(0, dims, 2, dtype=np.float32) / (dims - 2)) * mx.array(
+        plain
+    )
 
 
-FREQUENCIES: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (default, linear, proportional, llama3, yarn, longrope, dynamic)
-}
+FREQUENCIES: dict[str, Callable[[Rotary, np.ndarray, Length], np.ndarray | mx.array]] = {
+    "default": lambda _, plain, __: plain,
+    "linear": lambda rotary, plain, _: plain / rotary.settings["factor"],
+} | {each.__name__: each for each in (proportional, llama3, yarn, longrope, dynamic)}
 
 # --- The module ---------------------------------------------------------------------------------
 
@@ -183,24 +174,16 @@ KNOWN: ContextVar[Length] = ContextVar("KNOWN", default=0)
 
 @contextmanager
 def text_lengths(length: Length) -> Iterator[None]:
-    """While it lasts, the texts that a model is called on are so long, without padding.
-
-    Of a prompt that goes in piece by piece this is the length of the whole; what is generated after
-    it adds to it.
-    """
-    before = KNOWN.get()
-    KNOWN.set(length)
+    """While it lasts, a model is called on texts so long, without padding, or on pieces of them."""
+    token = KNOWN.set(length)
     try:
         yield
     finally:
-        KNOWN.set(before)
+        KNOWN.reset(token)
 
 
 def by_length(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of something, a batch's tokens and targets, … that knows how long the texts are.
-
-    A text ends with its last target, or is short enough to be all padding.
-    """
+    """The function of (…, tokens, targets, …) with text lengths; texts end in their last target."""
 
     def knowing(first: Any, tokens: mx.array, is_target: mx.array, *others: Any) -> Any:
         ends = (mx.arange(1, is_target.shape[1] + 1) * is_target).max(axis=1)
@@ -213,8 +196,7 @@ def by_length(function: Callable[..., Any]) -> Callable[..., Any]:
 class Rope(nn.Module):
     """Rotates queries or keys (rows, heads, length, size) by their positions.
 
-    Attributes:
-        traditional: whether pairs are neighbours; else they are half of `dims` apart.
+    Pairs are neighbours if `traditional`, else half of `dims` apart.
     """
 
     def __init__(self, rotary: Rotary, traditional: bool):
@@ -223,15 +205,20 @@ class Rope(nn.Module):
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         length = self.text_length(x, offset)
-        scale = self.rotary.scale(length)
-        if isinstance(length, mx.array):
-            return self.rotated(x, self.rotary.frequencies(length), scale, offset)
-        if scale != 1:
-            x = mx.concatenate([x[..., : self.dims] * scale, x[..., self.dims :]], axis=-1)
-        periods, traditional = self.rotary.periods(length), self.traditional
-        return mx.fast.rope(
-            x, self.dims, traditional=traditional, base=None, scale=1, offset=offset, freqs=periods
-        )
+        if not getattr(length, "ndim", 0):
+            return self.rotated(x, offset, length)
+        offsets = mx.broadcast_to(mx.array(offset), length.shape)
+        rows = [self.rotated(x[i : i + 1], offsets[i], length[i]) for i in range(len(x))]
+        return mx.concatenate(rows)
+
+    def rotated(self, x: mx.array, offset: int | mx.array, length: Length) -> mx.array:
+        scale, is_array = self.rotary.scale(length), isinstance(length, mx.array)
+        if is_array or scale != 1:
+            head = (x[..., : self.dims] * scale).astype(x.dtype)
+            x = mx.concatenate([head, x[..., self.dims :]], axis=-1)
+        periods = 1 / self.rotary.frequencies(length) if is_array else self.rotary.periods(length)
+        options = {"traditional": self.traditional, "base": None, "scale": 1, "freqs": periods}
+        return mx.fast.rope(x, self.dims, offset=offset, **options)
 
     def text_length(self, x: mx.array, offset: int | mx.array) -> Length:
         """How long the texts are, as far as it matters: 0 up to the boundary."""
@@ -246,17 +233,166 @@ class Rope(nn.Module):
             return 0
         return mx.maximum(known, reached) if offset else known  # what is reached may be padding
 
-    def rotated(
-        self, x: mx.array, frequencies: mx.array, scale: float | mx.array, offset: int | mx.array
-    ) -> mx.array:
-        """As `mx.fast.rope`, with frequencies ((rows,) dims / 2) and scale ((rows,)) of a text."""
-        positions = mx.array(offset).reshape(-1, 1, 1, 1) + mx.arange(x.shape[-2])[:, None]
-        angles = positions * frequencies.reshape(-1, 1, 1, self.dims // 2)
-        scale = mx.array(scale).reshape(-1, 1, 1, 1)
-        cos, sin, rest = mx.cos(angles) * scale, mx.sin(angles) * scale, x[..., self.dims :]
-        x = x[..., : self.dims]
-        shape = (-1, 2) if self.traditional else (2, -1)
-        axis = -1 if self.traditional else -2
-        a, b = (each.squeeze(axis) for each in mx.split(mx.unflatten(x, -1, shape), 2, axis))
-        turned = mx.stack([a * cos - b * sin, a * sin + b * cos], axis).flatten(-2)
-        return mx.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+# --- In a loaded model --------------------------------------------------------------------------
+
+
+def load(
+    build: Callable[[dict[str, Any]], tuple[nn.Module, Any]],
+    words: dict[str, Any],
+    theirs: PretrainedConfig | None,
+) -> tuple[nn.Module, Any]:
+    """A model, and what else `build` makes of a configuration, with positions as in PyTorch.
+
+    Some models of mlx-lm refuse a scaling, or fail where there is none: these are built with one
+    that changes nothing. So are those with a scaling by length, which is always replaced: for
+    longrope mlx-lm loses the layout of pairs, and its "dynamic" fails in gpt_oss.
+
+    Args:
+        words: the configuration as mlx-lm has it.
+        theirs: the settings of the text model as transformers has them, None where it has none.
+    """
+    if not getattr(theirs, "rope_parameters", None):
+        return build(words)
+    try:
+        if re.search("'(longrope|su|dynamic)'", str(scalings(words))):
+            words = without_scaling(words)
+        found = build(words)
+    except Exception:
+        found = build(without_scaling(words))
+    correct(found[0], theirs)
+    return found
+
+
+def read_settings(config: dict[str, Any]) -> PretrainedConfig | None:
+    """As `pytorch_settings`, None too where it fails; with a warning if positions are scaled."""
+    try:
+        return pytorch_settings(config)
+    except Exception as error:  # transformers may raise anything
+        if any(scalings(config)):
+            warn(
+                f"transformers cannot read this model's config.json ({shortened(error)}), so "
+                "nothing tells whether mlx-lm scales positions as the model was trained with"
+            )
+        return None
+
+
+def correct(model: nn.Module, config: PretrainedConfig) -> None:
+    """Replace what rotates otherwise than a configuration says, or warn."""
+    kinds, rotaries, done = getattr(config, "layer_types", None) or [], {}, []
+    for path, attention in model.named_modules():
+        names = [n for n, m in attention.children().items() if isinstance(m, nn.Module)]
+        names = [name for name in names if re.search("rope|rotary", name)]
+        if not names or re.search("vision|visual|audio", path):
+            continue
+        number = re.search(r"\.(\d+)\.", f"{path}.")
+        layer = int(number[1]) if number else 0
+        kind = kinds[layer] if layer < len(kinds) else None
+        if kind not in rotaries:
+            rotaries[kind] = of_layer(config, layer, kind)
+        if rotaries[kind]:
+            done += [correct_rope(attention, name, rotaries[kind], config) for name in names]
+    settings = config.rope_parameters
+    nested = [settings[kind] for kind in config.nested_rope_parameter_keys(settings)]
+    types = {each["rope_type"] for each in nested or [settings]}
+    if not all(done) or not done and types != {"default"}:
+        warn(
+            "the rotary embedding of this kind of model cannot be replaced in mlx-lm, so with the "
+            f"rope_type of its config.json ({', '.join(sorted(types))}) long texts may be computed "
+            "otherwise than by PyTorch"
+        )
+
+
+def of_layer(config: PretrainedConfig, layer: int, kind: str | None) -> Rotary | None:
+    """How a layer of that number and kind rotates; None where the configuration does not say."""
+    settings = config.rope_parameters
+    truncate = settings.get("truncate", True)  # transformers looks for it only here
+    if config.nested_rope_parameter_keys(settings):
+        settings = settings.get(kind)
+        if not settings:
+            return None
+    if config.is_heterogeneous:
+        config = config.per_layer_config[layer]
+    dims = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Without a scaling, most of transformers' models rotate the whole head whatever it says.
+    is_read = settings["rope_type"] != "default" or "partial_rotary" in pytorch_program(config)
+    if is_read and settings["rope_type"] != "proportional":
+        dims = int(dims * settings.get("partial_rotary_factor", 1.0))
+    length = getattr(config, "max_position_embeddings", 0)
+    return Rotary(settings | {"truncate": truncate}, dims, length)
+
+
+def correct_rope(attention: nn.Module, name: str, rotary: Rotary, config: PretrainedConfig) -> bool:
+    """Put ours in the place of a rope that rotates otherwise; False where it cannot be measured."""
+    rope = attention[name]
+    width = max(rotary.dims, getattr(rope, "dims", None) or getattr(rope, "dim", None) or 0)
+    try:
+        found = rotations(rope, width)
+    except (TypeError, ValueError):
+        return False
+    partners = np.flatnonzero(np.abs(found[0, 0, 1:]) > 1e-4)
+    if not len(partners):
+        return True
+    traditional = bool(partners[0] == 0)
+    if hasattr(attention, "qk_rope_head_dim"):  # latent keys, as DeepSeek's
+        if getattr(config, "rope_interleave", None) is not None:
+            traditional = config.rope_interleave
+        scale_scores(attention, rotary, config)
+    ours = Rope(rotary, traditional)
+    # Only ours knows how long a text is without its padding.
+    if rotary.boundary < math.inf or not agrees(found, ours, width):
+        attention[name] = ours
+    return True
+
+
+def scale_scores(attention: nn.Module, rotary: Rotary, config: PretrainedConfig) -> None:
+    """Put YaRN's mscale into the scale of latent attention, where some of mlx-lm's leave it out."""
+    weight = rotary.settings.get("mscale_all_dim")
+    if weight and rotary.kind != "default":
+        name = "scale" if hasattr(attention, "scale") else "softmax_scale"
+        size = config.qk_nope_head_dim + config.qk_rope_head_dim
+        setattr(attention, name, size**-0.5 * yarn_mscale(rotary.factor, weight) ** 2)
+
+
+# The rotations at these positions determine any frequency to a few millionths.
+POSITIONS = 16 ** np.arange(6)
+
+
+def rotations(rope: nn.Module, width: int) -> np.ndarray:
+    """The matrices (positions, width, width) by which a rope rotates; rows are inputs."""
+    with mx.stream(mx.cpu):  # a GPU would have kernels to compile
+        vectors = mx.eye(width)[None, :, None]
+        return np.array(mx.stack([rope(vectors, offset=n)[0, :, 0] for n in POSITIONS.tolist()]))
+
+
+def agrees(found: np.ndarray, rope: Rope, width: int) -> bool:
+    """Whether rotations are ours, up to the rounding of large angles in float32."""
+    angles = POSITIONS[:, None] * np.array(rope.rotary.frequencies(0))
+    angles = np.repeat(angles, 2, axis=1) if rope.traditional else np.tile(angles, 2)
+    allowed = 2e-5 * (1 + np.pad(angles, ((0, 0), (0, width - rope.dims))))
+    return bool((np.abs(found - rotations(rope, width)) <= allowed[:, None]).all())
+
+
+# A scaling that changes nothing, with every key that some model of mlx-lm requires.
+NEUTRAL = {"type": "linear", "rope_type": "linear", "factor": 1.0, "alpha": 1.0}
+NEUTRAL |= {"short_factor": 1.0, "long_factor": 1.0, "short_mscale": 1.0, "long_mscale": 1.0}
+
+
+def scalings(config: dict[str, Any]) -> list[Any]:
+    text = config.get("text_config")
+    found = [config.get("rope_scaling"), config.get("rope_parameters")]
+    return found + (scalings(text) if isinstance(text, dict) else [])
+
+
+def without_scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with NEUTRAL in the place of every scaling, or of none."""
+    changed = config | {"rope_scaling": NEUTRAL}
+    parameters, text = config.get("rope_parameters"), config.get("text_config")
+    if isinstance(parameters, dict):
+        kinds = {
+            name: each | NEUTRAL for name, each in parameters.items() if isinstance(each, dict)
+        }
+        changed["rope_parameters"] = parameters | (kinds or NEUTRAL)
+    if isinstance(text, dict):
+        changed["text_config"] = without_scaling(text)
+    return changed

@@ -9,7 +9,9 @@ and mlx-lm 0.32.2 (its `sanitize`), and proved in transformers and PEFT 0.21.2.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
 
 # The types of models for which the tables hold: without a rule, a name is the same.
 MODEL_TYPES = """
@@ -24,21 +26,20 @@ MODEL_TYPES = """
     qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
     qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe recurrent_gemma seed_oss smollm3 solar_open
     stablelm starcoder2 youtu
-"""
+""".split()  # noqa: SIM905
 
 # Those whose weights mlx-lm leaves out, or puts in layouts from which nobody has found back.
-ONE_WAY = "dbrx ernie4_5_moe gpt_oss llama4_text longcat_flash olmo_hybrid"
+ONE_WAY = {"dbrx", "ernie4_5_moe", "gpt_oss", "llama4_text", "longcat_flash", "olmo_hybrid"}
+
+TEXT = r"^language_model\.model\."
+W_NAMES = r"mixtral|minimax_m[23](_vl)?|phimoe|kimi_linear|lfm2_moe"
 
 # (model types, a pattern in MLX's name, what the checkpoint has in its place), in this order.
 CHECKPOINT = [
     (r".*_text", r"^language_model\.", ""),
     (r"gemma3n_text", r"^model\.language_model\.", "model."),
-    (r"qwen2(_5)?_vl", r"^language_model\.model\.", "model."),
-    (
-        r"qwen3_vl(_moe)?|qwen3_5(_moe)?|gemma4(_unified)?|lfm2_vl",
-        r"^language_model\.model\.",
-        "model.language_model.",
-    ),
+    (r"qwen2(_5)?_vl", TEXT, "model."),
+    (r"(qwen3_vl|qwen3_5)(_moe)?|gemma4(_unified)?|lfm2_vl", TEXT, "model.language_model."),
     (r"muse_glimmer", r"^model\.", "model.language_model."),
     (r"gpt_neox", r"^model\.embed_out\.", "embed_out."),
     (r"gpt_neox", r"^model\.h\.", "gpt_neox.layers."),
@@ -66,49 +67,35 @@ CHECKPOINT = [
     (r".*", r"\.switch_mlp\.", ".experts."),
     (r"nemotron_h", r"\.experts\.fc1\.", ".experts.up_proj."),
     (r"nemotron_h", r"\.experts\.fc2\.", ".experts.down_proj."),
-    (r"mixtral|minimax_m[23](_vl)?|phimoe|kimi_linear", r"\.experts\.gate_proj\.", ".experts.w1."),
-    (r"mixtral|minimax_m[23](_vl)?|phimoe|kimi_linear", r"\.experts\.down_proj\.", ".experts.w2."),
-    (r"mixtral|minimax_m[23](_vl)?|phimoe|kimi_linear", r"\.experts\.up_proj\.", ".experts.w3."),
-    (r"lfm2_moe", r"(\.feed_forward(?:\.experts)?)\.gate_proj\.", r"\1.w1."),
-    (r"lfm2_moe", r"(\.feed_forward(?:\.experts)?)\.down_proj\.", r"\1.w2."),
-    (r"lfm2_moe", r"(\.feed_forward(?:\.experts)?)\.up_proj\.", r"\1.w3."),
+    (W_NAMES, r"(\.experts|\.feed_forward)\.gate_proj\.", r"\1.w1."),
+    (W_NAMES, r"(\.experts|\.feed_forward)\.down_proj\.", r"\1.w2."),
+    (W_NAMES, r"(\.experts|\.feed_forward)\.up_proj\.", r"\1.w3."),
 ]
 
 # Layers that transformers reads the weight of, and does not call: PEFT's LoRA of them does nothing.
 NEVER_CALLED = [("longcat_flash", r"\.router\.classifier$")]
 
-# Matrices that are (in, out) there.
-TURNED = [("gpt2", r"\.c_(attn|proj|fc)\.weight$")]
-
 # (model types, a pattern in the checkpoint's name, what the module has in its place).
 MODULES = [
     (r"qwen2(_5)?_vl", r"^model\.", "model.language_model."),
-    (
-        r"gemma3|llava|mistral3|minimax_m3_vl|kimi_k25",
-        r"^language_model\.model\.",
-        "model.language_model.",
-    ),
+    (r"gemma3|llava|mistral3|minimax_m3_vl|kimi_k25", TEXT, "model.language_model."),
     (r"nemotron_h", r"^backbone\.", "model."),
     (r"mixtral|minimax_m[23](_vl)?|kimi_linear", r"\.block_sparse_moe\.gate$", ".mlp.gate"),
     (r"bailing_hybrid", r"\.attention\.dense$", ".self_attn.o_proj"),
     (r"bailing_hybrid", r"\.attention\.", ".self_attn."),
     (r"phimoe", r"\.block_sparse_moe\.gate$", ".mlp.router"),
     (r"granitemoe(hybrid)?", r"\.router\.layer$", ".router"),
-    (
-        r"exaone",
-        r"^transformer\.h\.(\d+)\.attn\.attention\.out_proj$",
-        r"model.layers.\1.self_attn.o_proj",
-    ),
     (r"exaone", r"^transformer\.h\.(\d+)\.attn\.attention\.", r"model.layers.\1.self_attn."),
+    (r"exaone", r"\.self_attn\.out_proj$", ".self_attn.o_proj"),
 ]
 
 
-def replaced(rules: list[tuple[str, str, str]], model_type: str, name: str) -> str:
-    """A name with the rules of a model type applied to it, one after the other."""
+def replaced(rules: list[tuple[str, str, str]], model_type: str, names: str) -> str:
+    """A name, or several in lines, with the rules of a model type applied one after the other."""
     for types, pattern, replacement in rules:
         if re.fullmatch(types, model_type):
-            name = re.sub(pattern, replacement, name)
-    return name
+            names = re.sub(pattern, replacement, names, flags=re.MULTILINE)
+    return names
 
 
 def checkpoint_name(model_type: str, name: str) -> str:
@@ -116,14 +103,9 @@ def checkpoint_name(model_type: str, name: str) -> str:
     return replaced(CHECKPOINT, model_type, name)
 
 
-def is_called(model_type: str, path: str) -> bool:
-    """Whether transformers calls the layer that MLX has at a path."""
-    return not any(types == model_type and re.search(p, path) for types, p in NEVER_CALLED)
-
-
-def is_turned(model_type: str, name: str) -> bool:
-    """Whether a matrix is (in, out) in the checkpoint."""
-    return any(types == model_type and re.search(pattern, name) for types, pattern in TURNED)
+def is_unused(model_type: str, path: str) -> bool:
+    """Whether transformers only reads the weight of the layer that MLX has at a path."""
+    return any(types == model_type and re.search(p, path) for types, p in NEVER_CALLED)
 
 
 def module_name(model_type: str, path: str) -> str:
@@ -131,12 +113,8 @@ def module_name(model_type: str, path: str) -> str:
     return replaced(MODULES, model_type, checkpoint_name(model_type, path))
 
 
-def paths_by_name(paths: Iterable[str]) -> Iterator[dict[str, str]]:
-    """MLX's paths by the names that transformers may have for them, for each way of naming."""
-    by_rules = {}
-    for model_type in MODEL_TYPES.split():
-        rules = [types for types, *_ in CHECKPOINT + MODULES if re.fullmatch(types, model_type)]
-        by_rules[tuple(rules)] = model_type
-    for model_type in by_rules.values():
-        for name_of in (module_name, checkpoint_name):
-            yield {name_of(model_type, path): path for path in paths}
+def is_written_by_mlx(folder: Path) -> bool:
+    """Whether MLX wrote the weights of a folder, so that they have the names of its modules."""
+    files = folder.glob("model*.safetensors")
+    metadata = [mx.load(str(file), return_metadata=True)[1] for file in files]
+    return any(entries.get("format") == "mlx" for entries in metadata)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from lora_finetune.base.errors import first_line, is_unicode
+from lora_finetune.base.errors import first_line
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -17,26 +17,22 @@ Message = dict[str, Any]
 # --- Reading ------------------------------------------------------------------------------------
 
 # Who speaks in ShareGPT's form, as roles; some exports have the roles themselves.
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "observation": "tool",
-}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+SHAREGPT_ROLES |= {"observation": "tool"}
 SHAREGPT_ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 
 
-def read_messages(entry: dict[str, Any]) -> list[Message]:
-    """The messages of an object that has "messages" or "conversations", as templates take them.
+def read_messages(row: dict[str, Any]) -> list[Message]:
+    """The messages of a row that has "messages" or "conversations", as templates take them.
 
-    Each may be of the form {"role", "content"} or ShareGPT's {"from", "value"}. In what comes out
-    a content is a string, the arguments of tool calls are objects, and nothing is null.
+    Each may be of the form {"role", "content"} or ShareGPT's {"from", "value"}. The result has
+    strings as contents, objects as arguments of tool calls, and no null.
 
     Raises:
         ValueError: says what is wrong, and in which message.
     """
-    key = "messages" if "messages" in entry else "conversations"
-    found = entry[key]
+    key = "messages" if "messages" in row else "conversations"
+    found = row[key]
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
         raise ValueError(f'its "{key}" are not a list of objects')
     if not found:
@@ -47,16 +43,15 @@ def read_messages(entry: dict[str, Any]) -> list[Message]:
             messages.append(read_message(message))
         except ValueError as error:
             raise ValueError(f"message {number} of its {key}: {error}") from None
-    system = entry.get("system")  # beside the conversations in some exports
+    system = row.get("system")  # beside the conversations in some exports
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     return messages
 
 
 def read_message(found: dict[str, Any]) -> Message:
-    """A message as templates take it; raises ValueError that says what is wrong."""
     message = {key: value for key, value in found.items() if value is not None}
-    if message.get("from") == "function_call":  # of LLaMA-Factory: a call, or a list of them
+    if message.get("from") == "function_call":  # LLaMA-Factory's: a call, or a list of them
         calls = parse(str(message.pop("value", "")), "its function_call")
         calls = calls if isinstance(calls, list) else [calls]
         message |= {"from": "gpt", "tool_calls": [{"function": call} for call in calls]}
@@ -71,43 +66,34 @@ def read_message(found: dict[str, Any]) -> Message:
         raise ValueError("has no role" if "role" not in message else "its role is not a string")
     if call := message.pop("function_call", None):  # OpenAI's earlier form of a single call
         message.setdefault("tool_calls", [{"type": "function", "function": call}])
-    if message.get("tool_calls"):
-        message["tool_calls"] = read_tool_calls(message["tool_calls"])
+    if calls := message.pop("tool_calls", None):
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise ValueError("its tool_calls are not a list of objects")
+        message["tool_calls"] = [read_tool_call(call) for call in calls]
         message.setdefault("content", "")
-    else:
-        message.pop("tool_calls", None)
     message["content"] = read_content(message.get("content"))
     return message
 
 
 def read_content(content: object) -> str:
-    """The content of a message; of a list of parts the text. Raises ValueError where it is none."""
+    """The content of a message, a string or a list of objects with text."""
     if isinstance(content, str):
         return content
     if content is None:
         raise ValueError("has no content")
     if not isinstance(content, list):
         raise ValueError(f"its content is {type_name(content)}, not a string")
-    texts = []
     for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
+        kind = part.get("type") if isinstance(part, dict) else part
+        if not isinstance(part, dict) or kind != "text":
             raise ValueError(f"a part of its content is of the type {kind!s:.40}, not text")
         if not isinstance(part.get("text"), str):
             raise ValueError("a part of its content has no text")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def read_tool_calls(calls: object) -> list[dict]:
-    """Tool calls as `read_tool_call` has them; OpenAI's arguments are a string of JSON."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise ValueError("its tool_calls are not a list of objects")
-    return [read_tool_call(call) for call in calls]
+    return "".join(part["text"] for part in content)
 
 
 def read_tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call with an object of arguments, which is empty where it has none."""
+    """A tool call with an object of arguments, which OpenAI has as a string of JSON."""
     if "function" in call:
         if not isinstance(call["function"], dict):
             raise ValueError("the function of a tool call is not an object")
@@ -121,7 +107,7 @@ def read_tool_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tools(tools: object) -> list[dict] | None:
-    """The tools of an object, a list or a string of JSON; None where there are none."""
+    """The tools of a row, a list or a string of JSON; None where there are none."""
     if isinstance(tools, str) and tools.strip():
         tools = parse(tools, 'its "tools"')
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -146,155 +132,102 @@ def type_name(value: object) -> str:
 
 
 class Template:
-    """A model's chat template.
-
-    Attributes:
-        shown: (role, kinds of parts in the message, kind of a part) that it is known to show. That
-            is found out by leaving such a part out, once.
-    """
+    """A model's chat template."""
 
     def __init__(self, tokenizer: TokenizerWrapper):
         self.tokenizer = tokenizer
-        self.shown: set[tuple] = set()
 
     def render(self, messages: list[Message], tools: list[dict] | None, **options: bool) -> str:
         """The text of messages; raises ValueError where the template does not take them."""
+        apply = self.tokenizer.apply_chat_template
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, **options
-            )
+            return apply(messages, tools=tools, tokenize=False, **options)
         except Exception as error:  # a template may raise anything
             why = first_line(error)
             raise ValueError(f"the model's chat template does not take it: {why}") from None
-        if not is_unicode(text):
-            raise ValueError("the model's chat template makes an unpaired surrogate of it")
-        return text
-
-    def leaves_out(self, messages: list[Message], tools: list[dict] | None, text: str) -> bool:
-        """Whether part of a message, or the tools, is missing in the text made of them.
-
-        Strings are looked for without white space, which templates trim and change.
-
-        Raises:
-            ValueError: a message is nowhere in it; mostly the template does not know its role.
-        """
-        squeezed = squeeze(text)
-        strings = [squeeze(s) for message in messages for _, some in parts(message) for s in some]
-        all_whole = stand_in_order(squeezed, strings)  # a look that is quick, and mostly enough
-
-        def is_whole(string: str) -> bool:
-            needed = sum(s.count(squeeze(string)) for s in strings)
-            return count_shown(squeezed, string) >= needed
-
-        cut = False
-        for number, message in enumerate(messages):
-            kinds, shares = dict(parts(message)), set()
-            for part, strings_of_part in kinds.items():
-                key = message["role"], *kinds, part
-                whole = all_whole or all(map(is_whole, strings_of_part))
-                if not (whole and key in self.shown):
-                    if not self.depends_on(messages, number, part, tools, text):
-                        shares.add("nothing")
-                        continue
-                    self.shown.add(key)
-                shares.add("all" if whole else "some")
-            if shares == {"nothing"}:
-                raise ValueError(
-                    f"the model's chat template puts message {number + 1}, of the role "
-                    f'"{message["role"]:.40}", nowhere in its text'
-                )
-            cut |= bool(shares - {"all"})
-        if tools and ("tools",) not in self.shown:
-            if self.render_or_none(messages, None) == text:
-                return True
-            self.shown.add(("tools",))
-        return cut
-
-    def depends_on(
-        self, messages: list[Message], number: int, part: str, tools: list[dict] | None, text: str
-    ) -> bool:
-        """Whether the text of messages would be another without a part of one of them."""
-        message = {key: value for key, value in messages[number].items() if key != part}
-        message.setdefault("content", "")
-        without = [*messages[:number], message, *messages[number + 1 :]]
-        return self.render_or_none(without, tools) != text
 
     def render_or_none(
         self, messages: list[Message], tools: list[dict] | None, **options: bool
     ) -> str | None:
-        try:
+        with suppress(ValueError):
             return self.render(messages, tools, **options)
-        except ValueError:
-            return None
+
+    def leaves_out(self, messages: list[Message], tools: list[dict] | None, text: str) -> bool:
+        """Whether the text made of messages lacks a field of one, some of a field, or a tool.
+
+        Fields are looked for in turn, without white space, which templates trim.
+
+        Raises:
+            ValueError: the text is the same without a message; mostly the template does not know
+                its role.
+        """
+        shown, end, cut = squeeze(text), 0, False
+        for number, message in enumerate(messages):
+            fields = strings_of(message)
+            places = [end_of(field, shown, end) for field in fields]
+            if -1 in places:
+                blank = {"role": message["role"], "content": ""}
+                others = [*messages[:number], blank, *messages[number + 1 :]]
+                if self.render_or_none(others, tools) == text:
+                    raise ValueError(
+                        f"the model's chat template puts message {number + 1}, of the role "
+                        f'"{message["role"]:.40}", nowhere in its text'
+                    )
+                cut |= any(end_of(field, shown) < 0 for field in fields)
+            end = max([end, *places])
+        names = filter(None, map(function_name, tools or []))
+        return cut or any(end_of(name, shown) < 0 for name in names)
 
     def find_answers(
         self, messages: list[Message], tools: list[dict] | None, text: str
     ) -> tuple[list[tuple[int, int]], bool]:
-        """Where the assistant's messages stand in a text, with what the template puts after them.
+        """Locate the assistant's messages in a text, each with what the template puts after it.
 
-        An answer ends where the text of the messages up to it does; the last message is one. See
-        `find_start` for where it starts.
+        An answer ends where the text of the messages up to it does; the last message is one.
 
         Returns:
-            The start and the end of each answer, in characters, and whether they are all: where
-            the text of the first messages is not the start of the whole, only the last is known.
+            Start and end of each answer, in characters, and whether these are all: where the whole
+            does not begin with the text of its first messages, only the last answer is located.
         """
-        spans, nested = [], True
-        for i in answers_in(messages):
-            through = self.render_or_none(messages[: i + 1], tools) if messages[i + 1 :] else text
-            start, end = self.find_start(messages[:i], tools, text), len(through or "")
-            nested &= is_start(through, text) and start < end
-            spans.append((start, end))
-        return (spans if nested else spans[-1:]), nested
+        spans, all_found = [], True
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                is_last = i + 1 == len(messages)
+                through = text if is_last else self.render_or_none(messages[: i + 1], tools)
+                start, end = self.find_start(messages[:i], tools, text), len(through or "")
+                all_found &= is_start(through, text) and start < end
+                spans.append((start, end))
+        return (spans if all_found else spans[-1:]), all_found
 
     def find_start(self, before: list[Message], tools: list[dict] | None, text: str) -> int:
-        """Where the answer to the messages before it starts in a text.
+        """Where in a text the answer to the messages before it starts.
 
-        That is behind the mark for an answer to come; where the text has another mark, or the
-        template has none, it is where the text of any answer begins to differ.
+        That is after the generation prompt; where the text has none, it is where texts with other
+        answers begin to differ from it.
         """
-        marked = self.render_or_none(before, tools, add_generation_prompt=True)
-        if is_start(marked, text):
-            return len(marked)
+        opened = self.render_or_none(before, tools, add_generation_prompt=True)
+        if is_start(opened, text):
+            return len(opened)
         others = [[*before, {"role": "assistant", "content": other}] for other in "ab"]
         rendered = [self.render_or_none(messages, tools) or text for messages in others]
         return len(os.path.commonprefix([text, *rendered]))
 
 
-def up_to_answer(messages: list[Message]) -> list[Message]:
-    """The messages up to the last of the assistant; raises ValueError where there is none."""
-    if not (answers := answers_in(messages)):
-        raise ValueError('for --mask-prompt it needs a message of the role "assistant"')
-    return messages[: answers[-1] + 1]
+def is_start(start: str | None, text: str) -> bool:
+    return start is not None and text.startswith(start)
 
 
-def answers_in(messages: list[Message]) -> list[int]:
-    """Which of the messages are the assistant's."""
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+def strings_of(message: Message) -> list[str]:
+    """What the text of a message should show: content, reasoning, the names of called functions."""
+    fields = ("reasoning_content", "reasoning", "thinking", "content")
+    strings = [message.get(field) for field in fields]
+    strings += map(function_name, message.get("tool_calls", []))
+    return [string for string in strings if isinstance(string, str) and string.strip()]
 
 
-def is_start(part: str | None, text: str) -> bool:
-    return part is not None and text.startswith(part)
-
-
-def parts(message: Message) -> Iterator[tuple[str, list[str]]]:
-    """The parts of a message that a text of it should show, with strings that it should hold."""
-    if message["content"].strip():
-        yield "content", [message["content"]]
-    for part in ("reasoning_content", "reasoning", "thinking"):
-        if isinstance(message.get(part), str) and message[part].strip():
-            yield part, [message[part]]
-    if calls := message.get("tool_calls"):
-        yield "tool_calls", [string for call in calls for string in strings_of(call)]
-
-
-def strings_of(call: dict[str, Any]) -> Iterator[str]:
-    """The name of the function that a tool call is of, and the strings among its arguments."""
-    function = call["function"] if isinstance(call.get("function"), dict) else call
-    arguments = function.get("arguments")
-    values = arguments.values() if isinstance(arguments, dict) else []
-    strings = (value for value in (function.get("name"), *values) if isinstance(value, str))
-    yield from filter(str.strip, strings)
+def function_name(tool: dict[str, Any]) -> object:
+    """The name in a tool or a tool call."""
+    return (tool["function"] if isinstance(tool.get("function"), dict) else tool).get("name")
 
 
 def squeeze(text: str) -> str:
@@ -302,17 +235,9 @@ def squeeze(text: str) -> str:
     return "".join(text.split())
 
 
-def stand_in_order(text: str, strings: list[str]) -> bool:
-    """Whether a text holds some strings one after the other."""
-    end = 0
-    for string in strings:
-        if (start := text.find(string, end)) < 0:
-            return False
-        end = start + len(string)
-    return True
-
-
-def count_shown(squeezed: str, string: str) -> int:
-    """How often a string stands in a text without white space, as it is or as JSON has it."""
+def end_of(string: str, squeezed: str, start: int = 0) -> int:
+    """Where a string, as it is or as JSON has it, first ends in a squeezed text; -1: nowhere."""
     as_json = json.dumps(string.strip(), ensure_ascii=False)[1:-1]
-    return squeezed.replace(squeeze(as_json), squeeze(string)).count(squeeze(string))
+    forms = {squeeze(string), squeeze(as_json)}
+    ends = [at + len(form) for form in forms if (at := squeezed.find(form, start)) >= 0]
+    return min(ends, default=-1)

@@ -1,12 +1,12 @@
-"""What a data file is, whatever its name says, and what a line of JSON Lines holds."""
+"""The format of a data file, whatever its name says, and JSON Lines."""
 
 from __future__ import annotations
 
-import csv
-import io
+import codecs
 import json
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lora_finetune.base.errors import UserError
 
@@ -18,99 +18,89 @@ FORMATS = {
     b"\x28\xb5\x2f\xfd": "a Zstandard archive: unpack it",
     b"PK\x03\x04": "a zip archive or an Excel file: unpack it, or save it as CSV",
     b"\xd0\xcf\x11\xe0": "an old Excel file: save it as CSV",
-    b"\xff\xfe": "UTF-16: save it as UTF-8",
-    b"\xfe\xff": "UTF-16: save it as UTF-8",
     b"version https://git-lfs": "a Git LFS pointer to the file: `git lfs pull` fetches it",
     b"<!": "a web page: download the file itself",
     b"<html": "a web page: download the file itself",
 }
 
 
-def check_format(path: Path, start: bytes) -> None:
+def check_format(path: Path) -> None:
     """Raise UserError where a file begins as one of another format than its name says."""
+    with path.open("rb") as stream:
+        start = stream.read(100)
     for begin, what in FORMATS.items():
         if start.startswith(begin) and path.suffix.lower() not in what:
             raise UserError(f"{path} looks like {what}")
 
 
-# What stands between the values of a CSV file; where two would do, the first.
-SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+def read_json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    """The number and the value of each line that is not blank; a byte-order mark is ignored.
 
-
-def find_separator(text: str, least: int = 1) -> str | None:
-    """What separates the values in the first lines of a CSV file: the key in SEPARATORS, or None.
-
-    Args:
-        text: the beginning of the file.
-        least: in how many rows there have to be several values, the same number as in the first.
+    Raises:
+        UserError: a line is not JSON; names it.
     """
-    rows = {mark: count_like_first(text, mark) for mark in SEPARATORS}
-    best = max(rows, key=rows.get)
-    return best if rows[best] >= least else None
+    for number, line in enumerate(lines, 1):
+        line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            if line.strip():
+                yield number, parse_json(line)
+        except ValueError as error:
+            looks = looks_like(path) if number == 1 else ""
+            raise UserError(f"{path}, line {number}: {error}{looks}") from None
 
 
-def count_like_first(text: str, mark: str) -> int:
-    """How many of the first rows have as many values as the first, if this is more than one."""
-    rows = list(islice(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=mark)), 20))
-    return sum(len(row) == len(rows[0]) > 1 for row in rows)
+def parse_json(line: bytes) -> Any:
+    """The value of a line of JSON; raises ValueError that says what is wrong."""
+    try:
+        return json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(why_not_json(error)) from None
+
+
+def why_not_json(error: Exception) -> str:
+    """What an error that json.loads raised says of the text."""
+    if isinstance(error, UnicodeDecodeError):
+        return "is not UTF-8; save the file as UTF-8"
+    if not isinstance(error, json.JSONDecodeError):
+        return "is not JSON that can be read: too deep, or too long a number"
+    if "\0" in error.doc:
+        return "is not text in UTF-8; save the file as UTF-8"
+    return f"is not JSON: {error.msg.removesuffix(' at')} at character {error.colno}"
 
 
 def looks_like(path: Path) -> str:
-    """A guess at the layout of a file that is not JSON Lines, to end an error with; or ""."""
+    """A guess at the format of a file that is not JSON Lines, to end an error with; or ""."""
     with path.open("rb") as stream:
         text = stream.read(2**16).decode(errors="replace").removeprefix("\ufeff").lstrip()
+    first, _, more = text.partition("\n")
+    mark = find_separator(first)
     if text.startswith("["):
         what = "one JSON list: write each of its objects in a line of its own (jq -c '.[]' does)"
-    elif text.startswith("{"):
-        if not breaks_off(text):
-            return ""
+    elif more and breaks_off(first):
         what = "one JSON object over several lines: write each object in one line (jq -c . does)"
-    elif mark := find_separator(text, least=2):
+    elif not text.startswith("{") and mark and mark in more.partition("\n")[0]:
         what = f"CSV with {SEPARATORS[mark]}: name it .csv for prepare_lora_data.py"
     else:
         return ""
     return f"; the file looks like {what}"
 
 
-def breaks_off(text: str) -> bool:
-    """Whether the first line of a text is the start of JSON that goes on in the next."""
-    line, newline, _ = text.partition("\n")
+def breaks_off(line: str) -> bool:
+    """Whether a line is the beginning of a JSON object."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
-        return bool(newline) and cut_short(error)
+        at_end = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated")
+        return at_end and line.lstrip().startswith("{")
     except (ValueError, RecursionError):
-        pass
+        return False
     return False
 
 
-def cut_short(error: json.JSONDecodeError) -> bool:
-    """Whether what is wrong with JSON is that it ends too early."""
-    return error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
-TOO_MUCH = "is not JSON that can be read: too deep, or too long a number"
-
-
-def parse_json(line: bytes) -> object:
-    """What a line of a JSON Lines file holds; raises ValueError that says what is wrong."""
-    try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError:
-        raise ValueError("is not UTF-8; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(why_not_json(error, error.pos)) from None
-    except (ValueError, RecursionError):
-        raise ValueError(TOO_MUCH) from None
-
-
-def why_not_json(error: json.JSONDecodeError, column: int) -> str:
-    """What is wrong with a line, at a column counted from 0."""
-    if "\0" in error.doc:
-        return "is not text in UTF-8; save the file as UTF-8"
-    return f"is not JSON: {error.msg.removesuffix(' at')} at character {column + 1}"
-
-
-def holds_rows(entry: dict) -> bool:
-    """Whether an object holds lists and objects alone, as a whole data set in one object does."""
-    return bool(entry) and all(isinstance(value, dict | list) for value in entry.values())
+def find_separator(names: str) -> str | None:
+    """The separator in a CSV file's line of names, the most frequent one; None without any."""
+    mark = max(SEPARATORS, key=names.count)
+    return mark if mark in names else None

@@ -13,14 +13,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import models
 from lora_finetune.base import memory
 from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
-from lora_finetune.texts import dataset
+from lora_finetune.texts import batching
+from lora_finetune.training.distributed import Group
 from lora_finetune.training.losses import Loss
 
 import mlx.core as mx
@@ -98,7 +101,7 @@ class Prefix:
 
         return loss_from_states
 
-    def examples(self, examples: dataset.Examples) -> dataset.Examples:
+    def examples(self, examples: batching.Examples) -> batching.Examples:
         """The same texts in batches with their states, computed anew for each batch."""
 
         def states(rows: np.ndarray, tokens: np.ndarray) -> mx.array:
@@ -190,7 +193,7 @@ class Kept:
     """
 
     def __init__(
-        self, examples: dataset.Examples, groups: list[np.ndarray], dtype: mx.Dtype,
+        self, examples: batching.Examples, groups: list[np.ndarray], dtype: mx.Dtype,
         room: list[np.ndarray] | None,
     ):  # fmt: skip
         self.examples, self.groups, self.dtype, self.room = examples, groups, dtype, room
@@ -240,8 +243,8 @@ FREE_SHARE = 1 / 10
 
 
 def keep(
-    prefix: Prefix, examples: dataset.Examples, groups: list[np.ndarray], folder: Path
-) -> dataset.Examples | None:
+    prefix: Prefix, examples: batching.Examples, groups: list[np.ndarray], folder: Path
+) -> batching.Examples | None:
     """The same texts in batches with states that are kept; None, and a line, without room for it.
 
     Args:
@@ -250,7 +253,7 @@ def keep(
         folder: for the file, if there has to be one.
     """
     one = prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # which is never computed
-    widths = [dataset.padded_width(examples.lengths[g], examples.max_length) - 1 for g in groups]
+    widths = [batching.padded_width(examples.lengths[g], examples.max_length) - 1 for g in groups]
     size, room = one.shape[-1] * one.dtype.size, None
     shapes = [(len(rows), width, size) for rows, width in zip(groups, widths, strict=True)]
     free = min(memory.available(), memory.machine_memory()) - mx.get_active_memory()
@@ -280,3 +283,35 @@ def make_file(shapes: list[tuple[int, ...]], folder: Path) -> list[np.ndarray] |
     warn(f"{taken} and are kept in a temporary file in {folder}, gone when this process ends")
     parts = np.split(array, np.cumsum(sizes)[:-1])
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def keep_states(
+    prefix: Prefix, examples: dict[str, batching.Examples], config: Any, this: Any,
+    group: Group,
+) -> dict[str, batching.Examples]:  # fmt: skip
+    """Keep the frozen states of all texts that come more than once, if there is room.
+
+    They are computed in the batches of the first epoch, and of one validation. So that epoch takes
+    no longer, and is the same to the last bit as without keeping. Later epochs have other batches,
+    so their last bits do depend on it: a run that had no room must not begin to keep when it is
+    resumed. Of several processes, each meets texts in later epochs that were another's before, so
+    the more there are, the more epochs it takes to pay.
+    """
+    training, validation, progress = examples["train"], examples["valid"], this.progress
+    keep_some = partial(keep, prefix, folder=this.adapter.parent)
+    batches = batching.evaluation_batches(
+        validation, config.batch_size, config.val_batches, progress.micro_batches * group.size
+    )
+    kept = {"valid": keep_some(validation, batches) or validation, "train": training}
+    lengths = training.lengths
+    batches = batching.epoch_batches(lengths, config.batch_size, config.seed, epoch=0)
+    if this.iters > len(batches) * max(1, group.size - 1) and progress.has_room:
+        groups = [
+            micro_batch
+            for rows in batches
+            for share in batching.split_batch(rows, group.size)
+            for micro_batch in batching.split_batch(share, progress.micro_batches)
+        ]
+        kept["train"] = keep_some(training, groups) or training
+        progress.has_room = kept["train"] is not training
+    return kept

@@ -35,10 +35,11 @@ ENVIRONMENT = dict(os.environ)  # as it is before this program sets anything of 
 
 import models  # noqa: E402, F401
 import tiny  # noqa: E402
-from lora_finetune.adapters import adapters  # noqa: E402
+from lora_finetune.adapters import loading  # noqa: E402
 from lora_finetune.mlx_patches import patches  # noqa: E402
-from lora_finetune.texts import dataset  # noqa: E402
-from lora_finetune.training import frozen_prefix, losses, training_step  # noqa: E402
+from lora_finetune.texts import batching  # noqa: E402
+from lora_finetune.training import frozen_prefix, losses  # noqa: E402
+from lora_finetune.training.step import Trainer  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -237,16 +238,16 @@ SHAPES = {
 def step_peak(model: nn.Module, rows: int, width: int) -> float:
     """The peak of memory in GB of a step on so many texts of so many tokens."""
     tokens = np.random.default_rng(0).integers(0, 300, rows * width).astype(np.int32)
-    examples = dataset.Examples(tokens, np.arange(rows + 1) * width, np.arange(len(tokens)) > 0)
+    examples = batching.Examples(tokens, np.arange(rows + 1) * width, np.arange(len(tokens)) > 0)
     loss = losses.make_loss(model)
     if prefix := frozen_prefix.find(model):
         loss, examples = prefix.loss(loss), prefix.examples(examples)
     model.train()
-    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 2e-5, {}))
+    trainer = Trainer(model, loss, 2e-5, {})
     for _ in range(2):
         mx.clear_cache()
         mx.reset_peak_memory()
-        step([examples.batch(np.arange(rows))]).compute()
+        next(trainer.steps(iter([[examples.batch(np.arange(rows))]]), ahead=lambda: False))
     return mx.get_peak_memory() / 1e9
 
 
@@ -263,7 +264,7 @@ def measure_memory(small: dict) -> None:
                 mx.eval(model.parameters())
             mx.clear_cache()
             weights = mx.get_active_memory() / 1e9
-            adapters.adapt(model, {}, None, min(16, len(model.layers)))
+            loading.adapt(model, {}, None, min(16, len(model.layers)))
             with patches.applied():
                 peaks = {rows: step_peak(model, rows, width) for rows in (1, 8)}
             each = (peaks[8] - peaks[1]) / 7 / (width - 1) * 1000

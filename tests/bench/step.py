@@ -55,21 +55,22 @@ def plain_steps(folder: Path) -> Steps:
 def our_steps(folder: Path) -> Steps:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import models
-    from lora_finetune.adapters import adapters
+    from lora_finetune.adapters import loading
     from lora_finetune.mlx_patches import patches
-    from lora_finetune.training import losses, training_step
+    from lora_finetune.training import losses
+    from lora_finetune.training.step import Trainer
 
     model, _ = models.load_as_stored(folder)
-    adapters.adapt(model, {}, None, len(model.layers))
+    loading.adapt(model, {}, None, len(model.layers))
     loss = losses.make_loss(model)
     model.train()
-    step = training_step.make_step(model, loss, training_step.make_optimizer(model, 2e-5, {}))
+    trainer = Trainer(model, loss, 2e-5, {})
 
     def steps(tokens: np.ndarray, number: int) -> None:
         is_target = np.arange(tokens.shape[1])[None].repeat(len(tokens), 0) > 0
         with patches.applied():
             batches = iter([[(tokens, is_target)]] * number)
-            for _ in training_step.run_steps(step, batches, ahead=True):
+            for _ in trainer.steps(batches, ahead=lambda: True):
                 pass
 
     return steps

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402, F401
 from lora_finetune.demo import demo_model  # noqa: E402
-from lora_finetune.texts import dataset  # noqa: E402
+from lora_finetune.texts import dataset, tokenizing  # noqa: E402
 
 from mlx_lm import tokenizer_utils  # noqa: E402
 
@@ -56,8 +56,8 @@ def main() -> None:
         start = time.perf_counter()
         read = dataset.read(file, args.mask_prompt)
         number = len(read)
-        texts = dataset.render_entries(read, tokenizer, args.mask_prompt)
-        examples = dataset.tokenize(texts, tokenizer, add_eos=True, max_length=2048)
+        texts = dataset.render_rows(read, tokenizer, args.mask_prompt)
+        examples = tokenizing.tokenize(texts, tokenizer, add_eos=True, max_length=2048)
         seconds = time.perf_counter() - start
     print(
         f"{number} texts of {examples.lengths.mean():.0f} tokens: {seconds:.1f} s, "

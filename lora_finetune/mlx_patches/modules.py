@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.nn as nn
-from transformers import PretrainedConfig
 
 
 def replace(modules: Iterable[nn.Module], method: Callable, name: str = "__call__") -> None:
@@ -34,12 +33,7 @@ def subclass(kind: type, **attributes: Any) -> type:
 
 def around(original: Callable, method: Callable) -> Callable:
     """The function that calls `method(original, …)`; it has the signature of the original."""
-
-    @functools.wraps(original)
-    def answer(*args: Any, **options: Any) -> Any:
-        return method(original, *args, **options)
-
-    return answer
+    return functools.wraps(original)(lambda *args, **named: method(original, *args, **named))
 
 
 @contextmanager
@@ -67,36 +61,6 @@ def parameters_of(kind: type) -> list[str]:
     return list(inspect.signature(kind.__call__).parameters)[1:]
 
 
-def arguments(kind: type, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a module of a class, by name."""
-    return dict(zip(parameters_of(kind), args, strict=False)) | options
-
-
-# --- Biases -------------------------------------------------------------------------------------
-
-WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
-
-
-def take_biases(model: nn.Module, theirs: PretrainedConfig | None) -> None:
-    """Give linear layers and norms a bias where the folder has one, when weights are loaded.
-
-    Which layers have one is a setting in transformers that mlx-lm's models often do not know. A
-    bias of mlx-lm's model that the folder lacks is removed where some setting `…bias` is False;
-    otherwise loading reports it as missing.
-    """
-    settings = theirs.to_dict() if theirs else {}
-    may_lack = any(n.endswith("bias") and value is False for n, value in settings.items())
-
-    def taking(original: Callable, model: nn.Module, weights: list, strict: bool = True):
-        modules = dict(model.named_modules())
-        for name, array in weights:
-            path, _, last = name.rpartition(".")
-            if last == "bias" and isinstance(modules.get(path), WITH_BIAS):
-                modules[path].bias = array
-        given = {name for name, _ in weights}
-        for path, module in modules.items() if may_lack and strict else ():
-            if isinstance(module, WITH_BIAS) and f"{path}.bias" not in given:
-                module.pop("bias", None)
-        return original(model, weights, strict)
-
-    replace([model], taking, "load_weights")
+def arguments(module: nn.Module, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a module, by name."""
+    return dict(zip(parameters_of(type(module)), args, strict=False)) | options

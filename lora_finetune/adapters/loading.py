@@ -1,0 +1,142 @@
+"""An adapter from its file, in one of three forms, into a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import models
+from lora_finetune.adapters import mlx_lm, npz, peft
+from lora_finetune.adapters.npz import Adapter, named
+from lora_finetune.base.errors import UserError, warn
+from lora_finetune.model_folder.model_folder import read_object
+from lora_finetune.model_folder.transformers_names import MODEL_TYPES, checkpoint_name, module_name
+from models import attention_projections, is_linear, linear_shape, router_projections
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+
+def find_adapter(path: Path) -> Path:
+    """The adapter file that a path means: itself, or the one in a folder of mlx-lm or PEFT.
+
+    Raises:
+        UserError: a folder without one; names the files that might be meant.
+    """
+    if not path.is_dir():
+        return path
+    for name in (mlx_lm.FILE, peft.FILE):
+        if (path / name).is_file():
+            return path / name
+    files = sorted(file.name for file in path.iterdir() if file.suffix in (".npz", ".safetensors"))
+    name_one = f"name one of its files: {', '.join(files)}" if files else "it holds no adapter file"
+    raise UserError(f"{path} is a folder without {mlx_lm.FILE}; {name_one}")
+
+
+def read_adapter(file: Path) -> Adapter:
+    """Read an .npz file, or a .safetensors file of mlx-lm or PEFT with its adapter_config.json.
+
+    Returns:
+        For each adapted path, first layer first, A (d_in, r) and B (r, d_out), for scale 20.
+
+    Raises:
+        UserError: no such file, not a whole one, not pairs of matrices, or not plain LoRA.
+    """
+    if not file.is_file():
+        raise UserError(f"there is no adapter file {file}; name one that a run has saved")
+    arrays = npz.read_arrays(file)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error
+        if file.suffix == ".safetensors":
+            config = file.with_name("adapter_config.json")
+            if not config.is_file():
+                raise UserError(f"there is no {config.name} beside {file}, which tells its scale")
+            form = peft if any(name.startswith("base_model.") for name in arrays) else mlx_lm
+            arrays = form.read(file, arrays, read_object(config))
+        return npz.pair_arrays(file, arrays)
+
+
+def adapt(
+    model: nn.Module,
+    adapter: Adapter,
+    source: Path | None,
+    lora_layers: int | None,
+    rank: int | None = None,
+    scale: float = models.SCALE,
+) -> None:
+    """Put LoRA into a model: where the adapter read from `source` has it, or in the last layers.
+
+    With both an adapter and `lora_layers`, what the adapter lacks of those layers starts fresh.
+
+    Args:
+        rank: of what starts fresh; by default that of the adapter, else 8.
+        scale: what the adapter is for.
+
+    Raises:
+        UserError: the adapter is not for this model, or reaches outside those layers.
+    """
+    adapter = placed(source, adapter, model)
+    ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
+    if other := next((found for found in ranks.values() if rank not in (None, found)), None):
+        raise UserError(f"{source} has rank {other}, not --lora-rank {rank}; leave that out")
+    if lora_layers is not None:
+        ranks = with_fresh(model, ranks, source, lora_layers, rank)
+    models.add_lora(model, ranks, scale)
+    weights = [(name, mx.array(array)) for name, array in named(adapter).items()]
+    model.load_weights(weights, strict=False)
+
+
+def with_fresh(
+    model: nn.Module, ranks: dict[str, int], source: Path, lora_layers: int, rank: int | None
+) -> dict[str, int]:
+    """The ranks of an adapter's layers, and of those that start fresh in the last layers."""
+    if lora_layers > len(model.layers):
+        warn(f"the model has only {len(model.layers)} layers; all of them are adapted")
+    last = models.last_layers(model, lora_layers)
+    if outside := [path for path in ranks if not path.startswith(last)]:
+        raise UserError(
+            f"{source} adapts {outside[0]}, which is not in the last {lora_layers} layers; "
+            "raise --lora-layers, or leave it out to adapt what the file does"
+        )
+    rank = rank or next(iter(ranks.values()), models.RANK)
+    wanted = dict.fromkeys(models.find_targets(model, lora_layers), rank)
+    # Slices such as qkv_proj.q are not adapted again where the whole projection is.
+    wanted = {path: rank for path in wanted if path.rpartition(".")[0] not in ranks}
+    if ranks and (fresh := wanted.keys() - ranks.keys()):
+        warn(f"{source} lacks {len(fresh)} of {len(wanted)} adapted layers; they start fresh")
+    return wanted | ranks
+
+
+def placed(file: Path, adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter by the paths of a model, where it has transformers' names for them.
+
+    Raises:
+        UserError: some of it has no place in the model; names the first few.
+    """
+    shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
+    shapes |= dict([*attention_projections(model), *router_projections(model)])
+    if not adapter.keys() <= shapes.keys():
+        adapter = under_our_names(adapter, list(shapes))
+    wrong = []
+    for path, (a, b) in adapter.items():
+        if path not in shapes:
+            wrong.append(f"there is no linear layer {path}")
+        elif (b.shape[1], a.shape[0]) != shapes[path]:
+            wrong.append(
+                f"{path} maps {shapes[path][1]} to {shapes[path][0]} numbers, "
+                f"its A and B {a.shape[0]} to {b.shape[1]}"
+            )
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{file} is not for this model: {'; '.join(wrong[:3])}{more}")
+    return adapter
+
+
+def under_our_names(adapter: Adapter, paths: list[str]) -> Adapter:
+    """The adapter by some of the paths, if a type of model has its names for them."""
+    for model_type in MODEL_TYPES:
+        for name_of in (module_name, checkpoint_name):
+            names = name_of(model_type, "\n".join(paths)).split("\n")
+            found = dict(zip(names, paths, strict=True))
+            if adapter.keys() <= found.keys():
+                return {found[name]: pair for name, pair in adapter.items()}
+    return adapter

@@ -1,0 +1,242 @@
+"""An adapter merged into a whole model, which does what the adapted one does."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import models
+from lora_finetune.adapters import loading
+from lora_finetune.adapters.npz import Adapter
+from lora_finetune.base.errors import UserError, abbreviated
+from lora_finetune.model_folder.model_folder import read_object, text_settings
+from lora_finetune.model_folder.model_weights import read_weights
+from lora_finetune.model_folder.transformers_names import (
+    MODEL_TYPES,
+    ONE_WAY,
+    checkpoint_name,
+    is_written_by_mlx,
+)
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import dequantize_model
+
+Arrays = dict[str, mx.array]
+
+
+def check(model: nn.Module, base: Path) -> None:
+    """Raise ValueError where LoRA cannot be merged into the weights of its layers."""
+    for path, module in models.lora_modules(model).items():
+        if not models.can_merge(module.frozen):
+            raise ValueError(f"LoRA cannot be merged into {path}, as it is quantized")
+
+
+def check_float(model: nn.Module, base: Path) -> None:
+    """Raise ValueError where it cannot be merged, or not into a model for transformers."""
+    check(model, base)
+    if is_converted(base):
+        in_checkpoint(base, dequantize_model(models.load_as_stored(base)[0]))
+
+
+def is_converted(base: Path) -> bool:
+    """Whether a base has other arrays than transformers saves: it is quantized, or of MLX."""
+    settings = text_settings(read_object(base / "config.json"))
+    is_quantized = any(name.startswith("quantization") and value for name, value in settings)
+    return is_quantized or is_written_by_mlx(base)
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+def write(
+    folder: Path, base: Path, adapter: Adapter, expected: np.ndarray, dequantize: bool
+) -> None:
+    """Write a whole model with the adapter in its weights.
+
+    The base is loaded again as it is in its files. Only the adapted layers change: where they were
+    quantized, they are dequantized. Names and layouts are those of the base's files, or, where
+    `dequantize` asks for them, those of transformers.
+
+    Args:
+        expected: the `sample_logits` of the adapted model.
+        dequantize: whether the other layers are dequantized too.
+
+    Raises:
+        UserError: the merged model does something else.
+    """
+    model, used = models.load_as_stored(base)
+    loading.adapt(model, adapter, base, None)
+    noise = max(NOISE[models.float_type(m.frozen)] for m in models.lora_modules(model).values())
+    copy_others(base, folder)
+    if is_converted(base):
+        weights = rebuilt(folder, base, model, used, dequantize)
+    else:
+        weights = changed_arrays(base, model)
+    model.clear()  # so that each array is freed when it is written
+    write_weights(folder, weights, "mlx" if is_converted(base) and not dequantize else "pt")
+    error = difference(sample_logits(models.load(folder)[0]), expected)
+    if not error <= noise:
+        raise UserError(
+            "the merged model does not do what the adapted one does (its logits differ by "
+            f"{error:.1%}), so it was not kept; please report this with the name of the model"
+        )
+
+
+# The files of a base that come along: settings, tokenizers and what is said of it; no weights of
+# other kinds, which a pickle may be, and no programs.
+KEPT = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.tiktoken")
+KEPT += ("LICENSE*", "README.md")
+NOT_KEPT = ("hf_quant_config.json", "*.index.json")  # of the weights
+
+
+def copy_others(base: Path, folder: Path) -> None:
+    """Copy the files of a base that are neither weights nor programs."""
+    for file in {file for pattern in KEPT for file in base.glob(pattern)}:
+        if not any(map(file.match, NOT_KEPT)):
+            copy = folder / file.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def write_weights(folder: Path, weights: Arrays, written_by: str) -> None:
+    """Write weights in shards of at most 5 GB, with an index; the weights are used up."""
+    shards = split_state_dict_into_shards_factory(
+        weights,
+        get_storage_size=lambda array: array.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+    )
+    for file, names in shards.filename_to_tensors.items():
+        shard = {name: weights.pop(name) for name in names}
+        mx.save_safetensors(str(folder / file), shard, {"format": written_by})
+    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: bool) -> Arrays:
+    """The weights of a merged model as MLX has it; dequantized, as transformers has it.
+
+    Its configuration is written.
+
+    Args:
+        used: the configuration of the base in mlx-lm's words.
+    """
+    layers = {path: module.merged() for path, module in models.lora_modules(model).items()}
+    model.update_modules(tree_unflatten(list(layers.items())))
+    config = read_object(base / "config.json")
+    config = {name: value for name, value in config.items() if not name.startswith("quantization")}
+    if "quantization" in used and not dequantize:
+        quantization = used["quantization"] | dict.fromkeys(layers, False)
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if dequantize:
+        return in_checkpoint(base, dequantize_model(model))
+    return dict(tree_flatten(model.parameters()))
+
+
+# --- Names and layouts --------------------------------------------------------------------------
+
+
+def changed_arrays(base: Path, model: nn.Module) -> Arrays:
+    """The arrays in a base's files with the updates of an adapted model.
+
+    mlx-lm renames, turns, joins and splits arrays when it loads them (`sanitize`). The way back is
+    the gradient of that with the updates as cotangents, since numbers are only put elsewhere. Sums
+    are made in float32 and rounded once, to the type of the array.
+    """
+    updates, arrays = {}, read_weights(base)
+    for path, module in models.lora_modules(model).items():
+        a, b = module.pair()
+        updates[path] = models.SCALE * (a @ b).T
+    names = [name for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)]
+    wide = [arrays[name].astype(mx.float32) for name in names]
+
+    def weights(*values: mx.array) -> list[mx.array]:
+        made = models.as_loaded(base, arrays | dict(zip(names, values, strict=True)))
+        return [made[f"{path}.weight"] for path in updates]
+
+    _, gradients = mx.vjp(weights, wide, list(updates.values()))
+    changed = [array + gradient for array, gradient in zip(wide, gradients, strict=True)]
+    return arrays | {n: a.astype(arrays[n].dtype) for n, a in zip(names, changed, strict=True)}
+
+
+def in_checkpoint(base: Path, model: nn.Module) -> Arrays:
+    """The weights of a base's model by the names and in the layouts of transformers' checkpoints.
+
+    Raises:
+        ValueError: they are not known.
+    """
+    config, weights = read_object(base / "config.json"), dict(tree_flatten(model.parameters()))
+    model_type = config["model_type"]
+    if "text_config" in config:
+        raise ValueError(
+            f"mlx-lm reads only the language model of {base}, and transformers wants the rest too"
+        )
+    if left := [path for path, module in model.named_modules() if "scales" in module]:
+        raise ValueError(f"mlx-lm cannot dequantize {abbreviated(left)}")
+    if model_type not in set(MODEL_TYPES) - ONE_WAY:
+        raise ValueError(f"how transformers has the weights of {model_type} models is not known")
+    zeros = {name: mx.zeros_like(array) for name, array in weights.items()}
+    again = models.as_loaded(base, moved_arrays(model_type, zeros))
+    if wrong := [
+        name for name in zeros if name not in again or again[name].shape != zeros[name].shape
+    ]:
+        raise ValueError(f"how transformers has {abbreviated(wrong)} of {base} is not known")
+    # What is not 0 then, mlx-lm adds itself: 1 to some norms.
+    weights = {name: a - again[name] if a.ndim == 1 else a for name, a in weights.items()}
+    return moved_arrays(model_type, weights)
+
+
+def moved_arrays(model_type: str, weights: Arrays) -> Arrays:
+    """Weights as in a checkpoint: experts one by one, kernels of convolutions last."""
+    found = {}
+    for name, array in weights.items():
+        there = checkpoint_name(model_type, name)
+        if array.ndim == 3 and (expert := re.fullmatch(r"(.*\.experts)(\.\w+\.weight)", there)):
+            found |= {f"{expert[1]}.{n}{expert[2]}": each for n, each in enumerate(array)}
+        elif model_type == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", there):
+            found[there] = array.T
+        elif array.ndim == 3 and "conv" in name:
+            found[there] = array.moveaxis(2, 1)
+        else:
+            found[there] = array[None] if name.endswith((".alpha_n", ".alpha_p")) else array
+    for name in list(found):
+        if gate := re.fullmatch(r"(.*\.(?:input_linear|gate_up_proj))\.gate(\.weight)?", name):
+            up = found.pop(f"{gate[1]}.up{gate[2] or ''}")
+            found[f"{gate[1]}{gate[2] or ''}"] = mx.concatenate([found.pop(name), up], axis=-2)
+        elif name.endswith(".embed_q.weight"):  # the keys' rows of kv_b_proj, by heads
+            values = found.pop(name.replace(".embed_q.", ".unembed_out."))
+            both = mx.concatenate([found.pop(name).swapaxes(1, 2), values], axis=1)
+            found[name.replace(".embed_q.", ".kv_b_proj.")] = both.flatten(0, 1)
+    return found
+
+
+# --- What it does -------------------------------------------------------------------------------
+
+SAMPLE = mx.arange(1, 17)[None]  # tokens to compare two models on
+
+# How far apart rounding may bring the logits of two models with weights of these types.
+NOISE = {mx.float32: 1e-3, mx.float16: 0.02, mx.bfloat16: 0.1}
+
+
+def sample_logits(model: nn.Module) -> np.ndarray:
+    """The logits for SAMPLE less their mean, (tokens, vocabulary), float32."""
+    model.eval()
+    logits = model(SAMPLE)[0].astype(mx.float32)
+    logits = mx.where(mx.isfinite(logits), logits, 0)  # some are −∞, for tokens that never come
+    return np.array(logits - logits.mean(axis=-1, keepdims=True))
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """How far logits are from others, relative to the spread of these.
+
+    The median over the tokens, for some of which a router may choose another expert.
+    """
+    distance = np.square(found - expected).mean(axis=-1) / np.square(expected).mean(axis=-1)
+    return float(np.sqrt(np.median(distance)))

@@ -1,0 +1,85 @@
+"""An adapter as mlx_lm.lora writes it: adapters.safetensors, and the scale beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import models
+from lora_finetune.adapters.npz import Adapter, named
+from lora_finetune.base.errors import UserError
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+FILE = "adapters.safetensors"
+
+
+def read(
+    file: Path, arrays: dict[str, np.ndarray], config: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """The arrays of an adapter for scale 20; raises UserError where its own is not known."""
+    try:
+        scale = np.float32(config["lora_parameters"]["scale"] / models.SCALE)
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{file.with_name('adapter_config.json')} names no scale under lora_parameters, as "
+            "mlx-lm's does; copy it again"
+        ) from None
+    return {name: a * scale if name.endswith(".lora_b") else a for name, a in arrays.items()}
+
+
+def check(model: nn.Module, base: Path) -> None:
+    """Raise ValueError where mlx-lm has no LoRA: routers, and layers of a model's own kind."""
+    for path, module in models.lora_modules(model).items():
+        kinds = (nn.Linear, nn.QuantizedLinear)
+        if not isinstance(module.frozen, kinds) or hasattr(module.frozen, "to_lora"):
+            raise ValueError(f"mlx-lm has no LoRA for {path}, which is no plain linear layer")
+
+
+def write(folder: Path, adapter: Adapter, layers: list[str], base: str) -> None:
+    """Write an adapter; mlx-lm adapts the modules of certain names in the last layers.
+
+    Args:
+        layers: the paths of all layers of the model.
+        base: the name of the model.
+    """
+    adapter = of_one_rank(adapter)
+    rank = next(iter(adapter.values()))[0].shape[1]
+    starts = [f"{layer}." for layer in layers]
+    keys = {path.removeprefix(next(filter(path.startswith, starts), "")) for path in adapter}
+    adapted = [n for n, start in enumerate(starts) if any(p.startswith(start) for p in adapter)]
+    config = {
+        "model": base,
+        "fine_tune_type": "lora",
+        "num_layers": len(layers) - min(adapted, default=len(layers)),
+        "lora_parameters": {
+            "rank": rank,
+            "scale": models.SCALE,
+            "alpha": models.SCALE * rank,  # for Ollama, which knows no scale
+            "dropout": 0.0,
+            "keys": sorted(keys),
+        },
+    }
+    write_files(folder / FILE, named(adapter), "mlx", config)
+
+
+def of_one_rank(adapter: Adapter) -> Adapter:
+    """The same updates, all of the highest rank among them: the others get rows of zeros."""
+    rank = max(a.shape[1] for a, _ in adapter.values())
+    return {
+        path: (np.pad(a, ((0, 0), (0, rank - len(b)))), np.pad(b, ((0, rank - len(b)), (0, 0))))
+        for path, (a, b) in adapter.items()
+    }
+
+
+def write_files(
+    file: Path, arrays: dict[str, np.ndarray], written_by: str, config: dict[str, Any]
+) -> None:
+    """Write a .safetensors file, and the configuration beside it."""
+    arrays = {name: mx.array(array) for name, array in arrays.items()}
+    mx.save_safetensors(str(file), arrays, {"format": written_by})
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    file.with_name("adapter_config.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,103 @@
+"""An adapter as this program saves it: an .npz file with A and B of each layer, for scale 20."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import models
+from lora_finetune.base.errors import UserError
+from lora_finetune.base.files import atomic_write
+from models import natural_order
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a layer -> A (d_in, r), B (r, d_out)
+
+
+def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
+
+
+def file_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The trainable parameters as adapter files hold them: another scale is folded into B."""
+    modules = model.named_modules()
+    return named({path: m.pair() for path, m in modules if isinstance(m, models.LowRank)})
+
+
+def named(adapter: Adapter) -> dict[str, np.ndarray]:
+    """The arrays of an adapter by mlx-lm's names for them; `pair_arrays` undoes it."""
+    return {
+        f"{path}.{name}": np.array(array)
+        for path, pair in adapter.items()
+        for name, array in zip(("lora_a", "lora_b"), pair, strict=True)
+    }
+
+
+def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
+    """The adapter in the named arrays of a file, first layer first.
+
+    Raises:
+        UserError: they are not pairs of finite matrices.
+    """
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    for name in sorted(arrays, key=natural_order):
+        path, _, which = name.rpartition(".")
+        pairs.setdefault(path, {})[which] = arrays[name]
+    adapter = {}
+    for path, pair in pairs.items():
+        if pair.keys() != {"lora_a", "lora_b"}:
+            raise UserError(f"{file} has {path}.{' and '.join(pair)}, not a lora_a and its lora_b")
+        a, b = pair["lora_a"], pair["lora_b"]
+        matrices = a.ndim == b.ndim == 2 and a.dtype.kind == b.dtype.kind == "f"
+        if not (matrices and a.shape[1] == b.shape[0] > 0):
+            raise UserError(f"{file}: {path} is not a pair of matrices (d_in, r) and (r, d_out)")
+        adapter[path] = a, b = a.astype(np.float32), b.astype(np.float32)
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise UserError(f"{file}: {path} holds numbers that are not finite")
+    if not adapter:
+        raise UserError(f"{file} holds no arrays; name the file of an adapter")
+    return adapter
+
+
+def rescaled(adapter: Adapter, old: float, new: float) -> Adapter:
+    """The same adapter for another scale, with other B's."""
+    return {path: (a, b * np.float32(old / new)) for path, (a, b) in adapter.items()}
+
+
+def npz_content(arrays: dict[str, np.ndarray]) -> bytes:
+    """The bytes of an .npz file."""
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz file, whole or not at all."""
+    with atomic_write(file) as [stream]:
+        np.savez(stream, **arrays)
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz or .safetensors file; nothing pickled is loaded.
+
+    Raises:
+        UserError: it is not a whole file of plain arrays.
+    """
+    try:
+        if file.suffix != ".safetensors":
+            with warnings.catch_warnings(), np.load(file, allow_pickle=False) as archive:
+                warnings.simplefilter("ignore")  # the error is enough
+                return {name: np.asarray(array) for name, array in archive.items()}
+        arrays = {name: array.astype(mx.float32) for name, array in mx.load(str(file)).items()}
+        return {name: np.array(array) for name, array in arrays.items()}  # NumPy has no bfloat16
+    except Exception:  # zipfile, zlib, NumPy and MLX each raise in their own way on a damaged file
+        kind = file.suffix if file.suffix == ".safetensors" else ".npz"
+        raise UserError(
+            f"{file} is not a whole {kind} file of plain arrays; copy it again (`git lfs pull` "
+            "does where it is a Git LFS pointer)"
+        ) from None

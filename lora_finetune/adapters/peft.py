@@ -1,0 +1,125 @@
+"""An adapter as PEFT writes it, which vLLM and llama.cpp read too.
+
+Its A is (r, d_in) and its B (d_out, r); its scale is lora_alpha / r, or lora_alpha / sqrt(r) with
+rsLoRA.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import models
+from lora_finetune.adapters.mlx_lm import of_one_rank, write_files
+from lora_finetune.adapters.npz import Adapter
+from lora_finetune.base.errors import UserError, abbreviated, hint
+from lora_finetune.model_folder.model_folder import read_object
+from lora_finetune.model_folder.model_weights import read_weights
+from lora_finetune.model_folder.transformers_names import (
+    MODEL_TYPES,
+    is_unused,
+    is_written_by_mlx,
+    module_name,
+)
+
+import mlx.nn as nn
+import numpy as np
+
+FILE = "adapter_model.safetensors"
+
+# The names of A and B, in some versions with that of the adapter, "default".
+NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(\.default)?\.weight")
+
+# Initializations for which PEFT changes the weights of the base.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read(
+    file: Path, arrays: dict[str, np.ndarray], config: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """The arrays of an adapter as mlx-lm names and shapes them, for scale 20.
+
+    Raises:
+        UserError: it is more than LoRA, or its scale is not known.
+    """
+    where, found = file.with_name("adapter_config.json"), {}
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(CHANGES_BASE):
+        raise UserError(
+            f"{where} has init_lora_weights {start!r}, for which PEFT changed the base weights; "
+            "convert it to plain LoRA there (path_initial_model_for_weight_conversion)"
+        )
+    for name, array in arrays.items():
+        match = NAME.fullmatch(name)
+        if not match:
+            raise UserError(f"{file} holds {name}, which is not of plain LoRA; only that is read")
+        path, which = match[1], match[2].lower()
+        if which == "b":
+            try:
+                array = array * np.float32(scale(path, array.shape[1], config) / models.SCALE)
+            except (KeyError, IndexError, TypeError, AttributeError, re.error):
+                raise UserError(f"{where} is not as PEFT writes it; copy it again") from None
+        found[f"{path}.lora_{which}"] = array.T
+    return found
+
+
+def scale(path: str, rank: int, config: dict[str, Any]) -> float:
+    """The scale of one layer, whose lora_alpha a pattern may set."""
+    patterns = config.get("alpha_pattern") or {}
+    fitting = (a for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
+    alpha = next(fitting, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def module_names(model: nn.Module, base: Path) -> dict[str, str]:
+    """The names of transformers' modules, which PEFT adapts, by the paths of the adapted layers.
+
+    Where transformers has no such model in its own code, these are the names of the checkpoint.
+
+    Raises:
+        ValueError: they are not known, or LoRA has no effect there.
+    """
+    paths, model_type = models.lora_modules(model), read_object(base / "config.json")["model_type"]
+    if unused := [path for path in paths if is_unused(model_type, path)]:
+        raise ValueError(f"in PEFT LoRA of {unused[0]} has no effect: transformers never calls it")
+    if model_type in MODEL_TYPES:
+        return {path: module_name(model_type, path) for path in paths}
+    arrays = {} if is_written_by_mlx(base) else read_weights(base)
+    for path in paths:
+        if f"{path}.weight" not in arrays:
+            raise ValueError(f"it is not known what transformers calls {path} of {model_type}")
+    return {path: path for path in paths}
+
+
+def write(folder: Path, adapter: Adapter, base: str) -> None:
+    """Write an adapter whose paths are the names of transformers' modules.
+
+    Args:
+        base: the name of the model.
+    """
+    arrays, adapter = {}, of_one_rank(adapter)
+    for path, (a, b) in adapter.items():
+        arrays[f"base_model.model.{path}.lora_A.weight"] = a.T
+        arrays[f"base_model.model.{path}.lora_B.weight"] = b.T
+    # In transformers a router is no linear layer, and PEFT adapts the parameter.
+    routers = [path for path in adapter if path.rpartition(".")[2] in models.ROUTERS]
+    if routers:
+        hint(
+            f"PEFT takes the routers ({abbreviated(routers)}) as target_parameters; other tools, "
+            "and versions of transformers that name them otherwise, may leave them out"
+        )
+    rank = next(iter(adapter.values()))[0].shape[1]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(models.SCALE * rank),
+        "lora_dropout": 0.0,
+        "target_modules": [path for path in adapter if path not in routers],
+        "target_parameters": [f"{path}.weight" for path in routers] or None,
+        "bias": "none",
+    }
+    write_files(folder / FILE, arrays, "pt", config)

@@ -1,0 +1,158 @@
+"""The configuration of a run: the command line's flags, and what is derived from them alone."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lora_finetune.base.command_line import in_project
+from lora_finetune.base.errors import is_unicode, warn
+
+FORMS = ("mlx-lm", "peft", "merged", "merged-float")  # of --export
+PROMPT_FORMATS = ("auto", "raw", "chat", "qa")
+
+
+def result() -> Any:
+    """A flag that changes the result of training: compared when a run is resumed."""
+    return field(metadata={"result": True, "training": True})
+
+
+def training() -> Any:
+    """A flag of training that leaves its result alone, or that the adapter's file tells anew."""
+    return field(metadata={"training": True})
+
+
+def path() -> Any:
+    """Where something of training is: may differ between the machines of one run."""
+    return field(metadata={"training": True, "own": True})
+
+
+def own() -> Any:
+    """A flag of generation and export, which the first process does alone."""
+    return field(metadata={"own": True})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags of the command line under their own names, as `train_lora.py --help` has them.
+
+    `iters` is None where epochs count, `lora_layers` where the adapter file to resume decides, and
+    `start_iter` where the state beside it does. `typed` names the flags that were typed.
+    """
+
+    train: bool
+    test: bool
+    model: str | None = path()
+    data: str = path()
+    adapter_file: str = path()
+    resume_adapter_file: str | None = own()
+    add_eos_token: int = result()
+    seed: int = result()
+    batch_size: int = result()
+    learning_rate: float = result()
+    val_batches: int = result()
+    max_seq_length: int = result()
+    mask_prompt: bool = result()
+    lora_scale: float | None = result()
+    plain: bool = result()
+    lora_layers: int | None = training()
+    lora_rank: int | None = training()
+    epochs: int = training()
+    iters: int | None = training()
+    steps_per_report: int = training()
+    steps_per_eval: int = training()
+    save_every: int = training()
+    patience: int | None = training()
+    start_iter: int | None
+    test_batches: int
+    prompt: list[str] | None = own()
+    prompt_format: str = own()
+    system: str | None = own()
+    max_tokens: int = own()
+    temp: float = own()
+    export: list[list[str]] | None = own()
+    typed: frozenset[str] = own()
+
+    def flags(self, mark: str, marked: bool = True) -> dict[str, Any]:
+        """The flags of which `mark` ("result", "training", "own") is true, or is not."""
+        names = [f.name for f in fields(self) if f.metadata.get(mark, False) == marked]
+        return {flag_name(name): getattr(self, name) for name in names}
+
+    def command_to_go_on(self, adapter: str) -> str:
+        """The command line that trains this adapter for twice as long."""
+        flags = {n: v for n, v in self.flags("training").items() if self.is_typed(n)}
+        length = {"--iters": 2 * self.iters} if self.iters else {"--epochs": 2 * self.epochs}
+        return command({"--train": True} | flags | length | {"--resume-adapter-file": adapter})
+
+    def is_typed(self, flag: str) -> bool:
+        name = flag.removeprefix("--").replace("-", "_")
+        return name in self.typed or getattr(self, name) is True
+
+
+def flag_name(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def command(flags: dict[str, Any]) -> str:
+    """A command line of this program, quoted for the shell; None and False are left out."""
+    words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    for flag, value in flags.items():
+        if value is None or value is False:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        values = [str(value) for value in values]
+        if len(values) == 1 and values[0].startswith("-"):
+            words.append(f"{flag}={values[0]}")
+        else:
+            words += [flag, *(f"./{v}" if v.startswith("-") else v for v in values)]
+    return shlex.join(words)
+
+
+def read_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Config:
+    """Parse the command line, and check the flags against each other; errors end the program.
+
+    A default path is one in this project, wherever the program is called from.
+    """
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    for name in {"data", "adapter_file"} - args.typed:
+        setattr(args, name, in_project(getattr(args, name)))
+    if {"iters", "epochs"} <= args.typed:
+        warn(f"--iters {args.iters} is ignored, since --epochs {args.epochs} is given too")
+        args.iters = None
+    is_saved = args.train or not Path(args.adapter_file).exists()
+    if is_saved and not args.adapter_file.endswith(".npz"):
+        args.adapter_file += ".npz"
+        if args.train:
+            warn(f"adapters are saved as .npz files, so this one is {args.adapter_file}")
+    if args.resume_adapter_file and "lora_layers" not in args.typed:
+        args.lora_layers = None
+    if "start_iter" not in args.typed:
+        args.start_iter = None
+    return Config(**vars(args))
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error where flags do not go together."""
+    if not (args.train or args.test or args.prompt or args.export):
+        parser.error(
+            "nothing to do: ask for --train, --test, --prompt or --export, or several of them"
+        )
+    for name, texts in {"prompt": args.prompt or [], "system": [args.system or ""]}.items():
+        if not all(map(is_unicode, texts)):
+            parser.error(f"argument --{name}: is not UTF-8")
+    if args.prompt and args.prompt.count("-") > 1:
+        parser.error("argument --prompt: - can be given once")
+    if args.system and not (args.prompt and args.prompt_format in ("auto", "chat")):
+        parser.error("argument --system: is for a --prompt in the chat form")
+    if args.resume_adapter_file and not args.train:
+        parser.error("argument --resume-adapter-file: resumes training, so it needs --train")
+    if not args.train and (flags := {"lora_rank", "lora_scale"} & args.typed):
+        parser.error(f"argument {flag_name(min(flags))}: is for training; an adapter has its own")
+    for form, folder in args.export or []:
+        if form not in FORMS or not folder:
+            parser.error(f"argument --export: takes a form ({', '.join(FORMS)}) and a folder")

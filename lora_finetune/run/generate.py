@@ -1,0 +1,83 @@
+"""Prompts and their continuations, printed as they are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import models
+from lora_finetune.base import memory
+from lora_finetune.base.errors import UserError
+from lora_finetune.mlx_patches import rope
+from lora_finetune.run.config import Config
+from lora_finetune.texts import prompts
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import stream_generate
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+def generate_all(
+    config: Config, model: nn.Module, tokenizer: TokenizerWrapper, asked: list[prompts.Prompt],
+    vocab_size: int,
+) -> None:  # fmt: skip
+    """Generate after each prompt, with LoRA in the weights where they are not quantized."""
+    with models.merged(model) if asked else nullcontext():
+        for prompt in asked:
+            generate(model, tokenizer, prompt, vocab_size, config.temp, config.seed)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: prompts.Prompt,
+    vocab_size: int,
+    temperature: float,
+    seed: int,
+) -> None:
+    """Print the prompt, its continuation as it is generated, and a line with tokens per second."""
+    print("Generating", flush=True)
+    model.eval()
+    mx.random.seed(seed)
+    tokenizer.eos_token_ids |= prompt.end_tokens
+    print(prompt.text, end="", flush=True)
+    tokens, begun, before_space = [], False, tokenizer.decode(prompt.tokens) + " "
+    for part in stream(model, tokenizer, prompt, vocab_size, temperature):
+        text = part.text
+        tokens.append(part.token)
+        if text and not begun and tokenizer.decode(prompt.tokens + tokens).startswith(before_space):
+            text = " " + text.lstrip(" ")  # which mlx-lm strips from the first word
+        begun = begun or bool(text)
+        if part.finish_reason:
+            text = text.rstrip("\ufffd")  # a character that --max-tokens cut through
+        print(text, end="", flush=True)
+    print(f"\n========== {part.generation_tokens} tokens, {part.generation_tps:.3f} tokens/sec")
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: prompts.Prompt,
+    vocab_size: int,
+    temperature: float,
+) -> Iterator[GenerationResponse]:
+    """The continuation of a prompt; raises UserError at a token that the tokenizer lacks.
+
+    Args:
+        vocab_size: some models have logits for more tokens, which never come.
+    """
+    sample = make_sampler(temp=temperature)
+    try:
+        advice = memory.device_errors("shorten the prompt or lower --max-tokens")
+        with advice, rope.text_lengths(len(prompt.tokens)):
+            yield from stream_generate(
+                model, tokenizer, prompt.tokens, max_tokens=prompt.max_tokens,
+                sampler=lambda log_probabilities: sample(log_probabilities[..., :vocab_size]),
+            )  # fmt: skip
+    except (TypeError, IndexError) as error:  # mlx-lm's, by the kind of its detokenizer
+        raise UserError(
+            "the model generated a token that its tokenizer does not have; download both again"
+        ) from error

@@ -1,0 +1,160 @@
+"""What a run tells: lines while it trains, a picture of its losses, a summary, what to do next."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import count
+from typing import Any
+
+from lora_finetune.base.errors import UserError, first_line, warn
+from lora_finetune.base.files import atomic_write
+from lora_finetune.run.checkpoint import Progress
+from lora_finetune.run.config import Config, command
+from lora_finetune.run.run import Run
+from lora_finetune.texts import batching
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+
+def print_line(line: str) -> None:
+    """Print a line at once, above the progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def print_data(config: Config, training: batching.Examples) -> None:
+    """Print the size of the training set, and how much of an epoch is padding."""
+    lengths = training.lengths
+    padding = batching.padding_share(lengths, config.batch_size, config.seed, training.max_length)
+    print(
+        f"Training: {len(training)} examples, {len(training.tokens)} tokens, longest",
+        f"{lengths.max()}, {training.num_truncated} cut, {padding:.1%} padding an epoch",
+        flush=True,
+    )
+
+
+def report_training(run: Run) -> None:
+    """Report the training loss and speed since the last report, and begin new sums."""
+    progress = run.progress
+    numbers = {
+        "train_loss": progress.total / max(progress.tokens, 1),
+        "it_per_sec": progress.steps / progress.seconds,
+        "tokens_per_sec": progress.tokens / progress.seconds,
+        "peak_mem_gb": mx.get_peak_memory() / 1e9,
+    }
+    print_line(
+        f"Iter {progress.iteration}: Train loss {numbers['train_loss']:.3f}, "
+        f"It/sec {numbers['it_per_sec']:.3f}, Tokens/sec {numbers['tokens_per_sec']:.3f}, "
+        f"Peak mem {numbers['peak_mem_gb']:.3f} GB"
+    )
+    run.add_to_log({"iter": progress.iteration} | numbers | {"tokens": progress.trained_tokens})
+    progress.reset_sums()
+
+
+# --- The picture --------------------------------------------------------------------------------
+
+
+def draw_losses(run: Run) -> None:
+    """Draw the training and validation loss of a run over its iterations, as its log has them.
+
+    Nothing is drawn of fewer than two training reports; a picture that cannot be drawn is a
+    warning.
+    """
+    if not run.writes or run.pending_log is not None or not run.log.is_file():
+        return
+    try:
+        lines = run.log.read_text(encoding="utf-8").splitlines()
+        entries = [entry for entry in map(json.loads, lines) if "iter" in entry]
+        training = [entry for entry in entries if entry.get("train_loss") is not None]
+        if len(training) < 2:
+            return
+        from matplotlib.figure import Figure  # not above: it takes long, and not every run draws
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        plot_losses(figure, training, [e for e in entries if e.get("val_loss") is not None])
+        with atomic_write(run.picture) as [stream]:
+            figure.savefig(stream, format="png", dpi=150)
+    except (ImportError, UserError, RuntimeError, ValueError, OSError) as error:
+        warn(f"the losses are in {run.log}, but not drawn: {first_line(error)}")
+
+
+def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> None:
+    """Training as a thin line, validation dashed with points, the best marked with a star.
+
+    Told apart without colour. On the upper axis are the target tokens seen.
+    """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes = figure.subplots()
+    iterations, losses = zip(*((e["iter"], e["train_loss"]) for e in training), strict=True)
+    axes.plot(iterations, losses, color="0.55", linewidth=1, label="training")
+    if validation:
+        # The first comes before the first step, and has its number.
+        points = [(e["iter"] if i else 0, e["val_loss"]) for i, e in enumerate(validation)]
+        marker = "o" if len(points) <= 60 else None
+        axes.plot(
+            *zip(*points, strict=True), "--", color="black", marker=marker, markersize=4,
+            label="validation",
+        )  # fmt: skip
+        at, best = min(points, key=lambda point: point[1])
+        label = f"best: {best:.3f} at iteration {at}"
+        axes.plot(at, best, "*", color="black", markersize=14, label=label)
+    axes.set_xlabel("Iteration")
+    axes.set_ylabel("Loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.legend()
+    tokens = [0, *(entry["tokens"] for entry in training)]
+    seen = axes.secondary_xaxis(
+        "top",
+        functions=(
+            lambda x: np.interp(x, [0, *iterations], tokens),
+            lambda x: np.interp(x, tokens, [0, *iterations]),
+        ),
+    )
+    seen.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    seen.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.0f}"))
+    seen.set_xlabel("Target tokens seen")
+
+
+# --- The end ------------------------------------------------------------------------------------
+
+
+def print_outcome(config: Config, run: Run) -> None:
+    """Print what training came to, and the commands that ask, go on with and export its result."""
+    progress = run.progress
+    best = run.best if run.best.is_file() else run.adapter
+    use = {"--model": config.model, "--adapter-file": run.adapter}
+    if progress.best_iteration != progress.iteration:
+        use["--adapter-file"] = best
+    names = (run.adapter.with_suffix(f".merged{number or ''}") for number in count())
+    merged = next(name for name in names if not name.exists())
+    lines = [
+        summary(progress),
+        f"Ask it:    {command(use | {'--prompt': '안녕하세요?'})}",
+        f"Go on:     {config.command_to_go_on(run.adapter)}",
+        f"Export it: {command(use | {'--export': ['merged', merged]})}",
+    ]
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def summary(progress: Progress) -> str:
+    """A run in one line: its validation losses, iterations, tokens and time."""
+    found = [
+        f"{loss:.3f} {when}"
+        for loss, when in [
+            (progress.first_loss, "before"),
+            (progress.last_loss, "after"),
+            (progress.best_loss, f"at best (iteration {progress.best_iteration})"),
+        ]
+        if np.isfinite(loss)
+    ]
+    minutes, seconds = divmod(round(progress.trained_seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    time = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    return (
+        f"Validation loss {', '.join(found)}; {progress.iteration} iterations, "
+        f"{progress.trained_tokens:,} tokens, {time.removeprefix('0 min ')} of training."
+    )
