@@ -13,6 +13,7 @@ from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches.modules import parameters_of, subclass
 from lora_finetune.model_folder.model_config import SAME, pytorch_program
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from transformers import PretrainedConfig
