@@ -38,7 +38,8 @@ from lora_finetune.base.errors import (
 from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import patches, rope
-from lora_finetune.model_folder import model_folder
+from lora_finetune.mlx_patches.loading import Limits, find_limits
+from lora_finetune.model_folder.files import context_length, find_model, fingerprints, public_name
 from lora_finetune.run import checkpoint, generate, report
 from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
 from lora_finetune.run.run import Run, must_agree, open_run
@@ -152,10 +153,10 @@ def run(config: Config, group: Group) -> None:
     # Load.
     prepare_device(group)
     with group.first_here():
-        folder = model_folder.find_model(config.model or str(demo_model.fetch()))
+        folder = find_model(config.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
     model, tokenizer = models.load(folder)
-    limits, identity = models.find_limits(model), models.fingerprints(model, folder)
+    limits, identity = find_limits(model), fingerprints(model, folder)
 
     # Adapt.
     adapt(this, model)
@@ -165,7 +166,7 @@ def run(config: Config, group: Group) -> None:
     settle_settings(this, files, tokenizer, identity)
     asked = encode_prompts(this, texts, tokenizer, limits)
     examples = read_examples(config, files, tokenizer, limits)
-    warn_beyond_context(examples, asked, model_folder.context_length(folder))
+    warn_beyond_context(examples, asked, context_length(folder))
     group.compare(must_agree(this, model, examples, identity))
 
     # Train and test.
@@ -182,7 +183,7 @@ def run(config: Config, group: Group) -> None:
     # Generate and export, in the first process alone.
     if group.is_first:
         generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
-        export.write_all(exports, model, folder, model_folder.public_name(config.model, folder))
+        export.write_all(exports, model, folder, public_name(config.model, folder))
         if config.train:
             report.print_outcome(config, this)
 
@@ -244,7 +245,7 @@ def settle_settings(
 
 
 def encode_prompts(
-    this: Run, texts: list[str], tokenizer: TokenizerWrapper, limits: models.Limits
+    this: Run, texts: list[str], tokenizer: TokenizerWrapper, limits: Limits
 ) -> list[prompts.Prompt]:
     asked, learnt, system = (
         this.config.prompt_format,
@@ -255,7 +256,7 @@ def encode_prompts(
 
 
 def read_examples(
-    config: Config, files: Files, tokenizer: TokenizerWrapper, limits: models.Limits
+    config: Config, files: Files, tokenizer: TokenizerWrapper, limits: Limits
 ) -> dict[str, batching.Examples]:
     is_typed, add_eos = config.is_typed("max_seq_length"), bool(config.add_eos_token)
     length = tokenizing.text_length(config.max_seq_length, is_typed, limits.max_positions)

@@ -16,6 +16,7 @@ import models
 import tiny
 from lora_finetune.adapters import loading, npz
 from lora_finetune.base.errors import UserError
+from lora_finetune.mlx_patches.loading import Limits, find_limits
 from lora_finetune.training import losses
 from lora_finetune.training import step as training_step
 
@@ -113,13 +114,13 @@ def test_the_limits_of_every_architecture_are_the_rows_of_its_embeddings(name: s
     inner = config.get("text_config", config)
     size = inner.get("vocab_size", inner.get("num_vocab", 128))
     is_learnt = name in ("gpt2", "gpt_bigcode")
-    expected = models.Limits(size, config["n_positions"] if is_learnt else np.inf)
+    expected = Limits(size, config["n_positions"] if is_learnt else np.inf)
     model = build(name)
     for _ in range(2):  # the first call leaves the model as it was
-        assert models.find_limits(model) == expected
+        assert find_limits(model) == expected
     if name in ADAPTED and name not in NOT_QUANTIZED:
         quantize(model, 4)
-        assert models.find_limits(model) == expected
+        assert find_limits(model) == expected
 
 
 @pytest.mark.parametrize("name", sorted(set(BUILT) - set(ADAPTED)))

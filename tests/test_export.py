@@ -22,6 +22,7 @@ from lora_finetune.adapters import export, loading, npz
 from lora_finetune.adapters import mlx_lm as mlx_lm_form
 from lora_finetune.base.errors import Interrupted
 from lora_finetune.base.signals import raising_signals
+from lora_finetune.model_folder.weights import read_weights
 from test_architectures import ADAPTED, ARCHITECTURES, adapt, build, logits
 from test_errors import one_error
 
@@ -117,7 +118,7 @@ def test_every_form_says_what_the_adapter_says(
 
 def quantized_layers(folder: Path) -> set[str]:
     """The weights that are quantized in a model's folder."""
-    names = set(models.read_weights(folder))
+    names = set(read_weights(folder))
     return {n.replace(".scales", ".weight") for n in names if n.endswith(".scales")}
 
 
@@ -193,7 +194,7 @@ def test_merged_weights_have_the_type_of_the_base(
     make_adapter(tmp_path / "a.npz", base)
     flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
     assert call(*flags, "--export", "merged", tmp_path / "out").returncode == 0
-    assert {array.dtype for array in models.read_weights(tmp_path / "out").values()} == {dtype}
+    assert {array.dtype for array in read_weights(tmp_path / "out").values()} == {dtype}
 
 
 def test_after_training_the_exported_adapter_is_that_of_the_last_iteration(

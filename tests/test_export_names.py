@@ -12,6 +12,8 @@ import models
 import tiny
 from conftest import Run
 from lora_finetune.adapters import export, loading, merged, peft
+from lora_finetune.mlx_patches.loading import as_loaded, load_as_stored
+from lora_finetune.model_folder.weights import read_weights
 from test_export import make_adapter, make_base, randomize
 from test_model_config import REFERENCE, write_folder
 
@@ -39,7 +41,7 @@ def adapted_in(folder: Path) -> nn.Module:
 
 def written_by_mlx(folder: Path, base: Path) -> Path:
     """A folder as mlx-community has them, made from one of transformers."""
-    model, _ = models.load_as_stored(base)
+    model = load_as_stored(base)[0]
     save_model(folder, model)
     save_config(json.loads((base / "config.json").read_text()), folder / "config.json")
     tiny.build_tokenizer(appends_eos=False).save(str(folder / "tokenizer.json"))
@@ -54,7 +56,7 @@ def sources(folder: Path, arrays: dict[str, mx.array], paths: list[str]) -> dict
     names = [name for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)]
     by_mark = {number + 0.5: name for number, name in enumerate(names)}
     marks = {n: mx.broadcast_to(mx.array(m), arrays[n].shape) for m, n in by_mark.items()}
-    made, found = models.as_loaded(folder, arrays | marks), {}
+    made, found = as_loaded(folder, arrays | marks), {}
     for path in paths:
         weight = made[f"{path}.weight"]
         seen = np.unique(np.array(mx.concatenate([weight[:, 0], weight[0]])))
@@ -70,7 +72,7 @@ def test_peft_is_given_the_names_of_transformers_modules(name: str, tmp_path: Pa
         with pytest.raises(ValueError, match="has no effect"):
             peft.module_names(model, base)
         return
-    paths, arrays = list(models.lora_modules(model)), models.read_weights(base)
+    paths, arrays = list(models.lora_modules(model)), read_weights(base)
     expected = {path: min(n) for path, n in sources(base, arrays, paths).items()}
     expected = {path: MODULES.get(name, {}).get(array, array) for path, array in expected.items()}
     for folder in (base, written_by_mlx(tmp_path / "mlx", base)):
@@ -87,9 +89,9 @@ def test_a_folder_of_mlx_goes_back_to_the_arrays_of_transformers(name: str, tmp_
             merged.check_float(adapted_in(folder), folder)
         return
     merged.check_float(adapted_in(folder), folder)
-    found = merged.in_checkpoint(folder, models.load_as_stored(folder)[0])
+    found = merged.in_checkpoint(folder, load_as_stored(folder)[0])
     assert {array: list(found[array].shape) for array in found} == REFERENCE[name]["shapes"]
-    own = models.read_weights(base).items()
+    own = read_weights(base).items()
     other = {array for array, numbers in own if not np.allclose(found[array], numbers, atol=1e-6)}
     # Where transformers loads Youtu's embedding, it zeroes the row of the padding.
     assert other == ({"model.embed_tokens.weight"} if name == "youtu" else set())
@@ -106,7 +108,7 @@ def test_a_merged_float_model_is_its_base_but_for_the_adapted_arrays(
     flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
     ended = call(*flags, "--export", "merged-float", tmp_path / "out")
     assert (ended.returncode, ended.stderr) == (0, "")
-    before, after = models.read_weights(base), models.read_weights(tmp_path / "out")
+    before, after = read_weights(base), read_weights(tmp_path / "out")
     assert {n: a.shape for n, a in after.items()} == {n: a.shape for n, a in before.items()}
     changed = {n for n, array in before.items() if not mx.array_equal(array, after[n])}
     adapter = loading.read_adapter(tmp_path / "a.npz")
@@ -143,9 +145,7 @@ def test_a_model_that_transformers_does_not_know_has_the_names_of_its_files_in_p
 ) -> None:
     """Its modules are of code that comes with it."""
     base = make_base(tmp_path / "base", "internlm2")
-    mx.save_safetensors(
-        str(base / "model.safetensors"), models.read_weights(base), {"format": "pt"}
-    )
+    mx.save_safetensors(str(base / "model.safetensors"), read_weights(base), {"format": "pt"})
     names = peft.module_names(adapted_in(base), base)
     assert names == {path: path for path in names} and len(names) == 2
 

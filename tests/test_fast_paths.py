@@ -454,74 +454,31 @@ def quantized_layer(d_out: int, dtype: mx.Dtype) -> nn.Module:
 
 @pytest.mark.parametrize("make_layer", [float_layer, quantized_layer])
 @pytest.mark.parametrize(("dtype", "most"), [(mx.float32, 1e-5), (mx.bfloat16, 1e-2)])
-def test_adapted_layers_together_do_as_the_formula_and_have_its_gradients(
+def test_an_adapted_layer_does_as_the_formula_and_has_its_gradients(
     make_layer: Callable, dtype: mx.Dtype, most: float
 ) -> None:
     mx.random.seed(0)
-    linears = [make_layer(d_out, dtype) for d_out in (32, 96)]
-    pairs = [(mx.random.normal((64, r)), mx.random.normal((r, d))) for r, d in ((3, 32), (5, 96))]
-    weights = [mx.random.normal((2, 5, d)).astype(dtype) for d in (32, 96)]
-    x = mx.random.normal((2, 5, 64)).astype(dtype)
+    linear, a, b = make_layer(96, dtype), mx.random.normal((64, 5)), mx.random.normal((5, 96))
+    x, weight = (mx.random.normal((2, 5, d)).astype(dtype) for d in (64, 96))
 
-    def formula(x: mx.array, pairs: list) -> list[mx.array]:
-        wide = x.astype(mx.float32)
-        updates = [0.5 * (wide @ a @ b) for a, b in pairs]
-        return [y(x) + u.astype(dtype) for y, u in zip(linears, updates, strict=True)]
+    def formula(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        return linear(x) + (0.5 * (x.astype(mx.float32) @ a @ b)).astype(dtype)
 
-    def together(x: mx.array, pairs: list) -> list[mx.array]:
-        return models.project(x, linears, pairs, 0.5)
+    def ours(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        return models.add_update(x, linear, a, b, 0.5)
 
     results = []
-    for function in (formula, together):
+    for function in (formula, ours):
 
-        def total(x: mx.array, pairs: list, function: Callable = function) -> mx.array:
-            outputs = zip(function(x, pairs), weights, strict=True)
-            return sum((y * weight).astype(mx.float32).sum() for y, weight in outputs)
+        def total(*arrays: mx.array, function: Callable = function) -> mx.array:
+            return (function(*arrays) * weight).astype(mx.float32).sum()
 
-        found = mx.compile(mx.value_and_grad(total, argnums=(0, 1)))(x, pairs)
+        found = mx.compile(mx.value_and_grad(total, argnums=(0, 1, 2)))(x, a, b)
         results.append([array for _, array in tree_flatten(found)])
     for expected, found in zip(*results, strict=True):
         assert found.dtype == expected.dtype
         expected, found = expected.astype(mx.float32), found.astype(mx.float32)
         assert mx.linalg.norm(found - expected) <= most * mx.linalg.norm(expected)
-
-
-def adapted_pair() -> tuple[nn.Module, models.LoRALinear, models.LoRALinear]:
-    """A model with two layers beside each other, adapted, with updates that are not zero."""
-    model = nn.Module()
-    model.q_proj, model.v_proj = (float_layer(32, mx.float32) for _ in range(2))
-    models.add_lora(model, {"q_proj": 3, "v_proj": 3})
-    for layer in (model.q_proj, model.v_proj):
-        layer.lora_b = mx.random.normal(layer.lora_b.shape)
-    return model, model.q_proj, model.v_proj
-
-
-def is_adapted(layer: models.LoRALinear, x: mx.array) -> bool:
-    expected = layer.linear(x) + layer.scale * (x @ layer.lora_a @ layer.lora_b)
-    return mx.allclose(layer(x), expected, rtol=1e-4, atol=1e-4).item()
-
-
-def test_queries_and_values_are_computed_together_and_then_nothing_is_held() -> None:
-    _, q, v = adapted_pair()
-    x = mx.random.normal((3, 64))
-    assert q.together is v.together
-    q(x)
-    assert list(q.together.waiting) == [id(v)]
-    v(x)
-    assert q.together.input is None
-    assert not q.together.waiting
-    for layer in (q, v, v, v, q, q):  # in any order
-        assert is_adapted(layer, x)
-    assert q.together is v.together
-
-
-def test_layers_that_are_called_on_inputs_of_their_own_go_alone() -> None:
-    _, q, v = adapted_pair()
-    x, other = mx.random.normal((3, 64)), mx.random.normal((3, 64))
-    for layer, given in ((q, x), (v, other), (q, other), (v, x)):
-        assert is_adapted(layer, given)
-    assert not (q.together.waiting or v.together.waiting)
-    assert q.together is not v.together
 
 
 # --- The loss by chunks -------------------------------------------------------------------------

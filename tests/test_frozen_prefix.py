@@ -18,6 +18,7 @@ import train_lora
 from conftest import Run
 from lora_finetune.adapters import loading
 from lora_finetune.base import memory
+from lora_finetune.mlx_patches.modules import intercepted
 from lora_finetune.run import checkpoint
 from lora_finetune.texts import batching
 from lora_finetune.training import frozen_prefix, losses
@@ -149,7 +150,7 @@ def test_each_text_is_computed_once_for_all_epochs_and_validations(
         rows.append(len(hidden))
         return kind.__call__(layer, hidden, *args, **options)
 
-    with models.intercepted(layer, count):
+    with intercepted(layer, count):
         list(train(model, loss, kept))
     assert sum(rows) == len(examples["train"]) + len(examples["valid"])
 
@@ -167,7 +168,7 @@ def test_compiled_the_layers_are_called_once_for_each_shape(
         shapes.append(hidden.shape)
         return kind.__call__(layer, hidden, *args, **options)
 
-    with models.intercepted(layer, note_shape):
+    with intercepted(layer, note_shape):
         for rows in np.array([[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]):
             prefix.examples(examples["train"]).batch(rows)
     assert len(shapes) == len(set(shapes)) > 0

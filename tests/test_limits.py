@@ -9,7 +9,8 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Ended, Run, one_error
-from lora_finetune.model_folder import model_folder
+from lora_finetune.mlx_patches.loading import Limits, find_limits
+from lora_finetune.model_folder import files
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -179,7 +180,6 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
         ({"max_position_embeddings": 32768, "rope_parameters": YARN}, 131072),
         ({"max_position_embeddings": 2048, "rope_scaling": {"type": "su", "factor": None}}, 2048),
         ({"n_positions": 2048}, 2048),
-        ({"max_position_embeddings": 9, "rope_scaling": {"factor": "many"}}, 9),
         ({"max_position_embeddings": 9, "text_config": {"max_position_embeddings": 4096}}, 4096),
     ],
 )
@@ -187,7 +187,7 @@ def test_the_length_a_model_was_made_for_is_that_of_its_configuration(
     tmp_path: Path, config: dict, length: float
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert model_folder.context_length(tmp_path) == length
+    assert files.context_length(tmp_path) == length
 
 
 # --- Tokens -------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_of_several_tables_the_shortest_counts_for_texts_prompts_and_what_is_gen
     call: Run, tmp_path: Path
 ) -> None:
     model = tiny.make_model(tmp_path / "model", **GEMMA4)
-    assert models.find_limits(models.load(model)[0]).vocab_size == 99
+    assert find_limits(models.load(model)[0]).vocab_size == 99
     args = ["--iters", 1, "--add-eos-token", 0, "--prompt"]
     data = write_texts(tmp_path, [text.upper() for text in TEXTS])
     assert "token 122" in one_error(train(call, model, data, *args, "z"))
@@ -252,7 +252,7 @@ def test_an_embedding_with_fewer_rows_than_the_head_or_more_limits_the_tokens(mo
     loaded = models.load(model)[0]
     for rows, tokens in [(99, 99), (999, tiny.LLAMA["vocab_size"])]:
         loaded.model.embed_tokens = nn.Embedding(rows, tiny.LLAMA["hidden_size"])
-        assert models.find_limits(loaded) == models.Limits(tokens, np.inf)
+        assert find_limits(loaded) == Limits(tokens, np.inf)
 
 
 def test_a_generated_token_that_a_sentencepiece_tokenizer_lacks_is_an_error(

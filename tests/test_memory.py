@@ -14,12 +14,12 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import models
 import tiny
 from conftest import TEXTS, Ended, Run, make_texts, one_error
 from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError
-from lora_finetune.model_folder import model_folder
+from lora_finetune.mlx_patches.loading import dequantized_bytes
+from lora_finetune.model_folder import files
 from lora_finetune.training import step as training_step
 
 import mlx.core as mx
@@ -148,10 +148,10 @@ def test_what_quantized_weights_take_dequantized_is_known_before(
     mode: str, bits: int, dtype: mx.Dtype
 ) -> None:
     model = tiny.build_model(tiny.LLAMA)
-    assert models.dequantized_bytes(model) == 0
+    assert dequantized_bytes(model) == 0
     model.set_dtype(dtype)
     nn.quantize(model, 32, bits, mode=mode)
-    size = models.dequantized_bytes(model)
+    size = dequantized_bytes(model)
     whole = dequantize_model(model).parameters()
     assert size == sum(a.nbytes for n, a in tree_flatten(whole) if a.ndim == 2)
 
@@ -170,8 +170,8 @@ def test_memory_that_lacks_in_loading_is_not_taken_for_a_damaged_file(
     model: Path, error: Exception
 ) -> None:
     with pytest.raises(UserError, match="take a smaller or a quantized model"):
-        model_folder.check_memory(model, error)
-    model_folder.check_memory(model, ValueError("Missing 1 parameters: a"))
+        files.check_memory(model, error)
+    files.check_memory(model, ValueError("Missing 1 parameters: a"))
 
 
 LONG = [f"{i} " + "물은 H2O. " * 40 for i in range(8)]  # 8 texts of some 560 tokens

@@ -12,7 +12,7 @@ from pathlib import Path
 import models
 import tiny
 from lora_finetune.base.errors import UserError
-from lora_finetune.model_folder.model_config import in_mlx_words
+from lora_finetune.model_folder.config import in_mlx_words
 from test_architectures import ARCHITECTURES
 
 import mlx.core as mx

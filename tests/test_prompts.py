@@ -11,13 +11,14 @@ import models
 import templates
 import tiny
 from conftest import ROOT, Ended, Run, one_error
+from lora_finetune.mlx_patches.loading import Limits
 from lora_finetune.texts import chat, dataset, prompts, tokenizing
 from test_chat import BOS, turns, write_tokenizer
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-LIMITS = models.Limits(300, 4096)
+LIMITS = Limits(300, 4096)
 # The model says "yes" after a colon, which ends the assistant's mark here.
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:{{ m.content }}<|endoftext|>{% endfor %}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import models
 import tiny
 from lora_finetune.mlx_patches import rope
+from lora_finetune.mlx_patches.loading import load_as_stored
 from lora_finetune.training import losses
 from lora_finetune.training.step import make_gradients
 
@@ -78,7 +79,7 @@ def load(folder: Path, parameters: dict | None = None, **changes: object) -> nn.
         config = json.loads((folder / "config.json").read_text())
         config["rope_parameters"] = {"rope_theta": 10000.0} | parameters
         (folder / "config.json").write_text(json.dumps(config))
-    model = models.load_as_stored(folder)[0]
+    model = load_as_stored(folder)[0]
     model.set_dtype(mx.float32)
     return model
 

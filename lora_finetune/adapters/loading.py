@@ -8,7 +8,7 @@ import models
 from lora_finetune.adapters import mlx_lm, npz, peft
 from lora_finetune.adapters.npz import Adapter, named
 from lora_finetune.base.errors import UserError, warn
-from lora_finetune.model_folder.model_folder import read_object
+from lora_finetune.model_folder.files import read_object
 from lora_finetune.model_folder.transformers_names import MODEL_TYPES, checkpoint_name, module_name
 from models import attention_projections, is_linear, linear_shape, router_projections
 

@@ -11,14 +11,15 @@ import models
 from lora_finetune.adapters import loading
 from lora_finetune.adapters.npz import Adapter
 from lora_finetune.base.errors import UserError, abbreviated
-from lora_finetune.model_folder.model_folder import read_object, text_settings
-from lora_finetune.model_folder.model_weights import read_weights
+from lora_finetune.mlx_patches.loading import as_loaded, can_merge, float_type, load_as_stored
+from lora_finetune.model_folder.files import read_object, text_settings
 from lora_finetune.model_folder.transformers_names import (
     MODEL_TYPES,
     ONE_WAY,
     checkpoint_name,
     is_written_by_mlx,
 )
+from lora_finetune.model_folder.weights import read_weights
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,7 +34,7 @@ Arrays = dict[str, mx.array]
 def check(model: nn.Module, base: Path) -> None:
     """Raise ValueError where LoRA cannot be merged into the weights of its layers."""
     for path, module in models.lora_modules(model).items():
-        if not models.can_merge(module.frozen):
+        if not can_merge(module.frozen):
             raise ValueError(f"LoRA cannot be merged into {path}, as it is quantized")
 
 
@@ -41,7 +42,7 @@ def check_float(model: nn.Module, base: Path) -> None:
     """Raise ValueError where it cannot be merged, or not into a model for transformers."""
     check(model, base)
     if is_converted(base):
-        in_checkpoint(base, dequantize_model(models.load_as_stored(base)[0]))
+        in_checkpoint(base, dequantize_model(load_as_stored(base)[0]))
 
 
 def is_converted(base: Path) -> bool:
@@ -70,9 +71,9 @@ def write(
     Raises:
         UserError: the merged model does something else.
     """
-    model, used = models.load_as_stored(base)
+    model, used, _ = load_as_stored(base)
     loading.adapt(model, adapter, base, None)
-    noise = max(NOISE[models.float_type(m.frozen)] for m in models.lora_modules(model).values())
+    noise = max(NOISE[float_type(m.frozen)] for m in models.lora_modules(model).values())
     copy_others(base, folder)
     if is_converted(base):
         weights = rebuilt(folder, base, model, used, dequantize)
@@ -158,7 +159,7 @@ def changed_arrays(base: Path, model: nn.Module) -> Arrays:
     wide = [arrays[name].astype(mx.float32) for name in names]
 
     def weights(*values: mx.array) -> list[mx.array]:
-        made = models.as_loaded(base, arrays | dict(zip(names, values, strict=True)))
+        made = as_loaded(base, arrays | dict(zip(names, values, strict=True)))
         return [made[f"{path}.weight"] for path in updates]
 
     _, gradients = mx.vjp(weights, wide, list(updates.values()))
@@ -183,7 +184,7 @@ def in_checkpoint(base: Path, model: nn.Module) -> Arrays:
     if model_type not in set(MODEL_TYPES) - ONE_WAY:
         raise ValueError(f"how transformers has the weights of {model_type} models is not known")
     zeros = {name: mx.zeros_like(array) for name, array in weights.items()}
-    again = models.as_loaded(base, moved_arrays(model_type, zeros))
+    again = as_loaded(base, moved_arrays(model_type, zeros))
     if wrong := [
         name for name in zeros if name not in again or again[name].shape != zeros[name].shape
     ]:

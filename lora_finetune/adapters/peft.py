@@ -15,14 +15,14 @@ import models
 from lora_finetune.adapters.mlx_lm import of_one_rank, write_files
 from lora_finetune.adapters.npz import Adapter
 from lora_finetune.base.errors import UserError, abbreviated, hint
-from lora_finetune.model_folder.model_folder import read_object
-from lora_finetune.model_folder.model_weights import read_weights
+from lora_finetune.model_folder.files import read_object
 from lora_finetune.model_folder.transformers_names import (
     MODEL_TYPES,
     is_unused,
     is_written_by_mlx,
     module_name,
 )
+from lora_finetune.model_folder.weights import read_weights
 
 import mlx.nn as nn
 import numpy as np

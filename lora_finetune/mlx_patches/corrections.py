@@ -14,7 +14,7 @@ from typing import Any
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches.modules import arguments, modules_named, parameters_of, replace
 from lora_finetune.mlx_patches.settings import put_activations
-from lora_finetune.model_folder.model_config import is_minimax_m2
+from lora_finetune.model_folder.config import is_minimax_m2, model_family
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,7 +44,7 @@ def corrected(
         config: in mlx-lm's words.
         theirs: the settings of the text model as transformers has them, None where it has none.
     """
-    family = model_class.__module__.rpartition(".")[2]
+    family = model_family(model_class)
 
     def build(args: Any) -> nn.Module:
         model = model_class(args)

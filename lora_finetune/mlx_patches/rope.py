@@ -22,8 +22,8 @@ from functools import lru_cache
 from typing import Any
 
 from lora_finetune.base.errors import warn
-from lora_finetune.model_folder.model_config import pytorch_program, pytorch_settings
-from lora_finetune.model_folder.model_folder import shortened
+from lora_finetune.model_folder.config import pytorch_program, pytorch_settings
+from lora_finetune.model_folder.files import shortened
 
 import mlx.core as mx
 import mlx.nn as nn

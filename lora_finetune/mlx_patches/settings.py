@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches.modules import parameters_of, subclass
-from lora_finetune.model_folder.model_config import SAME, pytorch_program
+from lora_finetune.model_folder.config import SAME, pytorch_program
 
 import mlx.core as mx
 import mlx.nn as nn

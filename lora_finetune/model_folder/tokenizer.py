@@ -8,7 +8,6 @@ is not always how they were cut for the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +36,7 @@ def load(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
         tokenizer_utils.AutoTokenizer = SimpleNamespace(from_pretrained=read)
     try:
         options = {"trust_remote_code": False}
-        wrapper = load_tokenizer(folder, options, end_of_text_ids(folder, config))
+        wrapper = load_tokenizer(folder, options, config.get("eos_token_id"))
     finally:
         tokenizer_utils.AutoTokenizer = AutoTokenizer
     if type(wrapper._detokenizer) is NaiveStreamingDetokenizer:
@@ -45,23 +44,8 @@ def load(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     return wrapper
 
 
-def end_of_text_ids(folder: Path, config: dict[str, Any]) -> int | list[int] | None:
-    """What ends a text in generation; mlx-lm takes a 0 in generation_config.json for none."""
-    said = settings_in(folder / "generation_config.json").get("eos_token_id")
-    return config.get("eos_token_id") if said is None else said
-
-
-def settings_in(file: Path) -> dict[str, Any]:
-    """What a file of settings holds; nothing where there is none, or no whole one."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def read(folder: Path, **options: Any) -> PreTrainedTokenizerFast:
-    """What transformers builds for a folder, with tokenizer.json as that itself reads it inside.
+    """The tokenizer that transformers builds, with tokenizer.json as that itself says inside.
 
     Where nothing can be built, or nothing that works with tokenizer.json, the settings alone are
     taken from the folder.
@@ -78,27 +62,20 @@ def read(folder: Path, **options: Any) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     of_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
     of_file.encode_special_tokens = tokenizer.split_special_tokens
+    # Tokens that are only in the settings are added; those that only a class names are not.
+    files = [folder / name for name in SETTINGS if (folder / name).exists()]
+    settings = " ".join(json.dumps(json.loads(file.read_bytes())) for file in files)
     known = {token.content for token in of_file.get_added_tokens_decoder().values()}
-    named = {text for name in SETTINGS for text in strings(settings_in(folder / name))} - known
     added = [token for _, token in sorted(tokenizer.added_tokens_decoder.items())]
-    of_file.add_tokens([token for token in added if token.content in named])
+    of_file.add_tokens(
+        [t for t in added if t.content not in known and json.dumps(t.content) in settings]
+    )
     tokenizer.as_built = getattr(built, "backend_tokenizer", built)
     tokenizer._tokenizer = of_file
     for name, token in tokenizer.special_tokens_map.items():
-        # By default a class has special tokens that the model may not have.
         if of_file.token_to_id(token) is None:
             setattr(tokenizer, name, None)
     return tokenizer
-
-
-def strings(content: object) -> Iterator[str]:
-    """All strings in what JSON holds, keys too."""
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, dict | list):
-        inner = [*content, *content.values()] if isinstance(content, dict) else content
-        for each in inner:
-            yield from strings(each)
 
 
 class Detokenizer(NaiveStreamingDetokenizer):

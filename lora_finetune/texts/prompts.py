@@ -12,7 +12,7 @@ from lora_finetune.texts import dataset, tokenizing
 from lora_finetune.texts.chat import Template
 
 if TYPE_CHECKING:
-    from models import Limits
+    from lora_finetune.mlx_patches.loading import Limits
 
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 

@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import models
 from lora_finetune.base import memory
 from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
+from lora_finetune.mlx_patches.modules import intercepted
+from lora_finetune.model_folder.config import model_family
 from lora_finetune.texts import batching
 from lora_finetune.training.distributed import Group
 from lora_finetune.training.losses import Loss
@@ -115,7 +116,7 @@ def intercepted_layers(layers: list[nn.Module], reply: Callable[..., mx.array]) 
     """While it lasts, `reply` answers in place of each of these layers."""
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(models.intercepted(layer, reply))
+            stack.enter_context(intercepted(layer, reply))
         yield
 
 
@@ -134,7 +135,7 @@ def find(model: nn.Module) -> Prefix | None:
         if stands_for_its_layers(prefix):
             return prefix
     warn(
-        f"in models of this kind ({models.model_family(model)}) the layers below the first adapted "
+        f"in models of this kind ({model_family(type(model))}) the layers below the first adapted "
         "one have to be computed again in each epoch, though nothing in them changes; training is "
         "right, only slower"
     )

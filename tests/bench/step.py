@@ -60,7 +60,7 @@ def our_steps(folder: Path) -> Steps:
     from lora_finetune.training import losses
     from lora_finetune.training.step import Trainer
 
-    model, _ = models.load_as_stored(folder)
+    model = models.loading.load_as_stored(folder)[0]
     loading.adapt(model, {}, None, len(model.layers))
     loss = losses.make_loss(model)
     model.train()

@@ -7,11 +7,12 @@ exceptions, by the module of mlx-lm that reads them; what fits already passes th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lora_finetune.base.errors import UserError
+from lora_finetune.model_folder.config import model_family
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -53,47 +54,27 @@ SWAPPED = [
 
 
 def in_mlx_layout(weights: Weights, model: nn.Module, settings: dict[str, Any]) -> Weights:
-    """The weights of a folder as mlx-lm's own conversion of them reads them.
+    """The weights of a folder as the `sanitize` of mlx-lm's model reads them.
 
     Args:
-        model: what they are for, as mlx-lm has built it.
         settings: of the text model, as mlx-lm has them.
     """
-    family = type(model).__module__.rpartition(".")[2]
+    family = model_family(type(model))
     wanted = dict(tree_flatten(model.parameters()))
-    weights = {n: a for n, a in weights.items() if n in wanted or not NOT_OF_TEXT.match(n)}
-    found = {}
     swapped = [pattern for name, pattern in SWAPPED if name == family]
+    found = {}
     for name, array in weights.items():
-        new_name = renamed(name, family, weights, settings)
-        if new_name is None:
+        if NOT_OF_TEXT.match(name) and name not in wanted:
             continue
         if any(re.search(p, name) for p in swapped) and is_swapped(name, array, settings):
             array = mx.swapaxes(array, -1, -2)
-        if is_routing_bias(new_name, settings):
+        for module, pattern, replacement in NAMES:
+            if module == family:
+                name = re.sub(pattern, replacement, name)
+        if is_routing_bias(name, settings):
             array = array - mx.minimum(array.min(), 0)
-        found[new_name] = array
-    if family == "olmo_hybrid":
-        found |= dict(cut_again(found, settings))
-    if family == "qwen3_5_moe":
-        found = stacked_experts(found)
-    return found
-
-
-def renamed(name: str, family: str, weights: Weights, settings: dict[str, Any]) -> str | None:
-    """The name of an array for mlx-lm, None where it is left out."""
-    for module, pattern, replacement in NAMES:
-        if module == family:
-            name = re.sub(pattern, replacement, name)
-    # LongCat's identity experts ("zero experts") are saved too, with weights that nothing reads.
-    expert = re.search(r"\.experts\.(\d+)\.", name)
-    if family == "longcat_flash" and expert and int(expert[1]) >= settings["n_routed_experts"]:
-        return None
-    # Transformers names the output of Bailing's linear attention as that of its full attention.
-    if family == "bailing_moe_v3" and name.endswith(".attention.dense.weight"):
-        attention = name.removesuffix("dense.weight")
-        return f"{attention}o_proj.weight" if f"{attention}A_log" in weights else name
-    return name
+        found[name] = array
+    return FAMILIES[family](found, settings) if family in FAMILIES else found
 
 
 def is_swapped(name: str, array: mx.array, settings: dict[str, Any]) -> bool:
@@ -119,40 +100,69 @@ def is_routing_bias(name: str, settings: dict[str, Any]) -> bool:
     return groups > 1 and name.endswith(("e_score_correction_bias", ".expert_bias"))
 
 
-def cut_again(weights: Weights, settings: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
-    """OLMo's convolutions of q, k and v, which transformers 5.24 saves in three equal parts."""
+# --- By family ----------------------------------------------------------------------------------
+
+
+def drop_identity_experts(weights: Weights, settings: dict[str, Any]) -> Weights:
+    """LongCat's identity experts ("zero experts") are saved with weights that nothing reads."""
+    expert = re.compile(r".*\.experts\.(\d+)\.")
+    numbers = {name: int(match[1]) for name in weights if (match := expert.match(name))}
+    number = settings["n_routed_experts"]
+    return {name: array for name, array in weights.items() if numbers.get(name, -1) < number}
+
+
+def rename_linear_outputs(weights: Weights, settings: dict[str, Any]) -> Weights:
+    """transformers names the output of Bailing's linear attention as that of its full attention."""
+    for name in [name for name in weights if name.endswith(".attention.A_log")]:
+        attention = name.removesuffix("A_log")
+        if f"{attention}dense.weight" in weights:
+            weights[f"{attention}o_proj.weight"] = weights.pop(f"{attention}dense.weight")
+    return weights
+
+
+def cut_convolutions(weights: Weights, settings: dict[str, Any]) -> Weights:
+    """OLMo's convolutions of q, k and v are saved by transformers 5.24 as three equal thirds."""
     keys = settings["linear_num_key_heads"] * settings["linear_key_head_dim"]
-    values = settings["linear_num_value_heads"] * settings["linear_value_head_dim"]
-    for name in weights:
-        if name.endswith(".q_conv1d.weight") and len(weights[name]) != keys:
-            names = [name.replace(".q_conv1d.", f".{part}_conv1d.") for part in "qkv"]
-            joined = mx.concatenate([weights[part] for part in names])
-            if len(joined) == 2 * keys + values:
-                yield from zip(names, mx.split(joined, [keys, 2 * keys]), strict=True)
+    for name in [name for name in weights if name.endswith(".q_conv1d.weight")]:
+        names = [name.replace(".q_conv1d.", f".{which}_conv1d.") for which in "qkv"]
+        joined = mx.concatenate([weights[name] for name in names])
+        weights |= zip(names, mx.split(joined, [keys, 2 * keys]), strict=True)
+    return weights
 
 
-def stacked_experts(weights: Weights) -> Weights:
-    """Experts saved one by one as (experts, out, in), of the gate and up projections joined."""
-    one = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-    matches = {name: match for name in weights if (match := one.fullmatch(name))}
-    found = {name: array for name, array in weights.items() if name not in matches}
-    for path in {match[1] for match in matches.values()}:
-        number = sum(match[1] == path and match[3] == "down" for match in matches.values())
+def stack_experts(weights: Weights, settings: dict[str, Any]) -> Weights:
+    """Qwen 3.5's experts, saved one by one, become (experts, out, in), gate and up joined."""
+    for name in [name for name in weights if name.endswith(".experts.0.down_proj.weight")]:
+        path = name.removesuffix(".0.down_proj.weight")
         gate, up, down = (
-            mx.stack([weights[f"{path}.{n}.{kind}_proj.weight"] for n in range(number)])
-            for kind in ("gate", "up", "down")
+            mx.stack(
+                [weights.pop(f"{path}.{n}.{kind}.weight") for n in range(settings["num_experts"])]
+            )
+            for kind in ("gate_proj", "up_proj", "down_proj")
         )
-        found[f"{path}.gate_up_proj"] = mx.concatenate([gate, up], axis=1)
-        found[f"{path}.down_proj"] = down
-    return found
+        weights[f"{path}.gate_up_proj"] = mx.concatenate([gate, up], axis=1)
+        weights[f"{path}.down_proj"] = down
+    return weights
+
+
+FAMILIES = {
+    "bailing_moe_v3": rename_linear_outputs,
+    "longcat_flash": drop_identity_experts,
+    "olmo_hybrid": cut_convolutions,
+    "qwen3_5_moe": stack_experts,
+}
 
 
 # --- Heads --------------------------------------------------------------------------------------
 
-# Names of the token embedding, as in `model.embed_tokens.weight`.
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-HEADS = ("lm_head.weight", "embed_out.weight")
-PARTS = ("weight", "scales", "biases")  # of a quantized layer
+HEADS = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
+EMBEDDINGS = re.compile(r".*(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight")
+
+
+def the_only(pattern: re.Pattern, names: Iterable[str]) -> str | None:
+    """The one name that matches, None where none or several do."""
+    found = [name for name in names if pattern.fullmatch(name)]
+    return found[0] if len(found) == 1 else None
 
 
 def has_own_head(weights: Weights) -> bool:
@@ -160,34 +170,27 @@ def has_own_head(weights: Weights) -> bool:
 
     transformers 5 uses such a head whatever `tie_word_embeddings` says.
     """
-    heads = [array for name, array in weights.items() if name.endswith("lm_head.weight")]
-    tables = [weights[name] for name in weights if is_embedding(name)]
-    if len(heads) != 1 or len(tables) != 1:
+    head, table = the_only(HEADS, weights), the_only(EMBEDDINGS, weights)
+    if not head or not table:
         return False
-    return heads[0].shape != tables[0].shape or not mx.array_equal(heads[0], tables[0]).item()
-
-
-def is_embedding(name: str) -> bool:
-    *_, layer, part = ["", *name.split(".")]
-    return layer in EMBEDDINGS and part == "weight"
+    same_shape = weights[head].shape == weights[table].shape
+    return not same_shape or not mx.array_equal(weights[head], weights[table]).item()
 
 
 def with_tied_head(model: nn.Module, weights: Weights) -> Weights:
     """The weights with a copy of the embedding as lm_head, where mlx-lm's model cannot tie them."""
-    wanted = dict(tree_flatten(model.parameters()))
-    heads = [name for name in wanted if name.endswith(HEADS) and name not in weights]
-    tables = [name.removesuffix("weight") for name in weights if is_embedding(name)]
-    if len(heads) != 1 or len(tables) != 1:
-        return weights
-    head = heads[0].removesuffix("weight")
-    tied = {head + p: weights[tables[0] + p] for p in PARTS if tables[0] + p in weights}
-    return weights | tied
+    head = the_only(HEADS, dict(tree_flatten(model.parameters())))
+    table = the_only(EMBEDDINGS, weights)
+    if head and table and head not in weights:
+        for name in ("weight", "scales", "biases"):  # of a quantized layer
+            if (array := weights.get(table.removesuffix("weight") + name)) is not None:
+                weights[head.removesuffix("weight") + name] = array
+    return weights
 
 
 def check_head(model: nn.Module, weights: Weights) -> None:
     """Raise UserError where weights with an untied head are to go into a model without a head."""
-    names = dict(tree_flatten(model.parameters()))
-    if not any("lm_head." in name for name in names) and has_own_head(weights):
+    if has_own_head(weights) and not the_only(HEADS, dict(tree_flatten(model.parameters()))):
         raise UserError(
             "the weights have an lm_head that differs from the embedding, and mlx-lm always ties "
             "the two in this kind of model, so it would compute something else; take another model"
