@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_finetune.base.errors import UserError
-from lora_finetune.mlx_patches import activations, loading  # before mlx_lm: see compiling.py
+from lora_finetune.mlx_patches import activations, loading
 from lora_finetune.mlx_patches.settings import reads_recorded, warn_of_unread
 from lora_finetune.model_folder import files, tokenizer
 from lora_finetune.model_folder.config import model_family

@@ -37,7 +37,7 @@ from lora_finetune.base.errors import (
 )
 from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
-from lora_finetune.mlx_patches import activations, attention, recurrences, rope
+from lora_finetune.mlx_patches import patches, rope
 from lora_finetune.mlx_patches.loading import Limits, find_limits
 from lora_finetune.model_folder.files import context_length, find_model, fingerprints, public_name
 from lora_finetune.run import checkpoint, generate, report
@@ -52,6 +52,7 @@ from lora_finetune.training.step import NotFiniteError, Trainer
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters
 from tqdm import tqdm
@@ -170,8 +171,9 @@ def run(config: Config, group: Group) -> None:
     group.compare(must_agree(this, model, examples, identity))
 
     # Train and test.
-    with replacements(config):
-        loss = losses.make_loss(model) if files else None
+    plain = config.plain or disagrees_on_metal(examples, model)
+    with nullcontext() if plain else patches.applied():
+        loss = losses.make_loss(model, plain) if files else None
         if config.train:
             train(this, model, loss, examples)
         else:
@@ -216,6 +218,7 @@ def prepare_device(group: Group) -> None:
     memory.processes_here = len(group.here)
     if mx.default_device() == mx.cpu:
         linux_cpu.prepare()
+        linux_cpu.can_compile()  # if MLX cannot, this turns it off
     memory.set_limits(memory.available())
 
 
@@ -275,16 +278,18 @@ def warn_beyond_context(
         )
 
 
-@contextmanager
-def replacements(config: Config) -> Iterator[None]:
-    """While it lasts, our attention, activations and recurrences stand in the place of MLX's."""
-    if config.plain:
-        yield
-        return
-    slow_exp = mx.default_device() == mx.cpu and linux_cpu.can_compile()
-    activations.install(slow_exp)
-    with attention.by_blocks(), recurrences.by_chunks():
-        yield
+def disagrees_on_metal(examples: dict[str, batching.Examples], model: nn.Module) -> bool:
+    """Whether, on a Mac, a first text's loss and gradients are not those of MLX's own functions."""
+    if "train" not in examples or not mx.metal.is_available():
+        return False
+    tokens, *_ = examples["train"].batch(np.array([0]))
+    why = patches.differs_from_plain(model, losses.make_loss, tokens)
+    if why:
+        warn(
+            f"on this Mac this program's fast functions and MLX's own differ ({why}), so the run "
+            "goes on with MLX's, as with --plain; please report this line and the model"
+        )
+    return bool(why)
 
 
 # --- Training -----------------------------------------------------------------------------------

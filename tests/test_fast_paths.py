@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import subprocess
 import sys
@@ -11,18 +12,16 @@ from contextlib import ExitStack, nullcontext
 import models
 import tiny
 from conftest import ROOT
-from lora_finetune.mlx_patches import activations, attention, recurrences
+from lora_finetune.mlx_patches import activations, attention, patches
 from lora_finetune.training import losses
 from lora_finetune.training.losses import Loss
-from test_architectures import ADAPTED, IS_TARGET, TOKENS, adapt, build
+from test_architectures import ADAPTED, IS_TARGET, TOKENS, adapt, build, trainable
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import activations as mlx_activations
-from mlx_lm.models import switch_layers
 
 # --- exp ----------------------------------------------------------------------------------------
 
@@ -30,11 +29,7 @@ from mlx_lm.models import switch_layers
 @pytest.fixture
 def fast_exp(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast exp, for this test alone."""
-    places = [(activations, "use_fast_exp"), (nn, "silu"), (nn, "gelu_approx")]
-    places += [(mlx_activations, "swiglu"), (switch_layers, "swiglu")]
-    for place, name in places:
-        monkeypatch.setattr(place, name, getattr(place, name))
-    activations.install(slow_exp=True)
+    monkeypatch.setattr(activations, "has_slow_exp", lambda: True)
 
 
 def test_exp_is_right_to_two_parts_in_ten_million(fast_exp: None) -> None:
@@ -61,10 +56,10 @@ def test_the_log_sum_exp_is_that_of_mlx(fast_exp: None) -> None:
 
 @pytest.mark.parametrize(("device", "slow_exp"), [(mx.cpu, True), (mx.cpu, False), (mx.gpu, False)])
 def test_the_gated_unit_and_its_gradients_are_those_of_mlx(
-    fast_exp: None, monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType, slow_exp: bool
+    monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType, slow_exp: bool
 ) -> None:
     """As it is computed on a GPU, too."""
-    monkeypatch.setattr(activations, "use_fast_exp", slow_exp)
+    monkeypatch.setattr(activations, "has_slow_exp", lambda: slow_exp)
     monkeypatch.setattr(mx, "default_device", lambda: device)
     gate, x, weight = (mx.random.normal((40, 30)) * 4 for _ in range(3))
 
@@ -93,9 +88,9 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("slow_exp", [True, False])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_activation_and_its_gradient_are_those_of_the_formula(
-    fast_exp: None, monkeypatch: pytest.MonkeyPatch, name: str, slow_exp: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, slow_exp: bool
 ) -> None:
-    monkeypatch.setattr(activations, "use_fast_exp", slow_exp)
+    monkeypatch.setattr(activations, "has_slow_exp", lambda: slow_exp)
     function, formula = ACTIVATIONS[name]
     x = np.concatenate([np.linspace(-200, 200, 4001), np.linspace(-6, 6, 4001)])
     gradient = (formula(x + 1e-5) - formula(x - 1e-5)) / 2e-5
@@ -134,18 +129,144 @@ def test_an_activation_keeps_its_input_only() -> None:
     assert peaks[1] - peaks[0] < 40  # MLX's own keeps eighty
 
 
-def test_no_architecture_is_imported_before_these_are_installed() -> None:
-    """It would go on with MLX's own: each of mlx-lm's modules takes what is there at its import."""
-    code = (
-        "import sys, train_lora; from lora_finetune import activations as ours, recurrences; "
-        "ours.install(slow_exp=False)\n"
-        "with recurrences.by_chunks(): modules = dict(sys.modules)\n"
-        "others = [n for n, m in modules.items() if n.startswith('mlx_lm.models.')"
-        " and getattr(m, 'swiglu', ours.swiglu) is not ours.swiglu]\n"
-        "sys.exit(str(others) if others else 0)"
+# --- The table ----------------------------------------------------------------------------------
+
+# Their functions compiled for all shapes call activations that are replaced.
+SHAPELESS = ["gemma3n", "gemma4_text", "iquestloopcoder", "step3p5"]
+
+IMPORTED_FIRST = """
+import sys
+import mlx_lm, mlx_lm.models.activations, mlx_lm.models.switch_layers
+from mlx_lm.models import gemma4_text, iquestloopcoder, llama, qwen3_next
+sys.path[:0] = ["tests", "."]
+import mlx.core as mx
+from test_architectures import adapt, build
+from lora_finetune.mlx_patches import patches
+from lora_finetune.training import losses
+
+for name in "gemma4_text", "step3p5":
+    model = build(name) if name == "gemma4_text" else None
+    with patches.applied():
+        model = model or build(name)  # which is imported here
+        adapt(model)
+        model.eval()
+        for width in 9, 12:
+            tokens = mx.arange(width)[None]
+            found = losses.make_loss(model)(model, tokens, tokens > 0)[0].item()
+            plain = losses.loss(model, tokens, tokens > 0)[0].item()
+            assert abs(found - plain) < 1e-4 * plain, (name, found, plain)
+    plain = losses.loss(model, tokens, tokens > 0)[0].item()
+    assert abs(found - plain) < 1e-4 * plain, (name, found, plain)
+    mx.disable_compile()  # which would take most of the time
+    assert patches.differs_from_plain(model, losses.make_loss, tokens) is None, name
+    mx.enable_compile()
+"""
+
+
+def test_it_does_not_matter_whether_mlx_lm_was_imported_before() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", IMPORTED_FIRST], cwd=ROOT, capture_output=True, text=True
     )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_the_table_is_in_use_everywhere_and_then_nowhere() -> None:
+    modules = [importlib.import_module(f"mlx_lm.models.{name}") for name in ("llama", *SHAPELESS)]
+    places = [(owner, name) for owner, name, _ in patches.table()]
+    places += [(module, "swiglu") for module in modules if hasattr(module, "swiglu")]
+    places += [(modules[2], "geglu"), (modules[4], "clamped_swiglu")]
+    originals = [getattr(*place) for place in places]
+    with pytest.raises(ZeroDivisionError), patches.applied():
+        for place, original in zip(places, originals, strict=True):
+            assert getattr(*place) is not original, place
+        assert modules[0].swiglu is activations.swiglu
+        raise ZeroDivisionError
+    assert [getattr(*place) for place in places] == originals
+
+
+def test_a_module_imported_meanwhile_is_plain_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "mlx_lm.models.step3p5"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    x = mx.random.normal((2, 3))
+    expected = mx.clip(nn.silu(x), None, 1) * mx.clip(x, -1, 1)
+    with patches.applied():
+        module = importlib.import_module(name)
+        assert module.swiglu is activations.swiglu
+        for both in (x, mx.concatenate([x, x])):
+            found = module.clamped_swiglu(both, both, 1)
+            np.testing.assert_allclose(found[:2], expected, atol=1e-5)
+    assert module.swiglu is not activations.swiglu
+
+
+# --- The comparison with what is plain ----------------------------------------------------------
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Compiling would take most of the time."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def fresh(name: str) -> nn.Module:
+    model = build(name)
+    adapt(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *[(name, mx.float32) for name in ("llama", "mixtral", "qwen3_next", "jamba", "talkie")],
+        *[(name, mx.bfloat16) for name in ("llama", "gemma2", "gemma3n", "falcon_h1")],
+        ("llama", mx.float16),
+    ],
+)
+def test_right_ways_differ_by_rounding_only(uncompiled: None, name: str, dtype: mx.Dtype) -> None:
+    model = fresh(name)
+    adapter = model.trainable_parameters()
+    model.set_dtype(dtype)
+    model.update(adapter)
+    model.eval()
+    before = trainable(model)
+    assert patches.differs_from_plain(model, losses.make_loss, TOKENS) is None
+    assert not model.training
+    assert all((before[path] == array).all() for path, array in trainable(model).items())
+
+
+def wrong_attention(*args: mx.array, scale: float, **options: object) -> mx.array:
+    return attention.whole_attention(*args, scale=2 * scale, **options)
+
+
+def failing(*_: object, **__: object) -> mx.array:
+    raise RuntimeError("no such kernel\nand more")
+
+
+WRONG = {
+    "attention": (attention, "attention", wrong_attention, "differs by"),
+    "activation": (activations, "swiglu", lambda gate, x: gate * x, "differs by"),
+    "not a number": (activations, "swiglu", lambda gate, x: gate * x + math.nan, "differs by nan"),
+    "loss": (losses, "cross_entropy", lambda logits, targets: logits[:, 0], "differs by"),
+    "failing": (attention, "attention", failing, "RuntimeError: no such kernel"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_replacement_that_is_wrong_is_found_out(
+    uncompiled: None, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    *place, function, message = WRONG[case]
+    monkeypatch.setattr(*place, function)
+    why = patches.differs_from_plain(fresh("llama"), losses.make_loss, TOKENS)
+    assert message in why
+    assert "\n" not in why
+
+
+def test_what_is_not_finite_plainly_either_is_no_difference(uncompiled: None) -> None:
+    model = fresh("llama")
+    model.lm_head.weight *= math.inf
+    assert patches.differs_from_plain(model, losses.make_loss, TOKENS) is None
 
 
 # --- Attention by blocks ------------------------------------------------------------------------
@@ -173,7 +294,6 @@ def random_mask(*shape: int) -> mx.array:
     ],
 )
 def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
-    fast_exp: None,
     monkeypatch: pytest.MonkeyPatch,
     block: int,
     slow_exp: bool,
@@ -182,7 +302,7 @@ def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
     mask: Callable[[], object],
     has_sinks: bool,
 ) -> None:
-    monkeypatch.setattr(activations, "use_fast_exp", slow_exp)
+    monkeypatch.setattr(activations, "has_slow_exp", lambda: slow_exp)
     monkeypatch.setattr(attention, "BLOCK", block)  # 64: a text shorter than a block
     monkeypatch.setattr(attention, "ON_CUDA", on_cuda)
     mx.random.seed(0)
@@ -196,7 +316,7 @@ def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
 
     function = mx.value_and_grad(of_inputs, argnums=(0, 1, 2))
     expected = function(*inputs)
-    with attention.by_blocks():
+    with patches.applied():
         found = function(*inputs)
         # compiled, what the backward pass computes again must not be merged into something else
         others = [mx.compile(function)(*inputs)] if isinstance(options["mask"], str) else []
@@ -212,7 +332,7 @@ def attention_gradients(
         found = mx.fast.scaled_dot_product_attention(*inputs, scale=1.0, mask="causal")
         return (found.astype(mx.float32) * mx.arange(1, 17)).sum()
 
-    with attention.by_blocks() if by_blocks else nullcontext():
+    with patches.applied() if by_blocks else nullcontext():
         return mx.grad(of_inputs, argnums=(0, 1, 2))(q, k, v)
 
 
@@ -292,7 +412,7 @@ def test_what_the_mask_hides_has_no_part_in_anything_however_high_its_score(
         found = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
         return found.sum(), found
 
-    with attention.by_blocks():
+    with patches.applied():
         (_, output), of_v = mx.value_and_grad(of_values)(v)
     assert (output == 0).all()
     assert (of_v[:, :, 10:] == 0).all()
@@ -304,7 +424,7 @@ def test_no_array_of_length_squared_is_kept_for_the_gradients() -> None:
     q, k, v = (mx.random.normal((1, 4, 1024, 8)) for _ in range(3))
     mx.eval(q, k, v)
     peaks = []
-    for blocks in (nullcontext(), attention.by_blocks()):
+    for blocks in (nullcontext(), patches.applied()):
         with blocks:
 
             def ten_layers(q: mx.array) -> mx.array:
@@ -361,13 +481,13 @@ def test_an_adapted_layer_does_as_the_formula_and_has_its_gradients(
         assert mx.linalg.norm(found - expected) <= most * mx.linalg.norm(expected)
 
 
-# --- The loss by pieces -------------------------------------------------------------------------
+# --- The loss by chunks -------------------------------------------------------------------------
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pieces of 16 tokens, blocks of 5, and no compiling, which would take most of the time."""
-    for name in ("PIECE_ROWS", "PIECE_LOGITS", "CACHED_LOGITS"):
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Chunks of 16 tokens, blocks of 5, and no compiling, which would take most of the time."""
+    for name in ("CHUNK_ROWS", "CHUNK_LOGITS", "CACHED_LOGITS"):
         monkeypatch.setattr(losses, name, 1)
     monkeypatch.setattr(attention, "BLOCK", 5)
     mx.disable_compile()
@@ -378,15 +498,15 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def gradients(model: nn.Module, loss: Loss) -> tuple[float, int, dict[str, mx.array]]:
     function = nn.value_and_grad(model, lambda *batch: loss(model, *batch))
     tokens, is_target = (mx.concatenate([array] * 2, axis=1) for array in (TOKENS, IS_TARGET))
-    with nullcontext() if loss is losses.loss else attention.by_blocks():
+    with nullcontext() if loss is losses.loss else patches.applied():
         (total, number), found = function(tokens, is_target)
         mx.eval(total, number, found)
     return total.item(), number.item(), dict(tree_flatten(found))
 
 
 @pytest.mark.parametrize("name", [name for name in ADAPTED if name != "deepseek_v41"])
-def test_by_pieces_every_architecture_has_the_loss_and_gradients_of_the_whole(
-    small_pieces: None, name: str
+def test_by_chunks_every_architecture_has_the_loss_and_gradients_of_the_whole(
+    small_chunks: None, name: str
 ) -> None:
     model = build(name)
     loss = losses.make_loss(model)
@@ -405,7 +525,7 @@ def test_by_pieces_every_architecture_has_the_loss_and_gradients_of_the_whole(
 @pytest.mark.parametrize(
     "name", ["llama", "qwen2", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_next"]
 )
-def test_by_pieces_fifty_steps_end_where_the_plain_ones_do(small_pieces: None, name: str) -> None:
+def test_by_chunks_fifty_steps_end_where_the_plain_ones_do(small_chunks: None, name: str) -> None:
     ends = []
     for make_loss in (lambda model: losses.loss, losses.make_loss):
         model = build(name)
@@ -415,8 +535,7 @@ def test_by_pieces_fifty_steps_end_where_the_plain_ones_do(small_pieces: None, n
         batch = [(np.array(TOKENS), np.array(IS_TARGET))]
         with ExitStack() as stack:
             if loss is not losses.loss:
-                stack.enter_context(attention.by_blocks())
-                stack.enter_context(recurrences.by_chunks())
+                stack.enter_context(patches.applied())
             ends.append(list(tiny.train_on(model, loss, [batch] * 50, 3e-4)))
     assert ends[1] == pytest.approx(ends[0], 1e-4)
     assert ends[0][-1] < 0.9 * ends[0][0]
@@ -427,8 +546,8 @@ def test_by_pieces_fifty_steps_end_where_the_plain_ones_do(small_pieces: None, n
 )
 def test_no_array_of_all_tokens_and_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak of memory says so: it is a fraction of what the logits of all tokens take."""
-    monkeypatch.setattr(losses, "PIECE_ROWS", 16)
-    monkeypatch.setattr(losses, "PIECE_LOGITS", 2**19)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 2**19)
     rows, width, num_logits = 2, 257, 40_000
     model = build("llama")
     model.lm_head = nn.Linear(model.lm_head.weight.shape[1], num_logits, bias=False)

@@ -2,7 +2,7 @@
 
 import math
 
-from lora_finetune.mlx_patches import attention, recurrences
+from lora_finetune.mlx_patches import patches, recurrences
 from lora_finetune.mlx_patches.recurrences import gated_delta_by_chunks, gated_delta_by_tokens
 from test_architectures import build
 
@@ -115,13 +115,13 @@ def test_memory_for_the_gradients_of_a_long_text_is_a_fraction_of_what_the_loop_
 
 @pytest.mark.parametrize("length", [1, 128, 129, 300])
 @pytest.mark.parametrize("has_state", [True, False])
-def test_mamba_2_in_pieces_and_its_gradients_are_those_of_mlx_lm(length: int, has_state: bool):
+def test_mamba_2_in_chunks_and_its_gradients_are_those_of_mlx_lm(length: int, has_state: bool):
     mx.random.seed(0)
     normal = mx.random.normal
     inputs = [normal((ROWS, length, 4, 8)), normal((4,)), normal((ROWS, length, 2, 16))]
     inputs += [normal((ROWS, length, 2, 16)), normal((4,)), normal((ROWS, length, 4)), normal((4,))]
     inputs += [normal((ROWS, 4, 8, 16))] * has_state
-    assert_same(recurrences.ssm_in_pieces, recurrences.whole_ssm, inputs)
+    assert_same(recurrences.ssm_in_chunks, recurrences.whole_ssm, inputs)
 
 
 def test_lightning_attention_by_chunks_is_that_of_the_loop_over_tokens():
@@ -143,7 +143,7 @@ def test_the_scan_of_recurrent_gemma_is_that_of_the_loop(length: int, has_state:
     inputs += [mx.random.normal((ROWS, 8))] * has_state
     forms = (
         lambda x, a, h0=None, form=form: form(x, a, h0)
-        for form in (recurrences.rnn_scan_in_pieces, recurrent_gemma.rnn_scan)
+        for form in (recurrences.rnn_scan_in_chunks, recurrent_gemma.rnn_scan)
     )
     assert_same(*forms, inputs)
 
@@ -158,7 +158,7 @@ def test_the_scan_of_jamba_is_that_of_the_loop(length: int, has_state: bool):
     inputs += [mx.random.normal((ROWS, channels, states))] * has_state
     forms = (
         lambda *inputs, form=form: form(mixer, *inputs)
-        for form in (recurrences.jamba_ssm_in_pieces, jamba.JambaMambaMixer.ssm_step)
+        for form in (recurrences.jamba_ssm_in_chunks, jamba.JambaMambaMixer.ssm_step)
     )
     assert_same(*forms, inputs)
 
@@ -182,12 +182,9 @@ def test_a_model_of_this_kind_is_the_same_and_the_loop_is_back_afterwards(name: 
     model.train()
     tokens = (mx.arange(70)[None] * 7) % 90
     expected = model(tokens)
-    with attention.by_blocks(), recurrences.by_chunks():
+    with patches.applied():
         found = model(tokens)
         mx.eval(found)
     np.testing.assert_allclose(found, expected, atol=1e-4 * mx.abs(expected).max().item())
     assert recurrences.gated_delta.gated_delta_ops is gated_delta_by_tokens
     assert recurrences.ssm.ssm_attn is recurrences.whole_ssm
-    assert jamba.JambaMambaMixer.ssm_step is not recurrences.jamba_ssm_in_pieces
-    assert recurrent_gemma.rnn_scan is not recurrences.rnn_scan_in_pieces
-    assert bailing_moe_linear.recurrent_gla is not bailing_hybrid.recurrent_gla

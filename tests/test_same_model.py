@@ -6,7 +6,7 @@ from pathlib import Path
 import models
 import tiny
 from lora_finetune.base.errors import UserError
-from lora_finetune.mlx_patches import attention
+from lora_finetune.mlx_patches import patches
 from lora_finetune.training import losses
 
 import mlx.core as mx
@@ -76,7 +76,7 @@ def test_generation_and_training_have_the_same_window(tmp_path: Path, model_type
     for i in range(30, 40):
         logits = model(TOKENS[:, i : i + 1], cache=cache)
     assert np.allclose(np.array(logits[0, -1]), expected, atol=1e-4)
-    with attention.by_blocks():
+    with patches.applied():
         compiled = mx.compile(lambda tokens: model(tokens))
         assert np.allclose(np.array(compiled(TOKENS)[0, -1]), expected, atol=1e-4)
 

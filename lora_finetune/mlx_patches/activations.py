@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 
-from lora_finetune.mlx_patches import compiling  # noqa: F401, since MLX cannot compile these for all shapes
+from lora_finetune.base import linux_cpu
+from lora_finetune.mlx_patches.low_memory import recompute
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-# Of x = k · log 2 + r, with |r| at most half of log 2, e^x is 2^k · e^r. Log 2 is in two parts, the
+# With x = k · log 2 + r and |r| at most half of log 2, e^x is 2^k · e^r. Log 2 is in two parts, the
 # first of so few bits that its product with k is exact (Cody and Waite). The polynomial for e^r,
 # from the constant up, was fitted for the least relative error, 1.9e-9.
 LOG2_HIGH, LOG2_LOW = 0.693359375, -2.12194440e-4
@@ -20,21 +19,27 @@ POLYNOMIAL = (
     *(1.0, 1.000000036, 0.4999999208, 0.1666642015),
     *(0.04166822584, 0.008374817281, 0.001383683518),
 )
-LEAST, MOST = -88.0, 88.0  # at the first k is −127, and of that exponent the float32 is 0
+LEAST, MOST = -88.0, 88.0  # at the first k is −127, and with that exponent the float32 is 0
 ROUND, ROUND_BITS = 1.5 * 2**23, 0x4B400000  # added, it leaves the nearest integer as last bits
 
-use_fast_exp = False  # which `install` sets
+
+@cache
+def has_slow_exp() -> bool:
+    """Whether MLX's exp is the slow one of a Linux CPU.
+
+    Where MLX cannot compile, which this turns off then, it is nevertheless faster than ours.
+    """
+    return mx.default_device() == mx.cpu and linux_cpu.can_compile()
 
 
 def uses_fast_exp(x: mx.array) -> bool:
-    """Whether the exp of an array is the one below, and not MLX's."""
-    return use_fast_exp and x.dtype == mx.float32
+    return has_slow_exp() and x.dtype == mx.float32
 
 
 @mx.custom_function
 @mx.compile
 def exp(x: mx.array) -> mx.array:
-    """e^x; once installed, that of float32 is made of multiplications and additions, to 2e-7.
+    """e^x; on a Linux CPU and in float32 by multiplications and additions, to 2e-7.
 
     Below −87.7 it is 0, and above 88 it stays what it is there, 1.7e38. The polynomial is taken in
     pairs and not term after term, so that MLX fuses all but the exponent into one loop.
@@ -60,7 +65,7 @@ def exp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
 @mx.compile
 def log_sum_exp(x: mx.array) -> mx.array:
     """log Σ e^x over the last axis."""
-    if not use_fast_exp:
+    if not uses_fast_exp(x):
         return mx.logsumexp(x, axis=-1)
     most = mx.max(x, axis=-1, keepdims=True)
     return most[..., 0] + mx.log(exp(x - most).sum(axis=-1))
@@ -75,18 +80,18 @@ def softmax(x: mx.array) -> mx.array:
 
 
 @mx.compile
-def weighted_rest(p: mx.array, of_p: mx.array, *parts: mx.array) -> mx.array:
-    """p · (dp − the sum of all parts), in float32 and then of the type of p."""
-    rest = of_p.astype(mx.float32)
-    for part in parts:  # in turn: their sum would be rounded, and what is left can be less
-        rest = rest - part
+def weighted_rest(p: mx.array, dp: mx.array, *sums: mx.array) -> mx.array:
+    """p · (dp − all sums), in float32 and then of the type of p."""
+    rest = dp.astype(mx.float32)
+    for each in sums:  # one by one: their sum would be rounded, and what is left can be less
+        rest = rest - each
     return (p * rest).astype(p.dtype)
 
 
-def softmax_gradient(p: mx.array, of_p: mx.array) -> mx.array:
-    """The gradient to what p is the softmax of: p · (dp − Σ p · dp).
+def softmax_gradient(p: mx.array, dp: mx.array) -> mx.array:
+    """The gradient p · (dp − Σ p · dp) to the input of a softmax p.
 
-    Of a row with nearly all in one place next to nothing is left, so Σ p · dp has to be right for
+    In a row with nearly all in one place next to nothing is left, so Σ p · dp has to be right for
     this p, rounded as it is and with a sum that is not quite 1. A first sum is rounded to the type
     of p; a second one, of what the first leaves of dp, makes up for that. The sums are products
     with ones, and what is summed is computed as the gradient is: one kernel for CUDA to compile.
@@ -96,17 +101,16 @@ def softmax_gradient(p: mx.array, of_p: mx.array) -> mx.array:
     """
     # In the one place that has nearly all, dp and the first sum are close, so that their difference
     # is exact in a type as precise as that of dp. So two sums are enough, else they are four.
-    number = 2 if mx.finfo(p.dtype).eps <= mx.finfo(of_p.dtype).eps else 4
+    number = 2 if mx.finfo(p.dtype).eps <= mx.finfo(dp.dtype).eps else 4
     # Zeros at first, each of another shape: mx.compile would take equal arrays for one, and make a
     # kernel for that.
-    parts = [mx.zeros((1,) * (i + 1)) for i in range(number)]
+    sums = [mx.zeros((1,) * (i + 1)) for i in range(number)]
     for i in range(number):
-        part = weighted_rest(p, of_p, *parts) @ ones(p.shape[-1], p.dtype)
-        part = part.astype(mx.float32)
+        found = (weighted_rest(p, dp, *sums) @ ones(p.shape[-1], p.dtype)).astype(mx.float32)
         # Else, compiled, dp in float32 would be kept for all sums, and the kernel for the gradient
-        # would be another one, with the cast of the last part in it.
-        p, of_p, parts[i] = mx.depends([p, of_p, part], [part])
-    return weighted_rest(p, of_p, *parts)
+        # would be another one, with the cast of the last sum in it.
+        p, dp, sums[i] = mx.depends([p, dp, found], [found])
+    return weighted_rest(p, dp, *sums)
 
 
 @cache
@@ -118,7 +122,7 @@ def ones(length: int, dtype: mx.Dtype) -> mx.array:
 def scaled_product(
     a: mx.array, b: mx.array, scale: float, added: mx.array | None = None
 ) -> mx.array:
-    """scale · (a b) + added in one operation, with nothing added if None.
+    """scale · (a b) + added in one operation.
 
     On their own, scale and sum would each be a pass over the product, and a kernel that CUDA has to
     compile.
@@ -132,26 +136,12 @@ def sigmoid(x: mx.array) -> mx.array:
     return 1 / (1 + exp(-x)) if uses_fast_exp(x) else mx.sigmoid(x)
 
 
-def keeping_input(function: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """A decorator: the function keeps its input only, and is computed again for its gradient."""
-    keeping = mx.custom_function(function)
-
-    @keeping.vjp
-    def gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        # The input seems to depend on the cotangent, else, compiled, what is computed again would
-        # be merged with what was computed before, and kept.
-        ready = mx.depends([x], [cotangent])
-        return mx.vjp(function, ready, [cotangent])[1][0]
-
-    return keeping
-
-
-@keeping_input
+@recompute
 def silu(x: mx.array) -> mx.array:
     return x * sigmoid(x)
 
 
-@keeping_input
+@recompute
 def gelu_approx(x: mx.array) -> mx.array:
     """GELU with tanh, in float32: (1 + tanh u) / 2 is the sigmoid of 2 u."""
     wide = x.astype(mx.float32)
@@ -161,38 +151,22 @@ def gelu_approx(x: mx.array) -> mx.array:
 
 @mx.custom_function
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """SiLU(gate) · x, with the gate's sigmoid computed again for the gradients and not kept."""
+    """SiLU(gate) · x; its gradients by hand have fewer passes than `recompute` makes."""
     return gate * sigmoid(gate) * x
 
 
 @swiglu.vjp
 def swiglu_vjp(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+    inputs: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
-    gate, x = primals
-    (gate,) = mx.depends([gate], [cotangent])  # else, compiled, the sigmoid of above would be kept
-    part = sigmoid(gate)
-    silu = gate * part
-    of_gate = cotangent * x * (part + silu * (1 - part))
+    gate, x = inputs
+    (gate,) = mx.depends([gate], [cotangent])  # computed again, as in `recompute`
+    s = sigmoid(gate)
+    silu = gate * s
+    of_gate = cotangent * x * (s + silu * (1 - s))
     if mx.default_device() == mx.gpu:
         # Two gradients of one expression are two kernels and what is between them in memory; of two
         # expressions they are one kernel each, and the second is that of the forward pass.
         (gate,) = mx.depends([gate], [of_gate])
         silu = gate * sigmoid(gate)
     return of_gate, silu * cotangent
-
-
-def install(slow_exp: bool) -> None:
-    """Let models use these activations, before mlx-lm imports a model's own module.
-
-    Args:
-        slow_exp: whether MLX's exp is the slow one of a Linux CPU. Where MLX does not compile, it
-            is none the less faster than this one.
-    """
-    import mlx_lm.models.activations
-    import mlx_lm.models.switch_layers
-
-    global use_fast_exp
-    use_fast_exp = slow_exp
-    mlx_lm.models.activations.swiglu = mlx_lm.models.switch_layers.swiglu = swiglu
-    nn.silu, nn.gelu_approx = silu, gelu_approx

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import NamedTuple
 
 from lora_finetune.mlx_patches import activations
 from lora_finetune.mlx_patches.activations import scaled_product
+from lora_finetune.mlx_patches.low_memory import in_turn
 
 import mlx.core as mx
 import numpy as np
 
-# For so many queries at a time. Half as many take little less memory, and on a GPU more time.
+# Queries per block. Half as many take little less memory, and on a GPU more time.
 BLOCK = 256
 
 # On CUDA, with cuDNN off, MLX has no kernel for attention, and copies keys and values for each head
@@ -23,19 +24,13 @@ whole_attention = mx.fast.scaled_dot_product_attention
 
 
 def attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    *,
-    scale: float,
-    mask: str | mx.array | None = None,
-    sinks: mx.array | None = None,
-    **options: object,
-) -> mx.array:
-    """As mx.fast.scaled_dot_product_attention, for one block of a text after another.
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float,
+    mask: str | mx.array | None = None, sinks: mx.array | None = None, **options: object,
+) -> mx.array:  # fmt: skip
+    """As mx.fast.scaled_dot_product_attention, one block of queries after another.
 
-    For the gradients the scores of a block of queries are computed again. Under a causal mask, keys
-    after the block are left out.
+    For the gradients the scores of a block are computed again. Under a causal mask, keys after the
+    block are left out.
 
     Args:
         queries: (rows, heads, length, size).
@@ -55,65 +50,91 @@ def attention(
         return whole_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks, **options
         )
-
-    added = mx.result_type(queries, keys)  # of what a mask adds to the scores
-    values = mx.contiguous(values)  # which are turned, so that each product would copy them
-
-    def block_of(start: int, q: mx.array, k: mx.array, v: mx.array, dtype: mx.Dtype) -> tuple:
-        """The queries of a block, the keys and values that they see, and the mask."""
-        end = min(start + BLOCK, length)
-        seen = length if mask is None or is_array else end
-        block_mask = None if mask is None else mask_of(mask, start, end, dtype)
-        if block_mask is not None and length > BLOCK:
-            # Else, compiled, what is made of the masks of all blocks would be kept for all layers.
-            (block_mask,) = mx.depends([block_mask], [q])
-        return q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], block_mask
-
-    def attend(q: mx.array, k: mx.array, v: mx.array, block_mask: mx.array | None) -> mx.array:
-        if by_hand:
-            return attention_by_hand(q, k, v, block_mask, scale)
-        return whole_attention(q, k, v, scale=scale, mask=block_mask, sinks=sinks)
-
-    forward_block = partial(block_of, dtype=added if by_hand else mx.bool_)
+    blocks = Blocks(scale, mask, sinks, by_hand, mx.result_type(queries, keys))
+    inputs = queries, keys, mx.contiguous(values)  # which each product would copy otherwise
     if length <= BLOCK and ON_CUDA:  # the scores of one block are few; computed again, 4 % slower
-        return attend(*forward_block(0, queries, keys, values))
+        [(q, k, v, bias)] = blocks.of(inputs, (0,), blocks.added)
+        return keeping_probabilities(q, k, v, bias, scale)
+    function = mx.custom_function(blocks.forward)
+    function.vjp(blocks.gradients)
+    return function(*inputs)
 
-    @mx.custom_function
-    def in_turn(*inputs: mx.array) -> mx.array:
-        blocks = [attend(*forward_block(0, *inputs))]
-        for start in range(BLOCK, length, BLOCK):
-            blocks.append(attend(*forward_block(start, *mx.depends(inputs, blocks[-1:]))))
-        return mx.concatenate(blocks, axis=2)
 
-    @in_turn.vjp
-    def gradients(inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> list[mx.array]:
-        of_queries, totals, ready = [], [], mx.depends(inputs, [cotangent])
-        for start in reversed(range(0, length, BLOCK)):  # the last block is the one to see all keys
-            of_block = cotangent[:, :, start : start + BLOCK]
-            if sinks is None:
-                *block, bias = block_of(start, *ready, dtype=added)
-                p = probabilities(*block[:2], bias, scale)
-                found = gradients_by_hand(p, *block, of_block, scale)
+class Blocks(NamedTuple):
+    """One call of attention, by blocks of queries.
+
+    Attributes:
+        added: the type of what a mask adds to the scores.
+    """
+
+    scale: float
+    mask: str | mx.array | None
+    sinks: mx.array | None
+    by_hand: bool
+    added: mx.Dtype
+
+    def forward(self, *inputs: mx.array) -> mx.array:
+        starts = range(0, inputs[0].shape[2], BLOCK)
+        blocks = self.of(inputs, starts, self.added if self.by_hand else mx.bool_)
+        return mx.concatenate(in_turn(self.attend, blocks), axis=2)
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None
+    ) -> mx.array:
+        if self.by_hand:
+            return weighted_values(probabilities(q, k, self.scale, mask), v, q)
+        return whole_attention(q, k, v, scale=self.scale, mask=mask, sinks=self.sinks)
+
+    def gradients(
+        self, inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+    ) -> list[mx.array]:
+        totals: list[mx.array] = []
+
+        def of_block(of_output: mx.array, *block: mx.array) -> list[mx.array]:
+            nonlocal totals
+            q, k, v, *mask = block
+            if self.sinks is None:
+                p = probabilities(q, k, self.scale, *mask)
+                found = gradients_by_hand(p, q, k, v, of_output, self.scale)
             else:
-                *block, block_mask = forward_block(start, *ready)
-                found = mx.vjp(partial(attend, block_mask=block_mask), block, [of_block])[1]
-            of_queries.insert(0, found[0])
-            totals = list(map(add_to_first_keys, totals, found[1:])) if totals else found[1:]
-            ready = mx.depends(inputs, [found[0], *totals])
-        return [mx.concatenate(of_queries, axis=2), *totals]
+                found = mx.vjp(lambda *qkv: self.attend(*qkv, *mask), [q, k, v], [of_output])[1]
+            of_queries, *others = found
+            totals = list(map(add_to_first_keys, totals, others)) if totals else others
+            return [of_queries, *totals]
 
-    return in_turn(queries, keys, values)
+        ready = mx.depends(inputs, [cotangent])  # computed again, as in `recompute`
+        last_first = range(0, cotangent.shape[2], BLOCK)[::-1]  # the last block sees all keys
+        blocks = self.of(ready, last_first, self.added if self.sinks is None else mx.bool_)
+        of_outputs = (cotangent[:, :, start : start + BLOCK] for start in last_first)
+        chunks = ([of_output, *block] for of_output, block in zip(of_outputs, blocks, strict=True))
+        of_queries = [result[0] for result in in_turn(of_block, chunks)]
+        return [mx.concatenate(of_queries[::-1], axis=2), *totals]
+
+    def of(
+        self, inputs: Iterable[mx.array], starts: Iterable[int], dtype: mx.Dtype
+    ) -> Iterator[list[mx.array]]:
+        """The queries of each block, the keys and values that they see, and the mask if any."""
+        q, k, v = inputs
+        length = q.shape[2]
+        for start in starts:
+            end = min(start + BLOCK, length)
+            seen = end if isinstance(self.mask, str) else length
+            mask = [] if self.mask is None else [mask_of(self.mask, start, end, dtype)]
+            if mask and length > BLOCK:
+                # Else, compiled, what is made of the masks would be kept for all layers.
+                mask = mx.depends(mask, [q])
+            yield [q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], *mask]
 
 
-def attention_by_hand(
-    q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None, scale: float
+def keeping_probabilities(
+    q: mx.array, k: mx.array, v: mx.array, bias: mx.array, scale: float
 ) -> mx.array:
-    """Attention with products, and the exp that is fast on a Linux CPU; the softmax is kept."""
+    """Attention by hand whose softmax is kept for the gradients."""
 
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        p = probabilities(q, k, bias, scale)
-        return (p @ v).reshape(*q.shape[:-1], -1), p
+        p = probabilities(q, k, scale, bias)
+        return weighted_values(p, v, q), p
 
     @forward.vjp
     def gradients(inputs: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
@@ -122,17 +143,21 @@ def attention_by_hand(
     return forward(q, k, v)[0]
 
 
-def probabilities(q: mx.array, k: mx.array, bias: mx.array | None, scale: float) -> mx.array:
-    """The softmax of the scores, of queries in groups; the bias is what a mask adds to them."""
+def probabilities(q: mx.array, k: mx.array, scale: float, bias: mx.array | None = None) -> mx.array:
+    """The softmax of the scores, for queries in groups; the bias is what a mask adds to them."""
     added = None if bias is None else for_groups(bias, q, k)
-    scores = scaled_product(in_groups(q, k), k.swapaxes(-1, -2), scale, added)
-    return activations.softmax(scores)
+    return activations.softmax(scaled_product(in_groups(q, k), k.swapaxes(-1, -2), scale, added))
+
+
+def weighted_values(p: mx.array, v: mx.array, q: mx.array) -> mx.array:
+    """(rows, heads of the queries, queries, size)."""
+    return (p @ v).reshape(*q.shape[:-1], -1)
 
 
 def gradients_by_hand(
     p: mx.array, q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, scale: float
 ) -> list[mx.array]:
-    """The gradients to queries, keys and values, each of the type of what it is of."""
+    """The gradients to queries, keys and values, each of its input's type."""
     of_output = mx.contiguous(in_groups(cotangent, k))
     of_scores = activations.softmax_gradient(p, of_output @ v.swapaxes(-1, -2))
     return [
@@ -142,12 +167,12 @@ def gradients_by_hand(
     ]
 
 
-def add_to_first_keys(total: mx.array, part: mx.array) -> mx.array:
-    """A total (rows, heads, keys, size) with a part added that is of the first keys only."""
-    seen, length = part.shape[2], total.shape[2]
-    if seen == length:
-        return total + part
-    return mx.concatenate([total[:, :, :seen] + part, total[:, :, seen:]], axis=2)
+def add_to_first_keys(total: mx.array, first: mx.array) -> mx.array:
+    """The sum of totals (rows, heads, keys, size) and what is added to the first keys only."""
+    seen = first.shape[2]
+    if seen == total.shape[2]:
+        return total + first
+    return mx.concatenate([total[:, :, :seen] + first, total[:, :, seen:]], axis=2)
 
 
 def in_groups(x: mx.array, keys: mx.array) -> mx.array:
@@ -177,8 +202,8 @@ def mask_of(mask: str | mx.array, start: int, end: int, dtype: mx.Dtype) -> mx.a
             return mask
         return mx.where(mask, mx.array(0, dtype), mx.array(-mx.inf, dtype))
     blocks = -(-end // BLOCK)
-    keys = BLOCK << (blocks - 1).bit_length()  # few sizes, of which each takes its memory
-    first = keys - BLOCK - start  # what the last block sees, from here on the block at start does
+    keys = BLOCK << (blocks - 1).bit_length()  # few sizes, since each takes memory
+    first = keys - BLOCK - start  # what the last block sees, the block at start sees from here on
     return causal_mask(BLOCK, keys, dtype)[: end - start, first : first + end]
 
 
@@ -187,13 +212,3 @@ def causal_mask(queries: int, keys: int, dtype: mx.Dtype) -> mx.array:
     """Which keys the last queries of a text see: made once, and not for each layer anew."""
     seen = np.tri(queries, keys, keys - queries, dtype=bool)
     return mx.array(seen if dtype == mx.bool_ else np.where(seen, 0, -np.inf), dtype)
-
-
-@contextmanager
-def by_blocks() -> Iterator[None]:
-    """While it lasts, models attend by blocks."""
-    mx.fast.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        mx.fast.scaled_dot_product_attention = whole_attention

@@ -1,7 +1,4 @@
-"""Compiling: for each shape alone, and only what can be.
-
-Import this before mlx_lm: it compiles some functions of its models when it is imported.
-"""
+"""Compiling only what can be, and telling what a first run on a GPU waits for."""
 
 from __future__ import annotations
 
@@ -12,24 +9,9 @@ from lora_finetune.base.errors import hint_if_slow
 
 import mlx.core as mx
 
-mlx_compile = mx.compile
-
-
-def compile_for_each_shape(
-    fun: Callable, inputs: object = None, outputs: object = None, shapeless: bool = False
-) -> Callable:
-    """mx.compile, but never for all shapes at once.
-
-    MLX can do that only of operations with a rule for it. Our activations have none.
-    """
-    return mlx_compile(fun, inputs, outputs)
-
-
-mx.compile = compile_for_each_shape
-
 
 def hint_if_compiling(tried: str) -> AbstractContextManager[None]:
-    """Tell, where what is tried is slow, what a first run on a GPU is waiting for."""
+    """Say that kernels are compiled, if what is tried is slow."""
     return hint_if_slow(
         f"trying {tried}; on a GPU the first run compiles its kernels, for up to a minute, or "
         "several with a hybrid"
@@ -37,9 +19,9 @@ def hint_if_compiling(tried: str) -> AbstractContextManager[None]:
 
 
 def compiled_if_possible(function: Callable) -> Callable:
-    """A function compiled, or as it is from where it turns out that MLX cannot compile it.
+    """A compiled function, or the function itself once it turns out that MLX cannot compile it.
 
-    That is so of control flow that depends on data: dbrx reads its router's choice.
+    It cannot where control flow depends on data: dbrx reads its router's choice.
     """
     present = mx.compile(function)
 

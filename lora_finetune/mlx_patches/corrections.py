@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any
 
 from lora_finetune.base.errors import UserError
-from lora_finetune.mlx_patches.activations import swiglu
 from lora_finetune.mlx_patches.modules import arguments, modules_named, parameters_of, replace
 from lora_finetune.mlx_patches.settings import put_activations
 from lora_finetune.model_folder.config import is_minimax_m2, model_family
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import activations
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -253,11 +253,11 @@ def norm_by_groups(model: nn.Module, _: PretrainedConfig | None) -> None:
 
     def by_groups(_: Callable, norm: nn.Module, x: mx.array, gate: mx.array) -> mx.array:
         gates_first = not getattr(norm, "norm_before_gate", False)
-        x = swiglu(gate, x) if gates_first else x
+        x = activations.swiglu(gate, x) if gates_first else x
         eps = getattr(norm, "variance_epsilon", None) or norm.eps
         normed = mx.fast.rms_norm(x.reshape(*x.shape[:-1], groups, -1), None, eps)
         x = normed.reshape(x.shape) * norm.weight
-        return x if gates_first else swiglu(gate, x)
+        return x if gates_first else activations.swiglu(gate, x)
 
     args = model.args
     groups = args.n_groups if hasattr(args, "n_groups") else args.mamba_n_groups

@@ -1,4 +1,4 @@
-"""The recurrences of hybrids such as Qwen3.5 and Falcon-H1, for one chunk of a text after another.
+"""The recurrences of hybrids such as Qwen3.5 and Falcon-H1, one chunk of a text after another.
 
 All but Mamba 2 are loops over tokens in mlx-lm. To train, these keep several states of a layer for
 each token, and where a token is sliced out of a text, its gradient is as large as the whole text's.
@@ -6,17 +6,18 @@ each token, and where a token is sliced out of a text, its gradient is as large 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from lora_finetune.mlx_patches.activations import exp
+from lora_finetune.mlx_patches.low_memory import recompute
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import gated_delta, ssm
 
-Result = tuple[mx.array, mx.array]  # what a recurrence puts out, and its state after it
+Result = tuple[mx.array, mx.array]  # a recurrence's output and its state after it
 
 CHUNK = 64  # tokens, a power of two
 LEAST_G = 1e-20  # a smaller g is taken for this, and has no gradient: in float32 all is forgotten
@@ -34,30 +35,19 @@ gated_delta_by_tokens, whole_ssm = gated_delta.gated_delta_ops, ssm.ssm_attn
 
 
 def gated_delta_by_chunks(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    g: mx.array,
-    beta: mx.array,
-    state: mx.array | None = None,
-    mask: mx.array | None = None,
-) -> Result:
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array,
+    state: mx.array | None = None, mask: mx.array | None = None,
+) -> Result:  # fmt: skip
     """As mlx_lm.models.gated_delta.gated_delta_ops, to float32 rounding.
 
-    But to 1e-3 where β is near 2 and keys repeat (OLMo hybrids let it), or where a Mac takes its
-    float32 products in TF32; that is still less than bfloat16 rounds q, k and v.
-
-    For each head, S_t = g_t S_{t−1} + u_t k_tᵀ, with u_t = β_t (v_t − g_t S_{t−1} k_t), and
-    y_t = S_t q_t. Let G_t be the product of a chunk's g up to t, and S the state before it. Then
-    the u of the chunk solve (I + A) U = β V − β G K Sᵀ, where A_ti = β_t k_t·k_i G_t / G_i for
-    i < t. With (I + A)⁻¹ β V and (I + A)⁻¹ β G K at hand, which need no state, what is left to do
-    in turn is a few products a chunk (the WY form; Yang et al., "Gated Delta Networks", 2024).
+    Only to 1e-3 where β is near 2 and keys repeat (OLMo hybrids let it), or where a Mac takes its
+    float32 products in TF32; that is still less than bfloat16 rounds q, k and v. Where g has a key
+    size too, or there is a mask, it is mlx-lm's in chunks.
 
     Args:
         q, k: (rows, length, heads, key size); values can have more heads, a multiple.
         v: (rows, length, value heads, value size).
-        g, beta: (rows, length, value heads). Where g has a key size too, or there is a mask, pieces
-            of the text are gone through token by token, and again for their gradients.
+        g, beta: (rows, length, value heads).
         state: (rows, value heads, value size, key size).
 
     Returns:
@@ -67,52 +57,66 @@ def gated_delta_by_chunks(
     if state is None:
         state = mx.zeros((rows, heads, value_size, key_size))
     if g.ndim == 4 or mask is not None:
-        masks = [] if mask is None else [mask]
 
-        def of_piece(state: mx.array, *piece: mx.array) -> Result:
-            return gated_delta_by_tokens(*piece[:5], state, *piece[5:])
+        def of_chunk(state: mx.array, *chunk: mx.array) -> Result:
+            return gated_delta_by_tokens(*chunk[:5], state, *chunk[5:])
 
-        return in_pieces(of_piece, CHUNK, state, [q, k, v, g, beta, *masks])
+        sequences = [x for x in (q, k, v, g, beta, mask) if x is not None]
+        return in_chunks(of_chunk, CHUNK, state, sequences)
 
-    def chunks(x: mx.array) -> mx.array:
+    def chunked(x: mx.array) -> mx.array:
         """(rows, value heads, chunks, CHUNK, …) float32; behind the text all is zero."""
         x = mx.pad(x.astype(mx.float32), [(0, 0), (0, -length % CHUNK)] + [(0, 0)] * (x.ndim - 2))
         x = mx.repeat(x, heads // x.shape[2], axis=2) if x.shape[2] < heads else x
         return mx.unflatten(x.swapaxes(1, 2), 2, (-1, CHUNK))
 
-    dtype = q.dtype
-    log_g = chunks(mx.log(mx.maximum(g.astype(mx.float32), LEAST_G)))
-    q, k, v, beta = chunks(q), chunks(k), chunks(v), chunks(beta)[..., None]
+    log_g = chunked(mx.log(mx.maximum(g.astype(mx.float32), LEAST_G)))
+    arrays = without_state(chunked(q), chunked(k), chunked(v), log_g, chunked(beta)[..., None])
+    outputs = []
+    for chunk in zip(*(split(x, 1, axis=2) for x in arrays), strict=True):
+        of_values, of_state, scores, gq, decayed_k, g = (x.squeeze(2) for x in chunk)
+        before = state.swapaxes(-1, -2)
+        u = of_values - of_state @ before
+        outputs.append(gq @ before + scores @ u)
+        state = g * state + u.swapaxes(-1, -2) @ decayed_k
+    y = mx.concatenate(outputs, axis=2)[:, :, :length].swapaxes(1, 2)
+    return y.astype(q.dtype), state
+
+
+def without_state(
+    q: mx.array, k: mx.array, v: mx.array, log_g: mx.array, beta: mx.array
+) -> tuple[mx.array, ...]:
+    """All that needs no state in the gated delta rule, for all chunks at once.
+
+    For each head, S_t = g_t S_{t−1} + u_t k_tᵀ, with u_t = β_t (v_t − g_t S_{t−1} k_t), and
+    y_t = S_t q_t. Let G_t be the product of a chunk's g up to t, and S the state before it. Then
+    the u of the chunk solve (I + A) U = β V − β G K Sᵀ, where A_ti = β_t k_t·k_i G_t / G_i for
+    i < t. With (I + A)⁻¹ β V and (I + A)⁻¹ β G K at hand, what is left to do in turn is a few
+    products a chunk (the WY form; Yang et al., "Gated Delta Networks", 2024).
+
+    Args:
+        q, k, v: (…, CHUNK, size).
+        log_g: (…, CHUNK).
+        beta: (…, CHUNK, 1).
+
+    Returns:
+        (I + A)⁻¹ β V; (I + A)⁻¹ β G K; q_t·k_i G_t / G_i for i ≤ t; G Q; K times the decay to the
+        end of the chunk; and the G of its last token.
+    """
     g = exp(mx.cumsum(log_g, axis=-1))[..., None]  # G
     # G_t / G_i, as a sum over what is between: of a quotient or a difference few digits are left.
     ratio = exp(mx.cumsum(log_g[..., None] * BEFORE, axis=-2) + MINUS_INFINITY_AFTER)
     inverse = unit_lower_inverse(beta * (k @ k.swapaxes(-1, -2)) * ratio * BEFORE)
+    scores = (q @ k.swapaxes(-1, -2)) * ratio
     of_values, of_state = inverse @ (beta * v), inverse @ (beta * g * k)
-    scores, q, k = (q @ k.swapaxes(-1, -2)) * ratio, g * q, ratio[..., -1, :, None] * k
-    outputs = []
-    arrays = (of_values, of_state, q, k, scores, g[..., -1:, :])
-    for chunk in zip(*(pieces(x, 1, axis=2) for x in arrays), strict=True):
-        of_values, of_state, q, k, scores, g = (x.squeeze(2) for x in chunk)
-        before = state.swapaxes(-1, -2)
-        u = of_values - of_state @ before
-        outputs.append(q @ before + scores @ u)
-        state = g * state + u.swapaxes(-1, -2) @ k
-    y = mx.concatenate(outputs, axis=2)[:, :, :length].swapaxes(1, 2)
-    return y.astype(dtype), state
+    return of_values, of_state, scores, g * q, ratio[..., -1, :, None] * k, g[..., -1:, :]
 
 
-def blocks_of(size: int) -> np.ndarray:
-    """1 where row and column of a chunk are in the same of its blocks of such a size, else 0."""
-    block = np.arange(CHUNK) // size
-    return (block[:, None] == block).astype(np.float32)
-
-
-IDENTITY = mx.array(np.eye(CHUNK, dtype=np.float32))
-# What blocks of 2, 4, … CHUNK have that those of half the size have not.
-ADDED = [
-    mx.array(blocks_of(2 << level) - blocks_of(1 << level))
-    for level in range(CHUNK.bit_length() - 1)
-]
+# (CHUNK, CHUNK), 1 in the diagonal blocks of 1, 2, 4, … CHUNK, and what each has that the one
+# before it has not.
+BLOCKS = [np.kron(np.eye(CHUNK // n), np.ones((n, n))) for n in 2 ** np.arange(CHUNK.bit_length())]
+ADDED = [mx.array(large - small, mx.float32) for small, large in pairwise(BLOCKS)]
+IDENTITY = mx.array(BLOCKS[0], mx.float32)
 
 
 @mx.custom_function
@@ -134,99 +138,79 @@ def unit_lower_inverse_vjp(_: mx.array, cotangent: mx.array, inverse: mx.array) 
     return -(transposed @ cotangent @ transposed)
 
 
-# --- In pieces ----------------------------------------------------------------------------------
+# --- Chunk after chunk --------------------------------------------------------------------------
 
 
-def ssm_in_pieces(
-    x: mx.array,
-    A_log: mx.array,  # noqa: N803, as in mlx-lm
-    B: mx.array,  # noqa: N803
-    C: mx.array,  # noqa: N803
-    D: mx.array,  # noqa: N803
-    dt: mx.array,
-    dt_bias: mx.array,
-    state: mx.array | None = None,
-    time_step_limit: tuple[float, float] = (0.001, 100.0),
-    mask: mx.array | None = None,
-    lengths: mx.array | None = None,
-    step: int = 128,
-) -> Result:
-    """As mlx_lm.models.ssm.ssm_attn, the state space model of Mamba 2.
-
-    Args:
-        mask, lengths: with them it is mlx-lm's; in training there are none.
-        step: tokens of a piece, in which arrays are as large as its square (mlx-lm: 256).
-    """
-    if mask is not None or lengths is not None:
-        return whole_ssm(
-            x, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths, step
-        )
-
-    def of_piece(
-        state: mx.array | None, x: mx.array, b: mx.array, c: mx.array, dt: mx.array, *same: mx.array
-    ) -> Result:
-        return whole_ssm(x, same[0], b, c, same[1], dt, same[2], state, time_step_limit, step=step)
-
-    return in_pieces(of_piece, step, state, [x, B, C, dt], [A_log, D, dt_bias])
-
-
-def in_pieces(
+def in_chunks(
     function: Callable[..., Result],
     size: int,
     state: mx.array | None,
-    sequences: list[mx.array],
-    same: list[mx.array] = (),
+    sequences: Sequence[mx.array],
+    same: Sequence[mx.array] = (),
 ) -> Result:
-    """A recurrence for one piece of a text after another, each checkpointed.
+    """A recurrence over a text, of which only the states between chunks are kept.
 
-    Only the states between pieces are kept; for its gradients a piece is computed again, and no two
-    are at the same time, as with mx.checkpoint they would be.
+    For its gradients each chunk is computed again; with the gradient to its state the chunk in
+    front begins, so not before all of this one is done.
 
     Args:
-        function: takes a state or None, a piece of each sequence, and what is the same for all.
-        size: tokens of a piece.
+        function: takes a state or None, a chunk of each sequence, and what is the same for all.
+        size: tokens of a chunk.
         sequences: (rows, length, …).
     """
-    number = len(sequences) + len(same)
 
-    def of_piece(*inputs: mx.array) -> Result:
-        return function(inputs[0] if len(inputs) > number else None, *inputs[-number:])
-
-    checkpointed = mx.custom_function(of_piece)
-
-    @checkpointed.vjp
-    def gradients(inputs: tuple, cotangents: tuple, _: tuple) -> list[mx.array]:
-        # Computed again when it is needed, and not while others are; and with the state's gradient
-        # the piece in front begins, so not before all of this piece is done.
-        inputs = mx.depends(list(inputs), list(cotangents))
-        found = mx.vjp(of_piece, inputs, cotangents)[1]
-        of_state, others = found[:-number], found[-number:]
-        if of_state:
-            of_state = mx.depends(of_state, others[: len(sequences)])
-        return [*of_state, *others]
+    def from_none(*inputs: mx.array) -> Result:
+        return function(None, *inputs)
 
     outputs = []
-    for piece in zip(*(pieces(x, size, axis=1) for x in sequences), strict=True):
-        y, state = checkpointed(*([] if state is None else [state]), *piece, *same)
+    for chunk in zip(*(split(x, size, axis=1) for x in sequences), strict=True):
+        if state is None:
+            y, state = recompute(from_none, len(chunk))(*chunk, *same)
+        else:
+            y, state = recompute(function, 1 + len(chunk))(state, *chunk, *same)
         outputs.append(y)
     return mx.concatenate(outputs, axis=1), state
 
 
-def pieces(x: mx.array, size: int, axis: int) -> tuple[mx.array, ...]:
-    """An array in pieces along an axis, whose gradients are joined.
+def split(x: mx.array, size: int, axis: int) -> tuple[mx.array, ...]:
+    """An array in chunks along an axis, whose gradients are joined.
 
     MLX's gradient of a slice is as large as the array, with zeros around it.
     """
 
     @mx.custom_function
-    def split(x: mx.array) -> tuple[mx.array, ...]:
+    def chunks(x: mx.array) -> tuple[mx.array, ...]:
         return tuple(mx.split(x, list(range(size, x.shape[axis], size)), axis))
 
-    @split.vjp
+    @chunks.vjp
     def gradient(_: mx.array, cotangents: tuple[mx.array, ...], __: object) -> mx.array:
         return mx.concatenate(cotangents, axis=axis)
 
-    return split(x)
+    return chunks(x)
+
+
+def ssm_in_chunks(
+    x: mx.array, a_log: mx.array, b: mx.array, c: mx.array, d: mx.array, dt: mx.array,
+    dt_bias: mx.array, state: mx.array | None = None,
+    time_step_limit: tuple[float, float] = (0.001, 100.0),
+    mask: mx.array | None = None, lengths: mx.array | None = None, step: int = 128,
+) -> Result:  # fmt: skip
+    """As mlx_lm.models.ssm.ssm_attn, the state space model of Mamba 2.
+
+    Args:
+        mask, lengths: with them it is mlx-lm's; in training there are none.
+        step: tokens of a chunk, in which arrays are as large as its square (mlx-lm: 256).
+    """
+    if mask is not None or lengths is not None:
+        return whole_ssm(
+            x, a_log, b, c, d, dt, dt_bias, state, time_step_limit, mask, lengths, step
+        )
+
+    def of_chunk(state: mx.array | None, *chunk: mx.array) -> Result:
+        x, b, c, dt, *same = chunk
+        return whole_ssm(x, same[0], b, c, same[1], dt, same[2], state, time_step_limit, step=step)
+
+    return in_chunks(of_chunk, step, state, [x, b, c, dt], [a_log, d, dt_bias])
 
 
 # --- Elementwise scans --------------------------------------------------------------------------
@@ -248,18 +232,18 @@ def linear_scan(a: mx.array, b: mx.array, state: mx.array | None) -> mx.array:
     return b if state is None else b + a * state[:, None]
 
 
-def rnn_scan_in_pieces(x: mx.array, a: mx.array, h0: mx.array | None) -> Result:
+def rnn_scan_in_chunks(x: mx.array, a: mx.array, h0: mx.array | None) -> Result:
     """As mlx_lm.models.recurrent_gemma.rnn_scan, summed in float32."""
 
-    def of_piece(state: mx.array | None, x: mx.array, a: mx.array) -> Result:
+    def of_chunk(state: mx.array | None, x: mx.array, a: mx.array) -> Result:
         h = linear_scan(a.astype(mx.float32), x.astype(mx.float32), state)
         return h.astype(x.dtype), h[:, -1]
 
-    y, state = in_pieces(of_piece, CHUNK, h0, [x, a])
+    y, state = in_chunks(of_chunk, CHUNK, h0, [x, a])
     return y, state.astype(x.dtype)
 
 
-def jamba_ssm_in_pieces(
+def jamba_ssm_in_chunks(
     self: nn.Module, x: mx.array, a: mx.array, state: mx.array | None = None
 ) -> Result:
     """As the method ssm_step of Jamba's mixer: the state space model of Mamba, in float32.
@@ -267,9 +251,8 @@ def jamba_ssm_in_pieces(
     With h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t B_tᵀ, each of (channels, states), y_t = h_t C_t + D x_t.
     """
 
-    def of_piece(
-        state: mx.array | None, x: mx.array, delta: mx.array, b: mx.array, c: mx.array, a: mx.array
-    ) -> Result:
+    def of_chunk(state: mx.array | None, *chunk: mx.array) -> Result:
+        x, delta, b, c, a = chunk
         inputs = (delta * x)[..., None] * b[..., None, :]
         h = linear_scan(exp(delta[..., None] * a), inputs, state)
         return (h @ c[..., None]).squeeze(-1), h[:, -1]
@@ -279,33 +262,6 @@ def jamba_ssm_in_pieces(
     delta = nn.softplus(self.dt_proj(self.dt_layernorm(delta)))
     sequences = [x, delta, self.b_layernorm(b), self.c_layernorm(c)]
     *sequences, a = (array.astype(mx.float32) for array in (*sequences, a))
-    # Of fewer tokens, since each has as many numbers as a state.
-    y, state = in_pieces(of_piece, CHUNK // 4, state, sequences, [a])
+    # Fewer tokens, since each has as many numbers as a state.
+    y, state = in_chunks(of_chunk, CHUNK // 4, state, sequences, [a])
     return y.astype(x.dtype) + self.D * x, state
-
-
-# --- In the place of mlx-lm's -------------------------------------------------------------------
-
-
-@contextmanager
-def by_chunks() -> Iterator[None]:
-    """While it lasts, models go through their recurrences by chunks."""
-    # Not above: activations have to be installed before a model's module is imported.
-    from mlx_lm.models import bailing_hybrid, bailing_moe_linear, jamba, recurrent_gemma
-
-    replacements = [
-        (gated_delta, "gated_delta_ops", gated_delta_by_chunks),
-        # The same for another architecture, by chunks, with its state in float32.
-        (bailing_moe_linear, "recurrent_gla", bailing_hybrid.recurrent_gla),
-        (ssm, "ssm_attn", ssm_in_pieces),
-        (recurrent_gemma, "rnn_scan", rnn_scan_in_pieces),
-        (jamba.JambaMambaMixer, "ssm_step", jamba_ssm_in_pieces),
-    ]
-    originals = [getattr(owner, name) for owner, name, _ in replacements]
-    for owner, name, function in replacements:
-        setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        for (owner, name, _), original in zip(replacements, originals, strict=True):
-            setattr(owner, name, original)

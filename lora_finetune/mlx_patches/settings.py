@@ -13,6 +13,7 @@ from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches.modules import parameters_of, subclass
 from lora_finetune.model_folder.config import SAME, pytorch_program
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from transformers import PretrainedConfig
@@ -85,7 +86,10 @@ def function_of(layer: nn.Module) -> str | None:
 
 def with_function(original: type, wanted: str) -> type:
     """A kind of layer whose program is the same, with another activation."""
-    call, function = original.__call__, getattr(nn, wanted)
+    call = original.__call__
+
+    def function(x: mx.array) -> mx.array:
+        return getattr(nn, wanted)(x)  # as it is then: patches.py replaces some
 
     names = dict.fromkeys(CALLED, function) | {"swiglu": lambda gate, x: function(gate) * x}
     names["nn"] = SimpleNamespace(**vars(nn) | names)

@@ -1,15 +1,14 @@
-"""The loss of a batch: the plain one, and one that takes the head's logits piece by piece."""
+"""The loss of a batch: the plain one, and the same by chunks, without the logits of all tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any, NamedTuple
 
 import models
 from lora_finetune.mlx_patches.activations import exp, log_sum_exp
-from lora_finetune.mlx_patches.compiling import hint_if_compiling
+from lora_finetune.mlx_patches.low_memory import in_turn
 from lora_finetune.mlx_patches.modules import intercepted
 
 import mlx.core as mx
@@ -17,68 +16,6 @@ import mlx.nn as nn
 
 # Takes the model and the arrays of a batch.
 Loss = Callable[..., tuple[mx.array, mx.array]]
-
-
-def in_turn(function: Callable[..., Any], size: int, *arrays: mx.array) -> list[Any]:
-    """What a function makes of `size` rows of arrays at a time, in turn."""
-    values = []
-    for start in range(0, len(arrays[0]), size):
-        rows = [array[start : start + size] for array in arrays]
-        values.append(function(*(mx.depends(rows, values[-1]) if values else rows)))
-    return values
-
-
-# How many logits the cache of a CPU can hold while they are worked on.
-CACHED_LOGITS = 2**19
-
-
-def in_cache(function: Callable[..., mx.array], logits: mx.array, *arrays: mx.array) -> mx.array:
-    """What a function makes of the rows of logits and arrays, for as many at a time as fit."""
-    size = max(1, CACHED_LOGITS // logits.shape[1])
-    return mx.concatenate(in_turn(function, size, logits, *arrays))
-
-
-@mx.custom_function
-def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """−log softmax(logits)[target] in float32.
-
-    Args:
-        logits: (rows, vocabulary), of any floating-point type.
-        targets: integers (rows,).
-
-    Returns:
-        The losses in nats, and the log-sum-exp of the logits; both float32 (rows,).
-    """
-    log_sums = in_cache(lambda rows: log_sum_exp(rows.astype(mx.float32)), logits)
-    target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return log_sums - target_logits.astype(mx.float32), log_sums
-
-
-@cross_entropy.vjp
-def cross_entropy_vjp(
-    primals: tuple[mx.array, mx.array],
-    cotangents: tuple[mx.array, mx.array],
-    outputs: tuple[mx.array, mx.array],
-) -> tuple[mx.array, mx.array]:
-    """Softmax − one-hot, times the cotangent."""
-    (logits, targets), (_, log_sums) = primals, outputs
-
-    def gradient(
-        logits: mx.array, targets: mx.array, log_sums: mx.array, cotangent: mx.array
-    ) -> mx.array:
-        softmax = exp(logits.astype(mx.float32) - log_sums[:, None])
-        one_hot = mx.arange(logits.shape[1]) == targets[:, None]
-        return ((softmax - one_hot) * cotangent[:, None]).astype(logits.dtype)
-
-    return in_cache(gradient, logits, targets, log_sums, cotangents[0]), mx.zeros_like(targets)
-
-
-def losses_of(logits: mx.array, targets: mx.array) -> mx.array:
-    """The cross-entropy of each row, in nats and float32; on a GPU with MLX's own kernel."""
-    if mx.default_device() == mx.gpu:
-        # MLX refuses a gradient to targets, and asks for one where they wait for another piece.
-        return mx.fast.cross_entropy(logits, mx.stop_gradient(targets))
-    return cross_entropy(logits, targets)[0]
 
 
 def loss(model: nn.Module, tokens: mx.array, is_target: mx.array) -> tuple[mx.array, mx.array]:
@@ -94,150 +31,190 @@ def loss(model: nn.Module, tokens: mx.array, is_target: mx.array) -> tuple[mx.ar
         The sum in nats, and the number of targets that count; both scalars.
     """
     inputs, targets, mask = tokens[:, :-1], tokens[:, 1:], is_target[:, 1:]
-    losses = losses_of(model(inputs).flatten(0, 1), targets.flatten())
-    return (losses * mask.flatten()).sum(), mask.sum()
+    logits = model(inputs).astype(mx.float32)
+    target_logits = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return ((mx.logsumexp(logits, axis=-1) - target_logits) * mask).sum(), mask.sum()
 
 
-# --- Piece by piece -----------------------------------------------------------------------------
+# --- Cross-entropy ------------------------------------------------------------------------------
 
-# How large a piece is: in rows on a CPU, whose products of fewer rows are slow, and in logits on a
-# GPU, which small pieces would not fill.
-PIECE_ROWS, PIECE_LOGITS = 96, 2**27
+# How many logits the cache of a CPU can hold while they are worked on.
+CACHED_LOGITS = 2**19
 
 
-def make_loss(model: nn.Module) -> Loss:
-    """`loss` with little memory for this model: without an array of tokens × vocabulary.
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """−log softmax(logits)[target] in nats and float32; on a GPU with MLX's own kernel.
+
+    Args:
+        logits: (rows, vocabulary), of any floating-point type.
+        targets: integers (rows,).
+    """
+    if mx.default_device() == mx.gpu:
+        # MLX refuses a gradient to targets, and asks for one where they wait for another chunk.
+        return mx.fast.cross_entropy(logits, mx.stop_gradient(targets))
+    return cross_entropy_in_cache(logits, targets)[0]
+
+
+@mx.custom_function
+def cross_entropy_in_cache(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """The losses, and the log-sum-exp of the logits; both float32 (rows,)."""
+    log_sums = in_cache(lambda rows: log_sum_exp(rows.astype(mx.float32)), logits)
+    target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return log_sums - target_logits.astype(mx.float32), log_sums
+
+
+@cross_entropy_in_cache.vjp
+def cross_entropy_vjp(
+    inputs: tuple[mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array],
+    outputs: tuple[mx.array, mx.array],
+) -> tuple[mx.array, mx.array]:
+    """(Softmax − one-hot) · cotangent."""
+
+    def gradient(
+        logits: mx.array, targets: mx.array, log_sums: mx.array, cotangent: mx.array
+    ) -> mx.array:
+        softmax = exp(logits.astype(mx.float32) - log_sums[:, None])
+        one_hot = mx.arange(logits.shape[1]) == targets[:, None]
+        return ((softmax - one_hot) * cotangent[:, None]).astype(logits.dtype)
+
+    return in_cache(gradient, *inputs, outputs[1], cotangents[0]), mx.zeros_like(inputs[1])
+
+
+def in_cache(function: Callable[..., mx.array], logits: mx.array, *arrays: mx.array) -> mx.array:
+    """A function of logits and arrays, of as many rows at a time as the cache holds."""
+    size = max(1, CACHED_LOGITS // logits.shape[1])
+    return mx.concatenate(in_turn(function, chunks_of(size, logits, *arrays)))
+
+
+def chunks_of(size: int, *arrays: mx.array) -> list[list[mx.array]]:
+    """Arrays of the same number of rows, `size` rows at a time."""
+    starts = range(0, len(arrays[0]), size)
+    return [[array[start : start + size] for array in arrays] for start in starts]
+
+
+# --- By chunks of tokens ------------------------------------------------------------------------
+
+# How large a chunk is: in rows on a CPU, whose products of fewer rows are slow, and in logits on a
+# GPU, which small chunks would not fill.
+CHUNK_ROWS, CHUNK_LOGITS = 96, 2**27
+
+
+def make_loss(model: nn.Module, plain: bool = False) -> Loss:
+    """`loss`, or unless `plain` the same without an array of tokens × vocabulary.
 
     The head's logits, the loss and, in training, the gradient to the hidden states are computed for
-    some tokens after the other, and only the gradient is kept. This needs a frozen head that is the
-    last to see hidden states, whatever is done to its logits; for other models it is `loss` itself.
+    one chunk of tokens after another, and only the gradient is kept. This needs a frozen head that
+    makes the logits; the others are `loss` itself.
     """
-    model.eval()
-    head = find_head(model)
-    if head is None:
-        return loss
-    by_pieces = partial(loss_by_pieces, head)
-    tokens, is_target = mx.arange(9)[None] % head.num_logits, mx.ones((1, 9), mx.bool_)
-    with hint_if_compiling("the model on a few tokens"):
-        expected, found = (
-            function(model, tokens, is_target)[0].item() for function in (loss, by_pieces)
-        )
-    return by_pieces if abs(found - expected) <= 1e-3 * abs(expected) else loss
+    head = None if plain else find_head(model)
+    return partial(loss_by_chunks, head) if head else loss
 
 
-def loss_by_pieces(
-    head: Head, model: nn.Module, tokens: mx.array, is_target: mx.array
+def loss_by_chunks(
+    head: nn.Module, model: nn.Module, tokens: mx.array, is_target: mx.array
 ) -> tuple[mx.array, mx.array]:
     """As `loss`; the gradient is computed along with it where the model is in training mode."""
-    hidden = head.hidden_states(tokens[:, :-1]).flatten(0, 1)
-    targets, mask = tokens[:, 1:].flatten(), is_target[:, 1:].flatten()
+    hidden, logits_of = split_at(head, model, tokens[:, :-1])
+    hidden, mask = hidden.flatten(0, 1), is_target[:, 1:].flatten()
 
-    def of_piece(hidden: mx.array, targets: mx.array) -> mx.array:
-        return losses_of(head.logits(hidden), targets)
+    def losses_of(hidden: mx.array, targets: mx.array) -> mx.array:
+        return cross_entropy(logits_of(hidden), targets)
 
-    def piece_loss(hidden: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
-        return (of_piece(hidden, targets) * mask).sum()
+    def total_of(hidden: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
+        return (losses_of(hidden, targets) * mask).sum()
 
-    def piece_gradient(
-        hidden: mx.array, targets: mx.array, mask: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        (losses,), (gradient,) = mx.vjp(partial(of_piece, targets=targets), [hidden], [mask])
+    def total_and_gradient(*chunk: mx.array) -> tuple[mx.array, mx.array]:
+        hidden, targets, mask = chunk
+        (losses,), (gradient,) = mx.vjp(partial(losses_of, targets=targets), [hidden], [mask])
         return (losses * mask).sum(), gradient
 
-    size = rows_of_piece(len(hidden), head.num_logits)
+    def chunks(hidden: mx.array) -> list[list[mx.array]]:
+        size = rows_of_chunk(len(hidden), num_outputs(head))
+        return chunks_of(size, hidden, tokens[:, 1:].flatten(), mask.astype(mx.float32))
 
     @mx.custom_function
-    def with_gradient(*arrays: mx.array) -> tuple[mx.array, mx.array]:
-        totals, gradients = zip(*in_turn(piece_gradient, size, *arrays), strict=True)
+    def with_gradient(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        totals, gradients = zip(*in_turn(total_and_gradient, chunks(hidden)), strict=True)
         return mx.stack(totals).sum(), mx.concatenate(gradients)
 
     @with_gradient.vjp
-    def with_gradient_vjp(arrays, cotangents, outputs):
-        gradient, others = outputs[1], [mx.zeros_like(array) for array in arrays[1:]]
+    def with_gradient_vjp(_: mx.array, cotangents: tuple, outputs: tuple) -> mx.array:
+        gradient = outputs[1]
         # Spread out first: multiplied by a scalar, it would be a kernel to compile on a GPU.
         factor = mx.broadcast_to(cotangents[0].astype(gradient.dtype), gradient.shape)
-        return gradient * mx.contiguous(factor), *others
+        return gradient * mx.contiguous(factor)
 
     if model.training:
-        total, _ = with_gradient(hidden, targets, mask.astype(mx.float32))
-    else:
-        total = mx.stack(in_turn(piece_loss, size, hidden, targets, mask)).sum()
-    return total, mask.sum()
+        return with_gradient(hidden)[0], mask.sum()
+    return mx.stack(in_turn(total_of, chunks(hidden))).sum(), mask.sum()
 
 
-def rows_of_piece(rows: int, num_logits: int) -> int:
-    """Rows in a piece, a multiple of 16 that makes the pieces of so many rows about equal."""
+def rows_of_chunk(rows: int, num_logits: int) -> int:
+    """Rows in a chunk, a multiple of 16 that makes the chunks about equal."""
     on_gpu = mx.default_device() == mx.gpu
-    pieces = -(-rows * num_logits // PIECE_LOGITS) if on_gpu else -(-rows // PIECE_ROWS)
-    return -(-rows // pieces // 16) * 16
+    chunks = -(-rows * num_logits // CHUNK_LOGITS) if on_gpu else -(-rows // CHUNK_ROWS)
+    return -(-rows // chunks // 16) * 16
 
 
-class Head(NamedTuple):
-    """The module that makes logits of hidden states.
+# --- The head -----------------------------------------------------------------------------------
 
-    Attributes:
-        model: the model that it is in.
-        module: a frozen linear layer, or an embedding that serves as one.
-        num_logits: for each token; as many as there are tokens, and often some more.
-        is_last: whether its logits are the model's; some models scale or cap them.
+
+def find_head(model: nn.Module) -> nn.Module | None:
+    """The linear layer or embedding whose single call makes the logits, if there is one.
+
+    Some models scale or cap its logits; that must depend on nothing else.
     """
+    called: list[nn.Module] = []
 
-    model: nn.Module
-    module: nn.Module
-    num_logits: int
-    is_last: bool
+    def record(module: nn.Module, method: Callable, *args: mx.array) -> mx.array:
+        called.append(module)
+        return method(module, *args)
 
-    def hidden_states(self, inputs: mx.array) -> mx.array:
-        """What the head is given for tokens (rows, length): (rows, length, width)."""
-        given, logits = [], mx.zeros((*inputs.shape, self.num_logits))  # which is never computed
-        with replaced(self.module, lambda hidden: (given.append(hidden), logits)[1]):
-            self.model(inputs)
-        return given[0]
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """The model's logits (rows, num_logits) for hidden states (rows, width)."""
-        logits = as_linear(self.module)(hidden)
-        if self.is_last:
-            return logits
-        with replaced(self.module, lambda _: logits[None]):
-            # Whatever the tokens are, this is made of the logits.
-            return self.model(ONE_TOKEN).flatten(0, 1)
-
-
-ONE_TOKEN = mx.array([[0]])
-
-
-def find_head(model: nn.Module) -> Head | None:
-    """The module that makes the logits of a model, the last with so many outputs, if one does."""
-    logits, called = model(ONE_TOKEN), []
     with ExitStack() as stack:
         for module in model.modules():
-            if num_outputs(module) == logits.shape[-1]:
-                stack.enter_context(replaced(module, recorder(module, called)))
-        model(ONE_TOKEN)
-    if sum(module is called[-1] for module in called) != 1:
+            if num_outputs(module):
+                reply = partial(record, module, linear_method(module))
+                stack.enter_context(replaced(module, reply))
+        num_logits = model(mx.array([[0]])).shape[-1]  # not computed
+    head = called[-1]
+    if num_outputs(head) != num_logits or sum(module is head for module in called) != 1:
         return None
-    module, same = called[-1], mx.zeros(logits.shape)
-    with replaced(module, lambda _: same):
-        return Head(model, module, logits.shape[-1], model(ONE_TOKEN) is same)
+    logits = mx.arange(num_logits)[None] / num_logits
+    first, second = (finished(head, model, logits, token) for token in (0, 1))
+    return head if mx.array_equal(first, second) else None
 
 
-def recorder(module: nn.Module, called: list[nn.Module]) -> Callable[[mx.array], mx.array]:
-    """What a module does as a linear layer, and in `called` that it did."""
-    apply = as_linear(module)
-    return lambda x: (called.append(module), apply(x))[1]
+def split_at(
+    head: nn.Module, model: nn.Module, inputs: mx.array
+) -> tuple[mx.array, Callable[[mx.array], mx.array]]:
+    """The head's input (rows, length, width), and what makes logits (rows, …) of its rows."""
+    given, logits = [], mx.zeros((*inputs.shape, num_outputs(head)))  # which is never computed
+    with replaced(head, lambda hidden: (given.append(hidden), logits)[1]):
+        is_finished = model(inputs) is logits
+
+    def logits_of(hidden: mx.array) -> mx.array:
+        logits = linear_method(head)(head, hidden)
+        return logits if is_finished else finished(head, model, logits)
+
+    return given[0], logits_of
 
 
-def as_linear(module: nn.Module) -> Callable[[mx.array], mx.array]:
-    """The method of a linear layer, or of an embedding that serves as one, to be called with x."""
-    return getattr(type(module), "as_linear", type(module).__call__).__get__(module)
+def finished(head: nn.Module, model: nn.Module, logits: mx.array, token: int = 0) -> mx.array:
+    """The model's logits from its head's, both (rows, vocabulary), whatever the tokens are."""
+    with replaced(head, lambda _: logits[None]):
+        return model(mx.array([[token]])).flatten(0, 1)
+
+
+def linear_method(module: nn.Module) -> Callable[..., mx.array]:
+    """The method by which a linear layer, or an embedding used as one, is called."""
+    return getattr(type(module), "as_linear", type(module).__call__)
 
 
 def replaced(
     module: nn.Module, reply: Callable[[mx.array], mx.array]
 ) -> AbstractContextManager[None]:
-    """While it lasts, `reply` answers in place of a linear layer, or an embedding used as one."""
-    return intercepted(module, reply, as_linear(module).__name__)
+    return intercepted(module, reply, linear_method(module).__name__)
 
 
 def num_outputs(module: nn.Module) -> int:

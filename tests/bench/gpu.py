@@ -36,7 +36,7 @@ ENVIRONMENT = dict(os.environ)  # as it is before this program sets anything of 
 import models  # noqa: E402, F401
 import tiny  # noqa: E402
 from lora_finetune.adapters import loading  # noqa: E402
-from lora_finetune.mlx_patches import activations, attention  # noqa: E402
+from lora_finetune.mlx_patches import patches  # noqa: E402
 from lora_finetune.texts import batching  # noqa: E402
 from lora_finetune.training import frozen_prefix, losses  # noqa: E402
 from lora_finetune.training.step import Trainer  # noqa: E402
@@ -253,7 +253,6 @@ def step_peak(model: nn.Module, rows: int, width: int) -> float:
 
 def measure_memory(small: dict) -> None:
     """Peaks of steps on texts of 512 tokens, 16 layers adapted."""
-    activations.install(slow_exp=False)
     width = 17 if small else 513
     for name, config in SHAPES.items():
         for bits in (4, 8, 16):
@@ -266,7 +265,7 @@ def measure_memory(small: dict) -> None:
             mx.clear_cache()
             weights = mx.get_active_memory() / 1e9
             loading.adapt(model, {}, None, min(16, len(model.layers)))
-            with attention.by_blocks():
+            with patches.applied():
                 peaks = {rows: step_peak(model, rows, width) for rows in (1, 8)}
             each = (peaks[8] - peaks[1]) / 7 / (width - 1) * 1000
             shown = ", ".join(f"{rows} texts {peak:.2f}" for rows, peak in peaks.items())

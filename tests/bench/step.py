@@ -56,11 +56,10 @@ def our_steps(folder: Path) -> Steps:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import models
     from lora_finetune.adapters import loading
-    from lora_finetune.mlx_patches import activations, attention
+    from lora_finetune.mlx_patches import patches
     from lora_finetune.training import losses
     from lora_finetune.training.step import Trainer
 
-    activations.install(slow_exp=False)
     model = models.loading.load_as_stored(folder)[0]
     loading.adapt(model, {}, None, len(model.layers))
     loss = losses.make_loss(model)
@@ -69,7 +68,7 @@ def our_steps(folder: Path) -> Steps:
 
     def steps(tokens: np.ndarray, number: int) -> None:
         is_target = np.arange(tokens.shape[1])[None].repeat(len(tokens), 0) > 0
-        with attention.by_blocks():
+        with patches.applied():
             batches = iter([[(tokens, is_target)]] * number)
             for _ in trainer.steps(batches, ahead=lambda: True):
                 pass
