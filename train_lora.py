@@ -167,7 +167,7 @@ def run(config: Config, group: Group) -> None:
     settle_settings(this, files, tokenizer, identity)
     asked = encode_prompts(this, texts, tokenizer, limits)
     examples = read_examples(config, files, tokenizer, limits)
-    warn_beyond_context(examples, asked, context_length(folder))
+    prompts.warn_beyond_context(examples, asked, context_length(folder))
     group.compare(must_agree(this, model, examples, identity))
 
     # Train and test.
@@ -194,7 +194,9 @@ def run(config: Config, group: Group) -> None:
 LEARNT_FORMAT = "the form of the texts"
 
 
-Files = dict[str, dataset.File]  # by the names of their splits
+# By the names of their splits.
+Files = dict[str, dataset.File]
+Splits = dict[str, batching.Examples]
 
 
 def read_files(config: Config) -> Files:
@@ -247,38 +249,20 @@ def settle_settings(
 def encode_prompts(
     this: Run, texts: list[str], tokenizer: TokenizerWrapper, limits: Limits
 ) -> list[prompts.Prompt]:
-    asked, learnt, system = (
-        this.config.prompt_format,
-        this.settings.get(LEARNT_FORMAT),
-        this.config.system,
-    )
-    return prompts.encode(texts, asked, learnt, system, tokenizer, this.config.max_tokens, limits)
+    config, learnt = this.config, this.settings.get(LEARNT_FORMAT)
+    form, system, most = config.prompt_format, config.system, config.max_tokens
+    return prompts.encode(texts, form, learnt, system, tokenizer, most, limits)
 
 
 def read_examples(
     config: Config, files: Files, tokenizer: TokenizerWrapper, limits: Limits
-) -> dict[str, batching.Examples]:
+) -> Splits:
     is_typed, add_eos = config.is_typed("max_seq_length"), bool(config.add_eos_token)
     length = tokenizing.text_length(config.max_seq_length, is_typed, limits.max_positions)
     return tokenizing.load(files, tokenizer, limits.vocab_size, add_eos, config.mask_prompt, length)
 
 
-def warn_beyond_context(
-    examples: dict[str, batching.Examples], asked: list[prompts.Prompt], context_length: float
-) -> None:
-    """Warn where a text, or a prompt with its continuation, exceeds the model's context length."""
-    lengths = [max(split.lengths) for split in examples.values()]
-    lengths += [len(prompt.tokens) + prompt.max_tokens for prompt in asked]
-    if max(lengths, default=0) > context_length:
-        warn(
-            f"the longest text, or the prompt with --max-tokens, has {max(lengths)} tokens, and "
-            f"the model's context length is {context_length:.0f} (max_position_embeddings or the "
-            "like in its config.json); quality may degrade beyond: lower --max-seq-length or "
-            "--max-tokens"
-        )
-
-
-def disagrees_on_metal(examples: dict[str, batching.Examples], model: nn.Module) -> bool:
+def disagrees_on_metal(examples: Splits, model: nn.Module) -> bool:
     """Whether, on a Mac, a first text's loss and gradients are not those of MLX's own functions."""
     if "train" not in examples or not mx.metal.is_available():
         return False
@@ -295,7 +279,7 @@ def disagrees_on_metal(examples: dict[str, batching.Examples], model: nn.Module)
 # --- Training -----------------------------------------------------------------------------------
 
 
-def train(this: Run, model: nn.Module, loss: Loss, examples: dict[str, batching.Examples]) -> None:
+def train(this: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
     """Train to the last iteration, or to the one at which a signal asks for a stop.
 
     Raises:
@@ -329,11 +313,7 @@ MEMORY_ADVICE = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
 def training_loop(
-    this: Run,
-    model: nn.Module,
-    loss: Loss,
-    examples: dict[str, batching.Examples],
-    trainer: Trainer,
+    this: Run, model: nn.Module, loss: Loss, examples: Splits, trainer: Trainer
 ) -> None:
     """Step after step to the last iteration; once in a while report, validate and save.
 
@@ -476,14 +456,9 @@ def save_unfinished(this: Run, trainer: Trainer, first: int) -> str:
 
 
 def evaluate(
-    model: nn.Module,
-    loss: Loss,
-    examples: batching.Examples,
-    batch_size: int,
-    num_batches: int,
-    group: Group = ALONE,
-    micro_batches: int = 1,
-) -> float:
+    model: nn.Module, loss: Loss, examples: batching.Examples, batch_size: int, num_batches: int,
+    group: Group = ALONE, micro_batches: int = 1,
+) -> float:  # fmt: skip
     """Mean loss in nats per target token over the first batches (-1: over all examples).
 
     Args:
@@ -495,9 +470,8 @@ def evaluate(
     """
     model.eval()
     total, num_targets = 0.0, 0
-    batches = batching.evaluation_batches(
-        examples, batch_size, num_batches, micro_batches * group.size
-    )
+    pieces = micro_batches * group.size
+    batches = batching.evaluation_batches(examples, batch_size, num_batches, pieces)
     for rows in tqdm(group.deal(batches), "Evaluating", leave=False, disable=None):
         group.check_stop()
         own = (0.0, 0)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_finetune.base.errors import UserError, hint, warn
-from lora_finetune.texts import dataset, tokenizing
+from lora_finetune.texts import batching, dataset, tokenizing
 from lora_finetune.texts.chat import Template
 
 if TYPE_CHECKING:
@@ -177,3 +177,18 @@ def limit(prompt: Prompt, limits: Limits) -> Prompt:
             f"so at most {room} tokens are generated and not {prompt.max_tokens} (--max-tokens)"
         )
     return prompt._replace(max_tokens=min(prompt.max_tokens, room))
+
+
+def warn_beyond_context(
+    examples: dict[str, batching.Examples], asked: list[Prompt], context_length: float
+) -> None:
+    """Warn where a text, or a prompt with its continuation, exceeds the model's context length."""
+    lengths = [max(split.lengths) for split in examples.values()]
+    lengths += [len(prompt.tokens) + prompt.max_tokens for prompt in asked]
+    if max(lengths, default=0) > context_length:
+        warn(
+            f"the longest text, or the prompt with --max-tokens, has {max(lengths)} tokens, and "
+            f"the model's context length is {context_length:.0f} (max_position_embeddings or the "
+            "like in its config.json); quality may degrade beyond: lower --max-seq-length or "
+            "--max-tokens"
+        )
