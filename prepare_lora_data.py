@@ -3,8 +3,7 @@
     python prepare_lora_data.py
 
 reads data/korean_textbooks_qa and writes lora_finetune/data/{train,valid,test}.jsonl. The file
-follows the work: the command line, the rows of a file, the examples in a row, splitting them, and
-`run`, which writes the sets. How files are read is in lora_finetune/texts/sources.py.
+follows the work; how files are read is in lora_finetune/texts/sources.py.
 """
 
 from __future__ import annotations
@@ -22,14 +21,9 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from lora_finetune.base import errors
 from lora_finetune.base.command_line import Parser, in_project, nonempty, whole_number
-from lora_finetune.base.errors import (
-    UserError,
-    abbreviated,
-    is_unicode,
-    run_and_report_errors,
-    warn,
-)
+from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
 from lora_finetune.base.files import atomic_write, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
 from lora_finetune.texts.chat import read_messages, read_tools
@@ -39,7 +33,6 @@ from lora_finetune.texts.sources import Row, find_files, read_rows
 from tqdm import tqdm
 
 Notes = dict[str, dict[Path, None]]  # what to say of the files once they are read, and of which
-QUESTION, ANSWER = "question", "answer"  # the usual columns
 NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
 CHATS = ("messages", "conversations")
 SPLITS = ("train", "valid", "test")
@@ -66,10 +59,14 @@ def build_parser() -> Parser:
         "save_to_disk; a Parquet, Arrow, JSON Lines, JSON, CSV or TSV file; or a folder of such "
         "files")  # fmt: skip
     add("--output", nonempty, "lora_finetune/data", "folder of the three sets")
-    add("--question-column", nonempty, QUESTION, "column of the questions; instruction and output, "
-        "prompt and completion, messages, conversations, SQuAD's paragraphs and a ready text are "
-        "recognized too")  # fmt: skip
-    add("--answer-column", nonempty, ANSWER, "column of the answers")
+    add(
+        "--question-column",
+        nonempty,
+        "question",
+        "column of the questions; instruction and "
+        "output, prompt and completion, chats, SQuAD's form and texts are recognized too",
+    )
+    add("--answer-column", nonempty, "answer", "column of the answers")
     add("--context-column", nonempty, None, "column of what is to stand before the question")
     switch("--keep-chats", "write chats as they are, as messages, not each question with its "
            "answer")  # fmt: skip
@@ -105,32 +102,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Example(NamedTuple):
-    """What may become a line of a set.
+    """A line of a set, maybe."""
 
-    Attributes:
-        topic: what the split is drawn by: the question, or what it shares with others.
-        question: for comparing, so it is composed (NFC): macOS takes letters apart in places.
-        line: the line, as JSON; "" where a side is empty.
-    """
-
-    topic: str
-    question: str
-    line: str
+    topic: str  # the split is drawn by it: the question, or what it shares with others
+    question: str  # for comparing, so it is composed (NFC): macOS takes letters apart in places
+    line: str  # as JSON; "" where a side is empty
 
 
 EMPTY = Example("", "", "")
 
 
 class Kind(NamedTuple):
-    """A kind of row: those that have all of its columns.
-
-    Attributes:
-        more: other columns that are used where a row has them.
-        make: the examples of a row; raises ValueError that says what is wrong with it.
-    """
+    """A kind of row: those that have all of its columns."""
 
     columns: tuple[str, ...]
-    more: tuple[str, ...]
+    more: tuple[str, ...]  # other columns that are used where a row has them
     make: Callable[[Row], Iterable[Example]]
 
 
@@ -150,7 +136,7 @@ def known_kinds(
         return [pairs(args.question_column, args.answer_column)]
     passages = partial(make_passages, context, note)
     kinds = [
-        pairs(QUESTION, ANSWER),
+        pairs("question", "answer"),
         pairs("instruction", "output", "input"),
         pairs("prompt", "completion"),
         *(Kind((name,), (context or "context",), passages) for name in NESTED),
@@ -229,17 +215,17 @@ def make_pair(question: str, answer: str, asked: tuple[str, ...], row: Row) -> l
 
 
 def question_and_answer(question: str, answer: str) -> Example:
-    if not (question and answer):
-        return EMPTY
-    composed = nfc(question)
-    return Example(composed, composed, to_json({"text": join_question(question, answer)}))
+    return make_example(join_question(question, answer) if question and answer else "")
+
+
+def make_example(text: str) -> Example:
+    question = question_of(nfc(text))
+    return Example(question, question, to_json({"text": text})) if text else EMPTY
 
 
 def make_text(row: Row) -> list[Example]:
     """The example of a text that is ready."""
-    text = text_in(row, "text")
-    question = question_of(nfc(text))
-    return [Example(question, question, to_json({"text": text})) if text else EMPTY]
+    return [make_example(text_in(row, "text"))]
 
 
 def make_passages(
@@ -252,8 +238,10 @@ def make_passages(
             raise ValueError(f"has no {context} for --context-column, but {abbreviated(rows[0])}")
         note("questions without a context, which --context-column can name")
     for row in rows:
-        answer = None if row.get("is_impossible") else row.get("answers", row.get(ANSWER))
-        (example,) = make_pair(QUESTION, ANSWER, (passage, QUESTION), row | {ANSWER: answer})
+        answer = None if row.get("is_impossible") else row.get("answers", row.get("answer"))
+        (example,) = make_pair(
+            "question", "answer", (passage, "question"), row | {"answer": answer}
+        )
         yield example._replace(topic=nfc(text_in(row, passage)) or example.topic)
 
 
@@ -429,12 +417,10 @@ def run(args: argparse.Namespace) -> None:
         if args.dry_run:
             print(f"Would write to {output}: {written}. The first of them:")
             print("", *samples, sep="\n---\n")
-        empty = [split for split in SPLITS if not counts[split]]
-        if len(empty) == len(SPLITS):
-            raise UserError(f"{source} leaves nothing to train on")
-        if empty:
-            rest = "would be empty: take more rows, or choose other fractions"
-            raise UserError(f"{empty[0]}.jsonl {rest}")
+        if empty := [f"{split}.jsonl" for split in SPLITS if not counts[split]]:
+            raise UserError(
+                f"{source} leaves nothing for {', '.join(empty)}; take more rows or other fractions"
+            )
         say(notes, counts["messages left out"])
     if not args.dry_run:
         print(f"Wrote to {output}: {written}.")
@@ -455,7 +441,7 @@ def main() -> None:
     begin_process()
     args = parse_arguments()
     with raising_signals("nothing was written"):
-        sys.exit(run_and_report_errors(partial(run, args), "the output"))
+        sys.exit(errors.run_and_report_errors(partial(run, args), "the output"))
 
 
 if __name__ == "__main__":

@@ -421,7 +421,7 @@ def test_of_too_few_rows_a_dry_run_shows_what_was_read_before_it_ends_in_the_err
 ) -> None:
     ended = prepare(ROOT / "tests/cases/nested-rows.json", tmp_path, "--dry-run")
     assert "### 질문:\n바닷물은 왜 짭니까?\n\n### 답변:\n강물이" in ended.stdout
-    one_error(ended, "would be empty")
+    one_error(ended, "leaves nothing for")
 
 
 def test_alpaca_is_taken_as_it_is_the_input_below_the_instruction(takes: Takes) -> None:
@@ -1015,7 +1015,7 @@ def test_half_a_character_at_the_end_of_utf_16_is_reported(fails: Fails, tmp_pat
 
 @pytest.mark.parametrize("text", ["question;answer\n", "question\tanswer", "question,answer\r\n"])
 def test_a_csv_file_of_names_alone_is_read(fails: Fails, tmp_path: Path, text: str) -> None:
-    fails(write_text(tmp_path / "a.csv", text), mentions=("a.csv", "nothing to train on"))
+    fails(write_text(tmp_path / "a.csv", text), mentions=("a.csv", "leaves nothing for train"))
 
 
 def test_a_csv_file_with_one_column_has_no_separator(takes: Takes, tmp_path: Path) -> None:
