@@ -141,53 +141,43 @@ def main() -> None:
 
 
 def run(config: Config, group: Group) -> None:
-    """The phases in turn; several processes share those up to the test.
+    """Check, load, adapt, read, train, test, generate, export; raises UserError or OSError.
 
-    Raises:
-        UserError, OSError: something that the user can put right.
+    What is wrong without a model is told before one is fetched. Several processes share all up to
+    the test; the first does the rest.
     """
-    # Check: what is wrong without a model is told before one is fetched.
     files = read_files(config)
     this = open_run(config, files, group)
     texts, exports = read_requests(this)
 
-    # Load.
     prepare_device(group)
-    with group.first_here():
-        folder = find_model(config.model or str(demo_model.fetch()))
-    print("Loading pretrained model", flush=True)
-    model, tokenizer = models.load(folder)
+    folder, model, tokenizer = load(config, group)
     limits, identity = find_limits(model), fingerprints(model, folder)
 
-    # Adapt.
     adapt(this, model)
     export.check_forms(exports, model, folder)
 
-    # Read.
     settle_settings(this, files, tokenizer, identity)
     asked = encode_prompts(this, texts, tokenizer, limits)
     examples = read_examples(config, files, tokenizer, limits)
     prompts.warn_beyond_context(examples, asked, context_length(folder))
+    if not config.train:
+        checkpoint.warn_of_other_model(this.adapter, this.settings, identity)
     group.compare(must_agree(this, model, examples, identity))
 
-    # Train and test.
     plain = config.plain or disagrees_on_metal(examples, model)
     with nullcontext() if plain else patches.applied():
         loss = losses.make_loss(model, plain) if files else None
         if config.train:
             train(this, model, loss, examples)
-        else:
-            checkpoint.warn_of_other_model(this.adapter, this.settings, identity)
         if config.test:
             test(this, model, loss, examples["test"])
     group.leave()
 
-    # Generate and export, in the first process alone.
     if group.is_first:
         generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
         export.write_all(exports, model, folder, public_name(config.model, folder))
-        if config.train:
-            report.print_outcome(config, this)
+        report.print_outcome(this)
 
 
 # Among the settings of a run: the format of a prompt that goes with the texts that it learnt.
@@ -222,6 +212,14 @@ def prepare_device(group: Group) -> None:
         linux_cpu.prepare()
         linux_cpu.can_compile()  # if MLX cannot, this turns it off
     memory.set_limits(memory.available())
+
+
+def load(config: Config, group: Group) -> tuple[Path, nn.Module, TokenizerWrapper]:
+    """The folder of the model, which is fetched if need be, the model and its tokenizer."""
+    with group.first_here():
+        folder = find_model(config.model or str(demo_model.fetch()))
+    print("Loading pretrained model", flush=True)
+    return folder, *models.load(folder)
 
 
 def adapt(this: Run, model: nn.Module) -> None:

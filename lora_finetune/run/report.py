@@ -122,9 +122,11 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
 # --- The end ------------------------------------------------------------------------------------
 
 
-def print_outcome(config: Config, run: Run) -> None:
-    """Print what training came to, and the commands that ask, go on with and export its result."""
-    progress = run.progress
+def print_outcome(run: Run) -> None:
+    """Print the outcome of training, if there was any, and commands that use it or go on."""
+    config, progress = run.config, run.progress
+    if not config.train:
+        return
     best = run.best if run.best.is_file() else run.adapter
     use = {"--model": config.model, "--adapter-file": run.adapter}
     if progress.best_iteration != progress.iteration:

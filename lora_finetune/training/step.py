@@ -269,21 +269,7 @@ def fit_memory(
         mx.eval(result.loss, result.parameter_sum, result.state)
 
     most = -(-rows // micro_batches)
-    with hint_if_compiling("a step for its memory"):
-        fitting = memory.number_that_fits(try_step, most, limit)
-    if not fitting:
-        warn(
-            f"a text of {tokens} tokens takes too much memory, so layers are computed "
-            "twice, which is slower"
-        )
-        models.checkpoint_layers(model)
-        fitting = memory.number_that_fits(try_step, most, limit)
-    if not fitting:
-        raise UserError(
-            f"a text of {tokens} tokens takes more memory than the {limit / 1e9:.3g} "
-            "GB there are; lower --max-seq-length or --lora-layers, or take a smaller or a "
-            "quantized model"
-        )
+    fitting = number_that_fits(model, try_step, most, limit, tokens)
     if fitting < most:
         micro_batches = -(-rows // fitting)
         warn(
@@ -298,3 +284,24 @@ def fit_memory(
             f"{most} micro-batches, with the same result"
         )
     return most
+
+
+def number_that_fits(
+    model: nn.Module, try_step: Callable[[int], None], most: int, limit: int, tokens: int
+) -> int:
+    """How many of the longest texts fit; if not one does, layers are computed twice from now on.
+
+    Raises:
+        UserError: even so not one fits.
+    """
+    with hint_if_compiling("a step for its memory"):
+        if fitting := memory.number_that_fits(try_step, most, limit):
+            return fitting
+    warn(f"a text of {tokens} tokens takes too much memory, so layers are computed twice, slower")
+    models.checkpoint_layers(model)
+    if fitting := memory.number_that_fits(try_step, most, limit):
+        return fitting
+    raise UserError(
+        f"a text of {tokens} tokens takes more memory than the {limit / 1e9:.3g} GB there are; "
+        "lower --max-seq-length or --lora-layers, or take a smaller or a quantized model"
+    )
