@@ -407,7 +407,7 @@ def last_layers(model: nn.Module, number: int) -> tuple[str, ...]:
 
 def natural_order(path: str) -> list[tuple[int, str]]:
     """A sort key under which layer 9 comes before layer 10."""
-    return [(len(part) if part.isdecimal() else 0, part) for part in path.split(".")]
+    return [(len(name) if name.isdecimal() else 0, name) for name in path.split(".")]
 
 
 def checkpoint_layers(model: nn.Module) -> None:

@@ -333,7 +333,7 @@ def assign_split(topic: str, seed: int, shares: dict[str, float]) -> str:
 
 
 def digest(text: str, size: int = 16) -> bytes:
-    """What stands for a text among all that have come before, whatever its length."""
+    """A short hash that stands for a text among all that have come before."""
     return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 

@@ -305,7 +305,7 @@ def test_reasoning_that_the_template_cuts_off_is_told_once(
     warnings = ended.stderr.splitlines()
     for line, split in zip(warnings, ("train", "valid"), strict=True):
         assert f"{split}.jsonl: " in line
-        assert "leaves out part of a message in 1 of 2 texts, the first in line 1" in line
+        assert "cuts or drops a message in 1 of 2 texts, the first in line 1" in line
 
 
 REASONED = "<think>\n12 * 8 = 96\n</think>\n\n96"
@@ -333,7 +333,7 @@ def test_a_message_of_which_a_part_is_left_out_is_learnt_with_a_warning(
     assert len(learn(template, whole, {"messages": messages})) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert "leaves out part of a message in 1 of 2 texts, the first in line 2" in told
+    assert "cuts or drops a message in 1 of 2 texts, the first in line 2" in told
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
@@ -341,7 +341,7 @@ def test_reasoning_beside_a_content_is_told_of_by_each_of_its_names(
     learn: Learn, capsys: pytest.CaptureFixture, name: str
 ) -> None:
     learn(templates.CHATML, {"messages": [USER, {"role": "assistant", "content": "a", name: "b"}]})
-    assert "leaves out part of a message in 1 of 1 texts" in capsys.readouterr().err
+    assert "cuts or drops a message in 1 of 1 texts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "told"), [("ChatML", 1), ("Qwen 2.5", 0)])

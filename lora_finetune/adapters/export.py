@@ -85,13 +85,13 @@ def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) ->
     logits = merged.sample_logits(model) if forms & {"merged", "merged-float"} else None
     model.clear()  # merging loads it again, and there may be no memory for two
     for form, folder in exports:
-        with raising_signals(f"{folder} is not made"), whole_folder(folder) as part:
+        with raising_signals(f"{folder} is not made"), whole_folder(folder) as made:
             if form == "mlx-lm":
-                mlx_lm.write(part, adapter, layers, name)
+                mlx_lm.write(made, adapter, layers, name)
             elif form == "peft":
-                peft.write(part, {names[path]: pair for path, pair in adapter.items()}, name)
+                peft.write(made, {names[path]: pair for path, pair in adapter.items()}, name)
             else:
-                merged.write(part, base, adapter, logits, form == "merged-float")
+                merged.write(made, base, adapter, logits, form == "merged-float")
         print(f"Exported as {form} to {folder}.", flush=True)
 
 
@@ -104,13 +104,13 @@ def whole_pairs(model: nn.Module) -> npz.Adapter:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder, which gets its name when all is written in it, or vanishes."""
-    part = folder.with_name(f".export.{secrets.token_hex(4)}")
+    made = folder.with_name(f".export.{secrets.token_hex(4)}")
     try:
-        part.mkdir()
-        yield part
-        part.rename(folder)
+        made.mkdir()
+        yield made
+        made.rename(folder)
     except (OSError, RuntimeError) as error:  # MLX's are RuntimeErrors
         why = getattr(error, "strerror", None) or error
         raise UserError(f"the folder {folder} cannot be written: {why}") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)

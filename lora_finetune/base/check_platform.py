@@ -8,7 +8,7 @@ import sys
 
 
 def unsupported_reason(python, system, machine, release):
-    """What is in the way of an installation, "" where nothing is.
+    """The reason why MLX cannot be installed, "" where it can.
 
     Args:
         python: version of Python, such as (3, 12).

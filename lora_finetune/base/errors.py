@@ -1,4 +1,4 @@
-"""What a user can put right, in one line on stderr; warnings and hints likewise."""
+"""Errors that a user can put right, warnings and hints: each is one line on stderr."""
 
 from __future__ import annotations
 

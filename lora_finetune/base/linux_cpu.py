@@ -1,4 +1,4 @@
-"""What MLX needs on a Linux CPU: a fast BLAS, and freed memory that is kept."""
+"""A fast BLAS for MLX on a Linux CPU, and freed memory that is kept."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from lora_finetune.mlx_patches.low_memory import recompute
 import mlx.core as mx
 import numpy as np
 
-# With x = k · log 2 + r and |r| at most half of log 2, e^x is 2^k · e^r. Log 2 is in two parts, the
+# With x = k · log 2 + r and |r| at most half of log 2, e^x is 2^k · e^r. Log 2 is in two terms, the
 # first of so few bits that its product with k is exact (Cody and Waite). The polynomial for e^r,
 # from the constant up, was fitted for the least relative error, 1.9e-9.
 LOG2_HIGH, LOG2_LOW = 0.693359375, -2.12194440e-4

@@ -89,7 +89,7 @@ class Rotary:
         return periods
 
     def scale(self, length: Length) -> float | mx.array:
-        """What the rotated dimensions are multiplied by."""
+        """The factor of the rotated dimensions."""
         settings = self.settings
         if self.is_phimoe:
             return pick(length > self.boundary, settings["long_mscale"], settings["short_mscale"])

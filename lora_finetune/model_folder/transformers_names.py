@@ -1,4 +1,4 @@
-"""What transformers calls the arrays and modules that MLX has under other names.
+"""Names of arrays and modules in transformers, from those that MLX has for them.
 
 Three sets of names: MLX's, of the parameters of mlx-lm's models; the checkpoint's, of the arrays in
 a folder that transformers saved; and those of transformers' modules in memory, which PEFT adapts.
@@ -99,7 +99,7 @@ def replaced(rules: list[tuple[str, str, str]], model_type: str, names: str) -> 
 
 
 def checkpoint_name(model_type: str, name: str) -> str:
-    """What transformers calls in its checkpoints what MLX calls so."""
+    """The name in transformers' checkpoints of an array or module of MLX."""
     return replaced(CHECKPOINT, model_type, name)
 
 
@@ -109,7 +109,7 @@ def is_unused(model_type: str, path: str) -> bool:
 
 
 def module_name(model_type: str, path: str) -> str:
-    """What transformers calls in memory the layer that MLX has at a path."""
+    """The path in transformers' model of the layer at a path of MLX's."""
     return replaced(MODULES, model_type, checkpoint_name(model_type, path))
 
 

@@ -1,4 +1,4 @@
-"""What a run resumes from: how far it has come, its adapter and Adam's moments, in one file."""
+"""The checkpoint of a run: how far it has come, its adapter and Adam's moments, in one file."""
 
 from __future__ import annotations
 

@@ -45,16 +45,17 @@ def generate(
     tokenizer.eos_token_ids |= prompt.end_tokens
     print(prompt.text, end="", flush=True)
     tokens, begun, before_space = [], False, tokenizer.decode(prompt.tokens) + " "
-    for part in stream(model, tokenizer, prompt, vocab_size, temperature):
-        text = part.text
-        tokens.append(part.token)
+    for response in stream(model, tokenizer, prompt, vocab_size, temperature):
+        text = response.text
+        tokens.append(response.token)
         if text and not begun and tokenizer.decode(prompt.tokens + tokens).startswith(before_space):
             text = " " + text.lstrip(" ")  # which mlx-lm strips from the first word
         begun = begun or bool(text)
-        if part.finish_reason:
+        if response.finish_reason:
             text = text.rstrip("\ufffd")  # a character that --max-tokens cut through
         print(text, end="", flush=True)
-    print(f"\n========== {part.generation_tokens} tokens, {part.generation_tps:.3f} tokens/sec")
+    number, speed = response.generation_tokens, response.generation_tps
+    print(f"\n========== {number} tokens, {speed:.3f} tokens/sec")
 
 
 def stream(

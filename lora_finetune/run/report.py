@@ -1,4 +1,4 @@
-"""What a run tells: lines while it trains, a picture of its losses, a summary, what to do next."""
+"""The reports of a run: lines while it trains, a picture of its losses, a summary at its end."""
 
 from __future__ import annotations
 

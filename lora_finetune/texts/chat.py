@@ -83,13 +83,13 @@ def read_content(content: object) -> str:
         raise ValueError("has no content")
     if not isinstance(content, list):
         raise ValueError(f"its content is {type_name(content)}, not a string")
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else part
-        if not isinstance(part, dict) or kind != "text":
-            raise ValueError(f"a part of its content is of the type {kind!s:.40}, not text")
-        if not isinstance(part.get("text"), str):
-            raise ValueError("a part of its content has no text")
-    return "".join(part["text"] for part in content)
+    for item in content:
+        kind = item.get("type") if isinstance(item, dict) else item
+        if not isinstance(item, dict) or kind != "text":
+            raise ValueError(f"an item of its content is of the type {kind!s:.40}, not text")
+        if not isinstance(item.get("text"), str):
+            raise ValueError("an item of its content has no text")
+    return "".join(item["text"] for item in content)
 
 
 def read_tool_call(call: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def parse(text: str, what: str) -> object:
 
 
 def type_name(value: object) -> str:
-    """What JSON calls the type of a value."""
+    """The JSON type of a value, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else "null")
 
@@ -218,7 +218,7 @@ def is_start(start: str | None, text: str) -> bool:
 
 
 def strings_of(message: Message) -> list[str]:
-    """What the text of a message should show: content, reasoning, the names of called functions."""
+    """The strings that a message's text should show: content, reasoning, names of functions."""
     fields = ("reasoning_content", "reasoning", "thinking", "content")
     strings = [message.get(field) for field in fields]
     strings += map(function_name, message.get("tool_calls", []))

@@ -220,7 +220,7 @@ def render_rows(file: File, tokenizer: TokenizerWrapper, mask_prompt: bool) -> I
         yield text
     if cut:
         warn(
-            f"{file.path}: the model's chat template leaves out part of a message in {len(cut)} of "
+            f"{file.path}: the model's chat template cuts or drops a message in {len(cut)} of "
             f"{total} texts, the first in line {cut[0]}"
         )
     if last_only:

@@ -58,7 +58,7 @@ def parse_json(line: bytes) -> Any:
 
 
 def why_not_json(error: Exception) -> str:
-    """What an error that json.loads raised says of the text."""
+    """The reason why a text is not JSON, from the error of json.loads."""
     if isinstance(error, UnicodeDecodeError):
         return "is not UTF-8; save the file as UTF-8"
     if not isinstance(error, json.JSONDecodeError):
