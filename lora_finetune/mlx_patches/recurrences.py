@@ -46,13 +46,14 @@ def gated_delta_by_chunks(
 
     Args:
         q, k: (rows, length, heads, key size); values can have more heads, a multiple.
-        v: (rows, length, value heads, value size).
-        g, beta: (rows, length, value heads).
-        state: (rows, value heads, value size, key size), also the one returned, in float32.
+        v: (rows, length, value heads, value size); g, beta: (rows, length, value heads).
+        state: (rows, value heads, value size, key size).
+
+    Returns:
+        (rows, length, value heads, value size) of q's type, and the state after it, float32.
     """
     (rows, length, _, key_size), (heads, value_size) = k.shape, v.shape[-2:]
-    if state is None:
-        state = mx.zeros((rows, heads, value_size, key_size))
+    state = mx.zeros((rows, heads, value_size, key_size)) if state is None else state
     if g.ndim == 4 or mask is not None:
 
         def of_chunk(state: mx.array, *chunk: mx.array) -> Result:
