@@ -14,7 +14,7 @@ import templates
 import tiny
 from conftest import ROOT, Ended, Run, one_error
 from lora_finetune.texts import batching, chat, dataset, tokenizing
-from test_long_texts import TOKENIZERS, build
+from test_tokenizing import TOKENIZERS, build
 
 import numpy as np
 import pytest

@@ -22,7 +22,7 @@ from conftest import ROOT, Run
 from lora_finetune.adapters import loading, npz
 from lora_finetune.run import checkpoint
 from lora_finetune.texts import batching
-from test_survival import RHYTHM, entries, losses, wait_for
+from test_checkpoint import RHYTHM, entries, losses, wait_for
 
 import mlx.core as mx
 import numpy as np

@@ -23,8 +23,8 @@ from lora_finetune.adapters import mlx_lm as mlx_lm_form
 from lora_finetune.base.errors import Interrupted
 from lora_finetune.base.signals import raising_signals
 from lora_finetune.model_folder.weights import read_weights
-from test_architectures import ADAPTED, ARCHITECTURES, adapt, build, logits
 from test_errors import one_error
+from test_models import ADAPTED, ARCHITECTURES, adapt, build, logits
 
 import mlx.core as mx
 import mlx.nn as nn

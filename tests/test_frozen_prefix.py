@@ -22,7 +22,7 @@ from lora_finetune.mlx_patches.modules import intercepted
 from lora_finetune.run import checkpoint
 from lora_finetune.texts import batching
 from lora_finetune.training import frozen_prefix, losses
-from test_survival import wait_for
+from test_checkpoint import wait_for
 
 import mlx.core as mx
 import mlx.nn as nn

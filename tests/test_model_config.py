@@ -13,7 +13,7 @@ import models
 import tiny
 from lora_finetune.base.errors import UserError
 from lora_finetune.model_folder.config import in_mlx_words
-from test_architectures import ARCHITECTURES
+from test_models import ARCHITECTURES
 
 import mlx.core as mx
 import numpy as np

@@ -4,7 +4,7 @@ import math
 
 from lora_finetune.mlx_patches import patches, recurrences
 from lora_finetune.mlx_patches.recurrences import gated_delta_by_chunks, gated_delta_by_tokens
-from test_architectures import build
+from test_models import build
 
 import mlx.core as mx
 import numpy as np

@@ -15,7 +15,7 @@ from conftest import ROOT
 from lora_finetune.mlx_patches import activations, attention, patches
 from lora_finetune.training import losses
 from lora_finetune.training.losses import Loss
-from test_architectures import ADAPTED, IS_TARGET, TOKENS, adapt, build, trainable
+from test_models import ADAPTED, IS_TARGET, TOKENS, adapt, build, trainable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -140,7 +140,7 @@ import mlx_lm, mlx_lm.models.activations, mlx_lm.models.switch_layers
 from mlx_lm.models import gemma4_text, iquestloopcoder, llama, qwen3_next
 sys.path[:0] = ["tests", "."]
 import mlx.core as mx
-from test_architectures import adapt, build
+from test_models import adapt, build
 from lora_finetune.mlx_patches import patches
 from lora_finetune.training import losses
 

@@ -21,7 +21,7 @@ import tiny
 from conftest import PERPLEXITY, ROOT, Run, one_error
 from lora_finetune.adapters import loading, npz
 from lora_finetune.run.run import Run as FreshRun
-from test_survival import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
+from test_checkpoint import ITERS, SETTINGS, assert_same_run, entries, losses, wait_for
 
 import mlx.core as mx
 import numpy as np
