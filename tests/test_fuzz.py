@@ -81,7 +81,7 @@ COMMANDS = {
     ],
     "peft": [["--adapter-file", "peft", *GENERATE]],
     "adapter_config.json": [["--adapter-file", "s.safetensors", *GENERATE]],
-    "a.run/state.npz": [[*RESUME, "--resume-adapter-file", "a.npz", "--adapter-file", "a.npz"]],
+    "state.npz": [[*RESUME, "--resume-adapter-file", "a.npz", "--adapter-file", "a.npz"]],
     "train.jsonl": [
         [*TRAIN, "--iters", "1", "--adapter-file", "b.npz"],
         [*TRAIN, "--iters", "1", "--adapter-file", "b.npz", "--mask-prompt"],
@@ -196,7 +196,7 @@ def commands_of(file: str) -> list[list[str]]:
 def call_function(case: Case) -> int:
     file = Path(case.file)
     try:
-        if file.name == "a.run/state.npz":
+        if file.name == "state.npz":
             resume("a.npz")
         elif file.suffix == ".jsonl":
             read_data(file)
@@ -242,16 +242,17 @@ def what_is_left(before: dict[Path, bytes]) -> str:
     after = contents()
     if Path("ran").exists():
         return "code in the file ran"
-    if before.keys() - after.keys():
+    kept = {Path(str(path).replace("a.", "a.previous-1.", 1)): path for path in before}
+    if before.keys() - after.keys() - {kept.get(path) for path in after}:
         return "a file has gone"
     changed = [path for path, content in after.items() if content != before.get(path)]
     for path in changed:
-        if path.suffix == ".part" or path.parent not in (Path(), Path("a.run")):
+        if path.suffix == ".part" or not (path.parent == Path() or path.parent.suffix == ".run"):
             return f"{path} was written"
         if path.suffix in (".npz", ".safetensors"):
             npz.read_arrays(path)
     for path in changed:
-        if path.suffix in (".npz", ".safetensors") and len(path.suffixes) == 1:
+        if path.suffix == ".npz" and path.parent == Path() and path not in kept:
             loading.read_adapter(path)
             if not checkpoint.read_state(path):
                 return f"{path} and its state do not belong together"
