@@ -27,7 +27,7 @@ def read(*paths):
 
 write("1.jsonl", ["서울"])
 write("2.jsonl", [{"도시": "대구"}, "부산"])
-write("large.jsonl", ["서울"] * 500_000 + [{"도시": "대구"}, "부산"])
+write("large.jsonl", ["서울"] * 530_000 + [{"도시": "대구"}, "부산"])
 print("1.jsonl and 2.jsonl:", after := read("1.jsonl", "2.jsonl"))
 print("2.jsonl and 1.jsonl:", before := read("2.jsonl", "1.jsonl"))
 print("both in a file of 11 MB, the last two:", (large := read("large.jsonl"))[-2:])
