@@ -318,7 +318,8 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(
     ended = call(*args, "--learning-rate", rate, "--save-every", 1, "--iters", 9)
     assert ended.returncode == 2
     assert re.search(
-        r"error: .* is not finite \((nan|inf)\) at iteration \d+; .*--learning-rate", ended.stderr
+        r"error: .* is not finite \((nan|inf)\) after iteration \d+; .*--learning-rate",
+        ended.stderr,
     )
     for file in tmp_path.glob("*.npz"):
         for name, array in np.load(file).items():

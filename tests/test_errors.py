@@ -181,9 +181,7 @@ def test_a_bad_line_is_reported_with_its_file_and_number_and_the_reason(
 
 def test_a_file_in_utf_16_is_reported(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(GOOD.decode().encode("utf-16"))
-    fails(
-        "--train", "--data", tmp_path, mentions=("train.jsonl looks like UTF-16: save it as UTF-8",)
-    )
+    fails("--train", "--data", tmp_path, mentions=("train.jsonl", "save the file as UTF-8"))
 
 
 ROWS = [{"text": f"text {i}"} for i in range(3)]
@@ -317,11 +315,11 @@ def test_a_missing_adapter_to_resume_from_is_reported(
     fails("--train", "--resume-adapter-file", tmp_path / file, mentions=(file,))
 
 
-@pytest.mark.parametrize("file", ["missing/a.npz", "folder", "file/a.npz", "n" * 300])
+@pytest.mark.parametrize("file", ["missing/a.npz", "folder.npz", "file/a.npz", "n" * 300 + ".npz"])
 def test_where_the_adapter_cannot_be_saved_is_reported_before_training(
     fails: Fails, tmp_path: Path, file: str
 ) -> None:
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.npz").mkdir()
     (tmp_path / "file").write_bytes(b"")
     fails("--train", "--adapter-file", tmp_path / file, mentions=(file[-99:],))
 

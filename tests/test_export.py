@@ -529,7 +529,7 @@ def test_a_merged_model_that_says_something_else_is_not_kept(
     flags = ["--model", base, "--adapter-file", tmp_path / "a.npz"]
     export_merged = ["--export", "merged", tmp_path / "out"]
     with monkeypatch.context() as patch:
-        patch.setattr(models, "with_update", lambda module, *_: module)
+        patch.setattr(models.Adapted, "merged", lambda module: module.frozen)
         one_error(call(*flags, *export_merged), "so it was not kept")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.npz", "base"]
     assert call(*flags, *export_merged).returncode == 0

@@ -216,7 +216,7 @@ def assert_same_adapter(one: Path, other: Path) -> None:
             assert np.abs(found[name] - expected[name]).mean() < 1e-3 * 6e-5  # a step is 2e-5
 
 
-def test_a_batch_of_four_times_the_memory_is_computed_in_parts_with_the_same_result(
+def test_a_batch_of_four_times_the_memory_is_computed_in_micro_batches_with_the_same_result(
     bounded: Callable[..., Ended], tmp_path: Path
 ) -> None:
     limit = peak_gb(bounded(100 * GB, "whole.npz")) / 4
@@ -224,7 +224,7 @@ def test_a_batch_of_four_times_the_memory_is_computed_in_parts_with_the_same_res
     assert peak_gb(ended) < 1.1 * limit
     assert re.fullmatch(
         r"warning: 8 texts of up to 483 tokens do not fit into [\d.]+ GB of memory, so each batch "
-        r"is computed in \d parts, with the same result\n", ended.stderr
+        r"is computed in \d micro-batches, with the same result\n", ended.stderr
     )  # fmt: skip
     assert_same_adapter(tmp_path / "whole.npz", tmp_path / "parts.npz")
     whole, parts = (
@@ -236,14 +236,14 @@ def test_a_batch_of_four_times_the_memory_is_computed_in_parts_with_the_same_res
         assert [entry[name] for entry in parts if name in entry] == pytest.approx(expected, 1e-5)
 
 
-def test_a_run_in_parts_is_resumed_in_as_many_where_there_is_more_memory(
+def test_a_run_in_micro_batches_is_resumed_in_as_many_where_there_is_more_memory(
     bounded: Callable[..., Ended], tmp_path: Path
 ) -> None:
     """Bit for bit."""
     limit = peak_gb(bounded(100 * GB, "whole.npz")) / 4
     assert bounded(limit * GB, "a.npz", "--iters", 2).returncode == 0
-    for file in tmp_path.glob("a.*"):
-        shutil.copyfile(file, tmp_path / file.name.replace("a.", "b.", 1))
+    shutil.copyfile(tmp_path / "a.npz", tmp_path / "b.npz")
+    shutil.copytree(tmp_path / "a.run", tmp_path / "b.run")
     for name, memory_gb in (("a.npz", 2 * limit), ("b.npz", 100)):
         more = ["--resume-adapter-file", tmp_path / name]
         assert bounded(memory_gb * GB, name, *more).returncode == 0
@@ -389,11 +389,14 @@ def test_a_device_that_fails_within_a_step_costs_that_step_alone(
 
 
 def test_a_failed_device_and_a_save_that_fails_too_are_both_reported(
-    call: Run, failing: list[object], tmp_path: Path
+    call: Run, failing: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     tiny.write_jsonl(tmp_path / "data", "train", [*make_texts(29, 0), "Z"])
-    (tmp_path / "a.run/state.npz").mkdir()
-    why = "could not be saved: a.run/state.npz cannot be written: Is a directory"
+    monkeypatch.setattr(os, "fsync", full)
+    why = "could not be saved: a.run/state.npz cannot be written: No space left on device"
     one_error(call(*failing, *SETTINGS), REASON, why)
 
 

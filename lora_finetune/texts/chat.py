@@ -175,7 +175,7 @@ class Template:
                     )
                 cut |= any(end_of(field, shown) < 0 for field in fields)
             end = max([end, *places])
-        names = filter(None, map(function_name, tools or []))
+        names = [name for name in map(function_name, tools or []) if isinstance(name, str)]
         return cut or any(end_of(name, shown) < 0 for name in names)
 
     def find_answers(
