@@ -152,7 +152,7 @@ def run(config: Config, group: Group) -> None:
 
     prepare_device(group)
     folder, model, tokenizer = load(config, group)
-    limits, identity = find_limits(model), fingerprints(model, folder)
+    limits, identity = describe_model(model, folder)
 
     adapt(this, model)
     export.check_forms(exports, model, folder)
@@ -163,7 +163,8 @@ def run(config: Config, group: Group) -> None:
     prompts.warn_beyond_context(examples, asked, context_length(folder))
     if not config.train:
         checkpoint.warn_of_other_model(this.adapter, this.settings, identity)
-    group.compare(must_agree(this, model, examples, identity))
+    if group.size > 1:
+        group.compare(must_agree(this, model, examples, identity))
 
     plain = config.plain or disagrees_on_metal(examples, model)
     with nullcontext() if plain else patches.applied():
@@ -220,6 +221,12 @@ def load(config: Config, group: Group) -> tuple[Path, nn.Module, TokenizerWrappe
         folder = find_model(config.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
     return folder, *models.load(folder)
+
+
+def describe_model(model: nn.Module, folder: Path) -> tuple[Limits, dict[str, str]]:
+    """The limits of a model, and checksums that tell it from others."""
+    with memory.device_errors("take a smaller or a quantized model"):
+        return find_limits(model), fingerprints(model, folder)
 
 
 def adapt(this: Run, model: nn.Module) -> None:
@@ -302,7 +309,7 @@ def train(this: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
             model, loss, examples["train"], rows, progress.micro_batches, group
         )
         if prefix:
-            frozen_prefix.keep_states(examples, config, this, group)
+            frozen_prefix.keep_states(examples, this)
         training_loop(this, model, loss, examples, trainer)
     report.draw_losses(this)
 
@@ -339,17 +346,14 @@ def training_loop(
             last = stop_early(this)
         if last or (progress.every(config.save_every) and not progress.finished):
             save(this, trainer)
+        group.check_stop()
         if last:
             break
     bar.close()
 
 
 def may_begin_next(this: Run) -> bool:
-    """Whether the step after the present one may be begun before this one has ended.
-
-    Not where something is due in between, nor where a step waits in its middle, for its
-    micro-batches or for other processes: there is nothing to gain.
-    """
+    """Whether nothing is due after the present step, nor does it wait in its middle."""
     config, progress, following = this.config, this.progress, this.progress.iteration + 1
     every = config.steps_per_report, config.steps_per_eval, config.save_every
     is_due = following == this.iters or any(following % number == 0 for number in every)
@@ -407,23 +411,21 @@ def saved_on_failure(this: Run, trainer: Trainer) -> Iterator[None]:
     After a loss that is not finite only the best adapter is saved: those before it may be bad too.
     """
     save_now = partial(save_unfinished, this, trainer, this.progress.iteration)
-    try:
-        with this.group.hear_stops():
+    with this.group.hear_stops():  # during the save too
+        try:
             yield
-    except Interrupted as interrupted:
-        raise Interrupted(interrupted.signal, save_now()) from None
-    except memory.DeviceError as error:
-        raise UserError(f"{error}; {save_now()}") from error
-    except UserError as error:
-        if this.pending_best and this.progress.best_iteration > 0:
-            this.save_best()
-            warn(f"the best adapter, of iteration {this.progress.best_iteration}, is {this.best}")
-        if not isinstance(error, NotFiniteError):
-            raise
-        raise UserError(
-            f"{error} after iteration {this.progress.iteration}; a lower --learning-rate may help, "
-            f"and what {this.adapter} held before is still there"
-        ) from None
+        except Interrupted as interrupted:
+            raise Interrupted(interrupted.signal, save_now()) from None
+        except (memory.DeviceError, OSError) as error:
+            raise UserError(f"{error}; {save_now()}") from error
+        except NotFiniteError as error:
+            at, best = this.progress.iteration, this.progress.best_iteration
+            kept = f"the best adapter, of iteration {best}, is {this.best}"
+            if not (best > 0 and this.save_best()):
+                kept = f"what {this.adapter} held before is still there"
+            raise UserError(
+                f"{error} after iteration {at}; a lower --learning-rate may help, and {kept}"
+            ) from None
 
 
 def save_unfinished(this: Run, trainer: Trainer, first: int) -> str:

@@ -321,17 +321,6 @@ def with_values(*keys: str, **values: Any) -> Change:
     return change
 
 
-def with_notes(*keys: str, **values: Any) -> Change:
-    """Change values of the notes in a state, as `with_values` does."""
-
-    def change(content: bytes) -> bytes:
-        notes = read_npz(content)["notes"].tobytes()
-        notes = np.frombuffer(with_values(*keys, **values)(notes), np.uint8)
-        return with_arrays(notes=notes)(content)
-
-    return change
-
-
 def with_arrays(**arrays: np.ndarray) -> Change:
     """Change arrays of an .npz file."""
     return lambda content: write_npz(read_npz(content) | arrays)
@@ -382,10 +371,6 @@ REPLACED = {
             odd_npy("{'descr': '<f4', 'fortran_order': False, 'shape': (64L, 8L), }"),
         ),
         "a header that Python warns of": with_member(MATRIX + ".npy", odd_npy("{'shape': 64if 1}")),
-    },
-    "a.run/state.npz": {
-        "a setting of two lines": with_notes("settings", **{"--seed": "a\nerror: b" * 1000}),
-        "notes that are a text": with_member("notes", b"{}"),
     },
     "model/config.json": {
         "a rope base that is a list": with_values(rope_theta=[]),

@@ -376,6 +376,42 @@ def test_a_second_run_on_the_same_adapter_is_refused(
     assert ended.returncode == 0
 
 
+def test_a_second_signal_within_the_last_save_does_not_cut_it_short(
+    args: list[object], tmp_path: Path
+) -> None:
+    """As where a terminal is closed: the shell and the system both send one."""
+    process = background.start(tmp_path, *args, "--save-every", 1000, "--iters", 1000, slow=0.3)
+    wait_for(tmp_path / "out", "Iter 3: Train", process)
+    os.kill(process.pid, signal.SIGTERM)
+    while not list(tmp_path.glob("a.run/*.part")):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert "is saved; the same command with" in (tmp_path / "err").read_text()
+    assert checkpoint.read_state(tmp_path / "a.npz") is not None
+
+
+def test_a_report_is_in_the_log_once_however_often_a_run_is_cut(
+    args: list[object], tmp_path: Path
+) -> None:
+    """Here after the save of a stop, at whose iteration a report was due still."""
+    more = [*args, "--steps-per-report", 1, "--save-every", 1000, "--iters", 1000]
+    process = background.start(tmp_path, *more)
+    wait_for(tmp_path / "out", "Iter 3: Train", process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    for _ in range(2):
+        process = background.start(tmp_path, *more, "--resume-adapter-file", "a.npz")
+        wait_for(tmp_path / "out", "Train", process)
+        process.kill()
+        process.join()
+    more = [*args, "--steps-per-report", 1, "--iters", 30, "--resume-adapter-file", "a.npz"]
+    background.start(tmp_path, *more).join()
+    reported = [entry["iter"] for entry in entries(tmp_path / "a.run/log.jsonl", "train_loss")]
+    assert reported == sorted(set(reported))
+
+
 # --- Resumed ------------------------------------------------------------------------------------
 
 

@@ -23,17 +23,11 @@ from typing import NamedTuple
 import background
 import models
 import tiny
-import train_lora
 from conftest import OUTCOME, ROOT
 from lora_finetune.adapters import loading, mlx_lm, npz
 from lora_finetune.base.errors import UserError
 from lora_finetune.run import checkpoint
-from lora_finetune.run.config import read_config
-from lora_finetune.run.run import open_run
 from lora_finetune.texts import dataset, tokenizing
-from lora_finetune.training import losses
-from lora_finetune.training.distributed import ALONE
-from lora_finetune.training.step import Trainer
 from mutations import REPLACED, mutate
 
 import pytest
@@ -45,7 +39,6 @@ NUMBERS = {
     "peft/adapter_model.safetensors": (200, 10),
     "peft/adapter_config.json": (400, 10),
     "adapter_config.json": (200, 10),
-    "a.run/state.npz": (400, 40),
     "texts/train.jsonl": (300, 20),
     "prompts/train.jsonl": (200, 10),
     "messages/train.jsonl": (300, 20),
@@ -81,7 +74,6 @@ COMMANDS = {
     ],
     "peft": [["--adapter-file", "peft", *GENERATE]],
     "adapter_config.json": [["--adapter-file", "s.safetensors", *GENERATE]],
-    "state.npz": [[*RESUME, "--resume-adapter-file", "a.npz", "--adapter-file", "a.npz"]],
     "train.jsonl": [
         [*TRAIN, "--iters", "1", "--adapter-file", "b.npz"],
         [*TRAIN, "--iters", "1", "--adapter-file", "b.npz", "--mask-prompt"],
@@ -196,9 +188,7 @@ def commands_of(file: str) -> list[list[str]]:
 def call_function(case: Case) -> int:
     file = Path(case.file)
     try:
-        if file.name == "state.npz":
-            resume("a.npz")
-        elif file.suffix == ".jsonl":
+        if file.suffix == ".jsonl":
             read_data(file)
         elif file.parent.name == "model":
             models.load("model")
@@ -211,17 +201,6 @@ def call_function(case: Case) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
-
-
-def resume(file: str) -> None:
-    """What the program does, by the same calls, up to the first step of a resumed run."""
-    args = ["--model", "model", "--data", "texts", *RESUME, "--resume-adapter-file", file]
-    config = read_config(train_lora.build_parser(), [*args, "--adapter-file", file])
-    resumed = open_run(config, train_lora.read_files(config), ALONE)
-    model, _ = models.load("model")
-    train_lora.adapt(resumed, model)
-    resumed.begin()
-    Trainer(model, losses.loss, 1e-3, resumed.start.state.optimizer if resumed.start.state else {})
 
 
 def read_data(file: Path) -> None:

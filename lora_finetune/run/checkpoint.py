@@ -48,6 +48,7 @@ class Progress:
         stopped_early: the iterations to go to when early stopping ended training; else 0.
         micro_batches: how many each batch is computed in, for its memory.
         has_room: whether the states of frozen layers, if any, can be kept for later epochs.
+        log_lines: how many the log had.
     """
 
     iteration: int = 0
@@ -67,6 +68,7 @@ class Progress:
     stopped_early: int = 0
     micro_batches: int = 1
     has_room: bool = True
+    log_lines: int = 0
 
     def add(self, total: float, tokens: int, seconds: float) -> None:
         """Count one iteration: the sum of its loss, and its target tokens."""
@@ -114,7 +116,7 @@ class State(NamedTuple):
         optimizer: Adam's moments and step, by MLX's names.
         progress: how far the run has come.
         settings: what its result depends on, by the names to report each under.
-        best: arrays of the best adapter where its file was not written yet; else empty.
+        best: arrays of the best adapter where this save was to write its file; else empty.
         is_ahead: whether the save was cut short, so that the adapter file is of the one before.
     """
 
@@ -127,8 +129,8 @@ class State(NamedTuple):
 
 
 def write_state(
-    adapter_file: Path, model: Any, optimizer: dict, progress: Progress, settings: dict[str, Any],
-    best: dict[str, np.ndarray],
+    file: Path, replaced: str | None, model: Any, optimizer: dict, progress: Progress,
+    settings: dict[str, Any], best: dict[str, np.ndarray],
 ) -> bytes:  # fmt: skip
     """Write the state of a run, which holds its adapter too: this one replacement is its save.
 
@@ -143,21 +145,19 @@ def write_state(
         "progress": asdict(progress),
         "settings": settings,
         "adapter": hashlib.sha256(content).hexdigest(),
-        "replaced": file_checksum(adapter_file),
+        "replaced": replaced,
     }
     arrays = dict(npz.trainable_arrays(model))
     arrays |= {f"best.{name}": array for name, array in best.items()}
     arrays |= {f"optimizer.{name}": np.array(array) for name, array in optimizer.items()}
     arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
-    with atomic_write(state_file(adapter_file)) as [stream]:
+    with atomic_write(file) as [stream]:
         np.savez(stream, **arrays)
     return content
 
 
 def read_state(adapter_file: Path) -> State | None:
     """The state that belongs to an adapter file, None where there is none.
-
-    That of the best adapter of a run is the run's, without the moments.
 
     Raises:
         UserError: the state file is damaged.
@@ -176,7 +176,7 @@ def read_state(adapter_file: Path) -> State | None:
         progress, settings = Progress(**notes["progress"]), notes["settings"]
     except (UserError, KeyError, ValueError, TypeError):
         raise UserError(f"{file} is damaged; delete it to resume with fresh Adam moments") from None
-    return State(adapter, optimizer, progress, settings, best if is_ahead else {}, is_ahead)
+    return State(adapter, optimizer, progress, settings, best, is_ahead)
 
 
 def pop_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -125,7 +125,7 @@ def read_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
         warn(f"--iters {args.iters} is ignored, since --epochs {args.epochs} is given too")
         args.iters = None
     is_saved = args.train or not Path(args.adapter_file).exists()
-    if is_saved and not args.adapter_file.endswith(".npz"):
+    if is_saved and not Path(args.adapter_file).is_dir() and not args.adapter_file.endswith(".npz"):
         args.adapter_file += ".npz"
         if args.train:
             warn(f"adapters are saved as .npz files, so this one is {args.adapter_file}")

@@ -63,11 +63,10 @@ def draw_losses(run: Run) -> None:
     Nothing is drawn of fewer than two training reports; a picture that cannot be drawn is a
     warning.
     """
-    if not run.writes or run.pending_log is not None or not run.log.is_file():
+    if not run.writes or run.replaces or not run.log_lines:
         return
     try:
-        lines = run.log.read_text(encoding="utf-8").splitlines()
-        entries = [entry for entry in map(json.loads, lines) if "iter" in entry]
+        entries = [entry for entry in map(json.loads, run.log_lines) if "iter" in entry]
         training = [entry for entry in entries if entry.get("train_loss") is not None]
         if len(training) < 2:
             return
@@ -93,7 +92,7 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
     axes.plot(iterations, losses, color="0.55", linewidth=1, label="training")
     if validation:
         # The first comes before the first step, and has its number.
-        points = [(e["iter"] if i else 0, e["val_loss"]) for i, e in enumerate(validation)]
+        points = [(e["iter"] - (i == 0), e["val_loss"]) for i, e in enumerate(validation)]
         marker = "o" if len(points) <= 60 else None
         axes.plot(
             *zip(*points, strict=True), "--", color="black", marker=marker, markersize=4,
@@ -107,6 +106,8 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
     axes.grid(alpha=0.25)
     axes.legend()
     tokens = [0, *(entry["tokens"] for entry in training)]
+    if tokens != sorted(tokens):  # the run began anew from its middle
+        return
     seen = axes.secondary_xaxis(
         "top",
         functions=(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import shutil
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from pathlib import Path
 from lora_finetune.adapters import npz
 from lora_finetune.base.command_line import ROOT
 from lora_finetune.base.errors import UserError, warn
-from lora_finetune.base.files import atomic_write, real_file
+from lora_finetune.base.files import atomic_write, file_checksum, real_file
 from lora_finetune.run.checkpoint import (
     FRESH,
     Progress,
@@ -50,7 +51,7 @@ class Run:
         progress: how far it has come.
         iters: the iteration to train to.
         settings: what its result depends on, by the names to report each under.
-        pending_log: lines that are not in the log yet; None where they go straight there.
+        log_lines: of this run, also those that wait for its first save to be written.
         pending_best: arrays of the best adapter, to be written with the next save.
         replaces: whether an earlier run is to be renamed first.
     """
@@ -61,14 +62,12 @@ class Run:
     ):  # fmt: skip
         self.adapter, self.path, self.writes = adapter, run_folder(adapter), group.is_first
         self.config, self.group = config, group
-        self.state, self.best = self.path / "state.npz", self.path / "best.npz"
-        self.log, self.picture = self.path / "log.jsonl", self.path / "losses.png"
+        self.best, self.picture = self.path / "best.npz", self.path / "losses.png"
+        self.log, self.log_lines = self.path / "log.jsonl", []
         self.start, self.iters, self.settings = start, 0, {}
         self.progress = start.state.progress if start.state else Progress()
-        self.pending_log: list[str] | None = None
         self.pending_best: dict[str, np.ndarray] = {}
-        self.replaces, self.log_failed = False, False
-        self.lock_stream = None
+        self.replaces, self.lock_stream = False, None
 
     def check(self) -> None:
         """Check that a run can save here; raises UserError where it cannot."""
@@ -76,12 +75,11 @@ class Run:
             return
         if self.adapter.is_dir():
             raise UserError(f"the adapter file {self.adapter} is a folder; give another name")
-        if self.path == self.adapter.parent:
-            raise UserError(
-                f"{self.adapter} is the best adapter of a run; give another --adapter-file"
-            )
+        if self.adapter.parent.suffix == ".run":
+            raise UserError(f"{self.adapter} is a file of a run; give another --adapter-file")
         try:
-            self.renamed(99)[1].with_suffix(".run.part").exists()  # raises where it is too long
+            with suppress(FileNotFoundError):
+                (self.renamed(99)[1] / "best.npz.part").lstat()  # raises where a name is too long
             with tempfile.TemporaryFile(dir=self.adapter.parent):
                 pass
         except OSError as error:
@@ -119,51 +117,50 @@ class Run:
             return
         earlier = start.source and Run(start.source)
         in_place = bool(earlier) and earlier.path.resolve() == self.path.resolve()
-        goes_on = unchanged or (in_place and bool(state))
-        lines = earlier.committed_log(self.progress.iteration) if goes_on else []
-        if unchanged:
+        lines, iteration = earlier.read_log() if earlier else [], self.progress.iteration
+        if unchanged:  # what comes after the save will come again, but for later tests
+            saved = self.progress.log_lines
+            lines = lines[:saved] + [line for line in lines[saved:] if '"test_loss"' in line]
             self.pending_best = state.best or (read_best(earlier.best) if not in_place else {})
-        self.replaces = not (in_place and unchanged) and any(
-            file.exists() for file in (self.adapter, self.state, self.best)
-        )
-        if self.replaces:
-            self.pending_log = lines
         else:
-            self.rewrite_log(lines)  # over what a run left that never saved
+            is_rewound = in_place and state and iteration
+            lines = [
+                line
+                for line in lines
+                if is_rewound and 0 < json.loads(line).get("iter", 0) <= iteration
+            ]
+        self.log_lines = lines
+        self.replaces = not (in_place and unchanged) and any(
+            file.exists() for file in (self.adapter, self.path / "state.npz", self.best)
+        )
+        shutil.rmtree(self.new_path, ignore_errors=True)  # of a run that was killed
+        if not self.replaces:
+            self.rewrite_log()  # over what a run left that never saved
 
-    def committed_log(self, iteration: int) -> list[str]:
-        """The lines of the log up to an iteration; those behind it will come again."""
+    def read_log(self) -> list[str]:
+        """The whole lines of the log; a kill may leave half of one."""
         if not self.log.is_file():
             return []
-        lines = []
-        for line in self.log.read_text("utf-8", errors="replace").splitlines(keepends=True):
-            with suppress(ValueError):  # half a line, of a run that was killed
-                lines += [line] if json.loads(line).get("iter", 0) <= iteration else []
-        return lines
+        lines = self.log.read_text("utf-8", errors="replace").splitlines(keepends=True)
+        return [line for line in lines if line.startswith("{") and line.endswith("}\n")]
 
-    def rewrite_log(self, lines: list[str]) -> None:
-        if lines or self.log.exists():
+    def rewrite_log(self) -> None:
+        if self.log_lines or self.log.exists():
             with atomic_write(self.log) as [stream]:
-                stream.write("".join(lines).encode())
+                stream.write("".join(self.log_lines).encode())
 
     def add_to_log(self, numbers: dict[str, float]) -> None:
         """Append an entry of numbers, in full, to the log, a JSON Lines file."""
-        if not self.writes:
-            return
         entry = {name: n if math.isfinite(n) else None for name, n in numbers.items()}
-        line = json.dumps(entry) + "\n"
-        if self.pending_log is not None:
-            self.pending_log.append(line)
+        self.log_lines.append(json.dumps(entry) + "\n")
+        if self.replaces or not self.writes or self.adapter.suffix != ".npz":
             return
         try:
             self.path.mkdir(exist_ok=True)
             with self.log.open("a", encoding="utf-8") as stream:
-                stream.write("\n" * self.log_failed + line)  # after what may be half a line
-            self.log_failed = False
+                stream.write(self.log_lines[-1])
         except OSError as error:
-            if not self.log_failed:
-                warn(f"the log {self.log} cannot be written: {error.strerror}")
-            self.log_failed = True
+            warn(f"the log {self.log} cannot be written: {error.strerror}")
 
     def keep_best(self, model: nn.Module) -> None:
         """Keep the adapter as it is now as the best, to be written with the next save."""
@@ -173,40 +170,53 @@ class Run:
         """Save the run: first its state, which holds all, then what is written from it."""
         if not self.writes:
             return
-        self.set_earlier_aside()
+        self.progress.log_lines = len(self.log_lines)
+        folder = self.new_path if self.replaces else self.path
+        folder.mkdir(exist_ok=True)
+        replaced = None if self.replaces else file_checksum(self.adapter)
         content = write_state(
-            self.adapter, model, optimizer, self.progress, self.settings, self.pending_best
-        )
+            folder / "state.npz", replaced, model, optimizer, self.progress, self.settings,
+            self.pending_best,
+        )  # fmt: skip
+        self.take_place()
         self.save_best()
         with atomic_write(self.adapter) as [stream]:
             stream.write(content)
 
-    def save_best(self) -> None:
-        """Write the best adapter, if there is one that is not written yet."""
-        if self.writes and self.pending_best:
-            self.set_earlier_aside()
-            npz.write_arrays(self.best, self.pending_best)
-            self.pending_best = {}
+    def save_best(self) -> bool:
+        """Write the best adapter, if there is one that is not written yet; returns whether."""
+        if not (self.writes and self.pending_best):
+            return False
+        self.take_place()
+        npz.write_arrays(self.best, self.pending_best)
+        self.pending_best = {}
+        return True
 
     def is_at_end(self) -> bool:
         return self.progress.iteration == self.iters or self.progress.stopped_early > 0
 
-    def set_earlier_aside(self) -> None:
-        """Rename an earlier run, once, and take its place."""
-        if self.replaces:
-            for adapter, folder in map(self.renamed, count(1)):
-                # Where there is only such an adapter, a kill came between these two renamings.
-                if not folder.exists() and not (adapter.exists() and self.adapter.exists()):
-                    break
-            if self.adapter.exists():
-                self.adapter.rename(adapter)
-            self.path.rename(folder)
-            warn(f"the earlier run of {self.adapter} is kept as {adapter} and {folder}")
-            self.replaces, self.lock_stream = False, None
-            self.lock()
-        if self.pending_log is not None:
-            lines, self.pending_log = self.pending_log, None
-            self.rewrite_log(lines)
+    def take_place(self) -> None:
+        """Rename an earlier run, once, and put what this one has so far in its place."""
+        if not self.replaces:
+            return
+        for adapter, folder in map(self.renamed, count(1)):
+            # Where there is only such an adapter, a kill came between these two renamings.
+            if not folder.exists() and not (adapter.exists() and self.adapter.exists()):
+                break
+        if self.adapter.exists():
+            self.adapter.rename(adapter)
+        self.path.rename(folder)
+        if self.new_path.exists():
+            self.new_path.rename(self.path)
+        warn(f"the earlier run of {self.adapter} is kept as {adapter} and {folder}")
+        self.replaces, self.lock_stream = False, None
+        self.lock()
+        self.rewrite_log()
+
+    @property
+    def new_path(self) -> Path:
+        """The folder of the first save, until the earlier run is out of the way."""
+        return self.path.with_suffix(".run-new")
 
     def renamed(self, number: int) -> tuple[Path, Path]:
         """The names that an earlier run is given: of its adapter and of its folder."""
@@ -284,7 +294,7 @@ def must_agree(
     return {
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
         **run.config.flags("own", marked=False),
-        **run.settings,
+        **(run.settings if run.config.train else {}),
         **identity,
         **{name: sha256(b"".join(content)).hexdigest() for name, content in contents.items()},
         "the run to resume": asdict(run.progress),

@@ -21,7 +21,6 @@ from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_co
 from lora_finetune.mlx_patches.modules import intercepted
 from lora_finetune.model_folder.config import model_family
 from lora_finetune.texts import batching
-from lora_finetune.training.distributed import Group
 from lora_finetune.training.losses import Loss
 
 import mlx.core as mx
@@ -254,7 +253,7 @@ def make_file(shape: tuple[int, int], folder: Path) -> np.memmap:
         return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
-def keep_states(examples: dict[str, WithStates], config: Any, this: Any, group: Group) -> None:
+def keep_states(examples: dict[str, WithStates], run: Any) -> None:
     """Keep the frozen states of all texts that come more than once, if there is room.
 
     They are computed in the batches of the first epoch, and of one validation: that epoch is the
@@ -263,15 +262,16 @@ def keep_states(examples: dict[str, WithStates], config: Any, this: Any, group: 
     several processes meets texts that were another's before, so the more there are, the more
     epochs it takes to pay.
     """
-    training, validation, progress = examples["train"], examples["valid"], this.progress
-    micro_batches, folder = progress.micro_batches, this.adapter.parent
+    config, progress, group = run.config, run.progress, run.group
+    training, validation = examples["train"], examples["valid"]
+    micro_batches, folder = progress.micro_batches, run.adapter.parent
     groups = batching.evaluation_batches(
         validation, config.batch_size, config.val_batches, micro_batches * group.size
     )
     validation.keep(groups, folder)
     lengths = training.lengths
     batches = batching.epoch_batches(lengths, config.batch_size, config.seed, epoch=0)
-    if this.iters > len(batches) * max(1, group.size - 1) and progress.has_room:
+    if run.iters > len(batches) * max(1, group.size - 1) and progress.has_room:
         groups = [
             micro_batch
             for rows in batches
