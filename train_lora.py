@@ -181,9 +181,7 @@ def run(config: Config, group: Group) -> None:
         report.print_outcome(this)
 
 
-# Among the settings of a run: the format of a prompt that goes with the texts that it learnt.
-LEARNT_FORMAT = "the form of the texts"
-
+LEARNT_FORMAT = "the form of the texts"  # among the settings of a run
 
 # By the names of their splits.
 Files = dict[str, dataset.File]
@@ -417,7 +415,8 @@ def saved_on_failure(this: Run, trainer: Trainer) -> Iterator[None]:
         except Interrupted as interrupted:
             raise Interrupted(interrupted.signal, save_now()) from None
         except (memory.DeviceError, OSError) as error:
-            raise UserError(f"{error}; {save_now()}") from error
+            why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+            raise UserError(f"{why}; {save_now()}") from error
         except NotFiniteError as error:
             at, best = this.progress.iteration, this.progress.best_iteration
             kept = f"the best adapter, of iteration {best}, is {this.best}"

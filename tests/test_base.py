@@ -88,7 +88,7 @@ def test_a_command_that_has_to_write_says_what_it_cannot(
     ended = run(*args, "--train", cwd=tmp_path, preexec_fn=write_nothing)
     assert ended.returncode == 2
     assert (
-        ended.stderr.splitlines()[-1] == "error: a.run/best.npz cannot be written: File too large"
+        ended.stderr.splitlines()[-1] == "error: a.run/state.npz cannot be written: File too large"
     )
     output = ["--output", tmp_path]
     ended = run(*output, script="prepare_lora_data.py", preexec_fn=write_nothing)

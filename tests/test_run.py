@@ -135,9 +135,9 @@ def test_a_kill_within_the_move_loses_neither_run(
     while moved < 2 or number == moved:
         folder = Path(shutil.copytree(finished, tmp_path / str(number)))
         process = background.start(folder, *fresh, slow=0.03)
-        while not list(folder.glob("a.previous*")):
+        while not list(folder.glob("a.run-new")):
             time.sleep(0.005)
-        process.join(rng.uniform(0, 1.2))
+        process.join(rng.uniform(0, 0.6))
         process.kill()
         process.join()
         number += 1
@@ -333,7 +333,7 @@ def test_the_best_adapter_of_a_run_is_not_trained_over(
     one_error(call(*args, "--adapter-file", "a.run/best.npz"), "give another --adapter-file")
 
 
-@pytest.mark.parametrize("name", ["가" * 79 + ".npz", "n" * 240 + ".npz"])
+@pytest.mark.parametrize("name", ["가" * 80 + ".npz", "n" * 240 + ".npz"])
 def test_a_name_too_long_for_what_is_beside_it_is_reported_before_training(
     call: Run, args: list[object], tmp_path: Path, name: str
 ) -> None:

@@ -135,7 +135,7 @@ class Run:
         )
         shutil.rmtree(self.new_path, ignore_errors=True)  # of a run that was killed
         if not self.replaces:
-            self.rewrite_log()  # over what a run left that never saved
+            self.rewrite_log(self.path)  # over what a run left that never saved
 
     def read_log(self) -> list[str]:
         """The whole lines of the log; a kill may leave half of one."""
@@ -144,9 +144,9 @@ class Run:
         lines = self.log.read_text("utf-8", errors="replace").splitlines(keepends=True)
         return [line for line in lines if line.startswith("{") and line.endswith("}\n")]
 
-    def rewrite_log(self) -> None:
+    def rewrite_log(self, folder: Path) -> None:
         if self.log_lines or self.log.exists():
-            with atomic_write(self.log) as [stream]:
+            with atomic_write(folder / self.log.name) as [stream]:
                 stream.write("".join(self.log_lines).encode())
 
     def add_to_log(self, numbers: dict[str, float]) -> None:
@@ -173,6 +173,8 @@ class Run:
         self.progress.log_lines = len(self.log_lines)
         folder = self.new_path if self.replaces else self.path
         folder.mkdir(exist_ok=True)
+        if self.replaces:
+            self.rewrite_log(folder)
         replaced = None if self.replaces else file_checksum(self.adapter)
         content = write_state(
             folder / "state.npz", replaced, model, optimizer, self.progress, self.settings,
@@ -208,10 +210,12 @@ class Run:
         self.path.rename(folder)
         if self.new_path.exists():
             self.new_path.rename(self.path)
+        else:
+            self.path.mkdir()
+            self.rewrite_log(self.path)
         warn(f"the earlier run of {self.adapter} is kept as {adapter} and {folder}")
         self.replaces, self.lock_stream = False, None
         self.lock()
-        self.rewrite_log()
 
     @property
     def new_path(self) -> Path:
