@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 
 class LastingStream(io.FileIO):
-    """Standard output or error, which the run outlasts: `| head`, a terminal that has gone."""
+    """Standard output or error that may lose its reader: `| head`, a terminal that goes away."""
 
     def write(self, data: bytes) -> int:
         try:

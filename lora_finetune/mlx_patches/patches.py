@@ -41,7 +41,7 @@ def compile_for_each_shape(
 
 def table() -> list[tuple[object, str, Callable]]:
     """Owners, names and what is put there."""
-    # The same for another architecture, by chunks, with its state in float32.
+    # mlx-lm's form of the same attention by chunks, written for another architecture.
     lightning_attention = partial(bailing_hybrid.recurrent_gla)
     return [
         (mx, "compile", compile_for_each_shape),
