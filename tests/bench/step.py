@@ -3,8 +3,8 @@
     python step.py train_lora.py|mlx-lm MODEL
 
 A line on standard input names the rows and the tokens of a row of a batch. The answer is a line:
-the seconds of a step, as the mean of forty after eight, and the most memory in GB that the process has held in
-them. All layers have LoRA on queries and values.
+the seconds of a step, as the mean of forty after eight, and the most memory in GB that the process
+has held in them. All layers have LoRA on queries and values.
 """
 
 import sys
@@ -54,15 +54,15 @@ def plain_steps(folder: Path) -> Steps:
 
 def our_steps(folder: Path) -> Steps:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import models
     from lora_finetune.adapters import loading
     from lora_finetune.mlx_patches import patches
+    from lora_finetune.mlx_patches.loading import load_as_stored
     from lora_finetune.training import losses
     from lora_finetune.training.step import Trainer
 
     import mlx.core as mx
 
-    model = models.loading.load_as_stored(folder)[0]
+    model = load_as_stored(folder)[0]
     mx.eval(model.parameters())  # else each compiled step would read them anew
     loading.adapt(model, {}, None, len(model.layers))
     loss = losses.make_loss(model)
