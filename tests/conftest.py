@@ -113,8 +113,8 @@ def call(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(sys, name, getattr(sys, name))
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(argv[0], run_name="__main__")
-        if mx.default_device() == mx.gpu:
-            gc.collect()  # or a run that failed would keep its lock, which else ends with a process
+        if ended.value.code or mx.default_device() == mx.gpu:
+            gc.collect()  # or a run that failed would keep its lock and its memory
         return without_outcome(Ended(argv, ended.value.code, *capfdbinary.readouterr()))
 
     return call
