@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from lora_finetune.base.command_line import in_project
@@ -124,8 +124,9 @@ def read_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
     if {"iters", "epochs"} <= args.typed:
         warn(f"--iters {args.iters} is ignored, since --epochs {args.epochs} is given too")
         args.iters = None
-    is_saved = args.train or not Path(args.adapter_file).exists()
-    if is_saved and not Path(args.adapter_file).is_dir() and not args.adapter_file.endswith(".npz"):
+    # os.path's answer False for a name that is too long, where a Path raises.
+    is_there = os.path.isdir if args.train else os.path.exists
+    if not args.adapter_file.endswith(".npz") and not is_there(args.adapter_file):
         args.adapter_file += ".npz"
         if args.train:
             warn(f"adapters are saved as .npz files, so this one is {args.adapter_file}")
