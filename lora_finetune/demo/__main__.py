@@ -53,7 +53,7 @@ def main() -> None:
     print(
         f"\nQuestion  {QUESTION}  ({MEANING}; in other words than in the training texts)"
         f"\nBefore    {before}\nAfter     {ask(model, tokenizer)}"
-        f"\nPicture   {checkpoint.picture_file(Path(ADAPTER))}: the losses"
+        f"\nPicture   {checkpoint.run_folder(Path(ADAPTER)) / 'losses.png'}: the losses"
         '\nNext      the commands above, or your own text: "Your own data" in README.md'
     )
 
