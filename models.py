@@ -18,7 +18,6 @@ from lora_finetune.model_folder.config import model_family
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.trainer import grad_checkpoint
@@ -237,11 +236,6 @@ class Layout(NamedTuple):
     def first(self, name: str) -> int:
         """The first row of "q" or "v" in a group."""
         return {"q": 0, "v": self.q + self.k}[name]
-
-    def rows(self, name: str, d_out: int) -> np.ndarray:
-        """The rows of "q" or "v" among the projection's d_out, in their order."""
-        in_group = self.first(name) + np.arange(getattr(self, name))
-        return (np.arange(0, d_out, d_out // self.groups)[:, None] + in_group).flatten()
 
 
 def is_linear(module: object) -> bool:

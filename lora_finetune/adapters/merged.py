@@ -75,12 +75,13 @@ def write(
     loading.adapt(model, adapter, base, None)
     noise = max(NOISE[float_type(m.frozen)] for m in models.lora_modules(model).values())
     copy_others(base, folder)
-    if is_converted(base):
+    converted = is_converted(base)
+    if converted:
         weights = rebuilt(folder, base, model, used, dequantize)
     else:
         weights = changed_arrays(base, model)
     model.clear()  # so that each array is freed when it is written
-    write_weights(folder, weights, "mlx" if is_converted(base) and not dequantize else "pt")
+    write_weights(folder, weights, "mlx" if converted and not dequantize else "pt")
     error = difference(sample_logits(models.load(folder)[0]), expected)
     if not error <= noise:
         raise UserError(

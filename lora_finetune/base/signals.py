@@ -46,17 +46,13 @@ def begin_process() -> None:
         sys.stdout = sys.stderr = Path(os.devnull).open("w", errors="replace")  # noqa: SIM115
 
 
-# How a process is told its number, and how many there are, by mlx.launch and by the kinds of MPI.
-LAUNCHERS = (
-    ("MLX_RANK", "MLX_WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-)
+# How a process is told its rank by mlx.launch and by the kinds of MPI.
+RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def process_rank() -> int:
     """The rank of this process among those of a launcher; 0 without one."""
-    numbers = (os.environ.get(rank, "") for rank, _ in LAUNCHERS)
+    numbers = (os.environ.get(rank, "") for rank in RANKS)
     return next((int(number) for number in numbers if number.isdecimal()), 0)
 
 

@@ -219,8 +219,8 @@ class Start(NamedTuple):
 FRESH = Start(None, {}, models.SCALE)
 
 
-def read_start(adapter_file: Path, is_resumed: bool, scale: float | None) -> Start:
-    """Read the adapter to start from, and the state of its run if that `is_resumed`.
+def read_start(adapter_file: Path, scale: float | None) -> Start:
+    """Read the adapter to train on from, and the state of its run.
 
     Args:
         scale: --lora-scale; without it, that of the run to resume, or the default.
@@ -229,9 +229,7 @@ def read_start(adapter_file: Path, is_resumed: bool, scale: float | None) -> Sta
         UserError: it is not there, or damaged.
     """
     source = loading.find_adapter(adapter_file)
-    state = read_state(source) if is_resumed else None
-    if not is_resumed:
-        return Start(source, loading.read_adapter(source), models.SCALE)
+    state = read_state(source)
     settings = state.settings if state else settings_of(source)
     trained = settings.get("--lora-scale", models.SCALE)
     scale = scale or trained

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
-from lora_finetune.adapters import npz
+from lora_finetune.adapters import loading, npz
 from lora_finetune.base.command_line import ROOT
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write, file_checksum, real_file
@@ -251,12 +251,13 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
     if not config.train:
         if not adapter.exists():
             raise UserError(f"there is no adapter file {adapter}; --train makes one")
-        start = read_start(adapter, False, None)
-        return Run(start.source, start, config, group)
-    resumed = config.resume_adapter_file
-    start = read_start(real_file(Path(resumed)), True, config.lora_scale) if resumed else FRESH
-    if not resumed and config.lora_scale:
-        start = start._replace(scale=config.lora_scale)
+        source = loading.find_adapter(adapter)
+        start = Start(source, loading.read_adapter(source), FRESH.scale)
+        return Run(source, start, config, group)
+    if resumed := config.resume_adapter_file:
+        start = read_start(real_file(Path(resumed)), config.lora_scale)
+    else:
+        start = FRESH._replace(scale=config.lora_scale or FRESH.scale)
     run = Run(adapter, start, config, group)
     run.check()
     if config.start_iter not in (None, run.progress.iteration):

@@ -23,7 +23,7 @@ from typing import Any
 
 from lora_finetune.base.errors import Interrupted, UserError, describe, first_line, hint
 from lora_finetune.base.memory import DeviceError
-from lora_finetune.base.signals import LAUNCHERS, StopSignals, handle, process_rank
+from lora_finetune.base.signals import RANKS, StopSignals, handle, process_rank
 
 import mlx.core as mx
 import numpy as np
@@ -262,4 +262,4 @@ def is_launched() -> bool:
     """Whether a launcher has started several processes; mlx.launch -n 1 gives an empty file."""
     hosts = Path(os.environ.get("MLX_HOSTFILE", ""))
     is_alone = hosts.is_file() and not hosts.read_text().strip()
-    return not is_alone and any(rank in os.environ for rank, _ in LAUNCHERS)
+    return not is_alone and any(rank in os.environ for rank in RANKS)

@@ -269,7 +269,7 @@ def fit_memory(
         mx.eval(result.loss, result.parameter_sum, result.state)
 
     most = -(-rows // micro_batches)
-    fitting = number_that_fits(model, try_step, most, limit, tokens)
+    fitting = fit_texts(model, try_step, most, limit, tokens)
     if fitting < most:
         micro_batches = -(-rows // fitting)
         warn(
@@ -286,7 +286,7 @@ def fit_memory(
     return most
 
 
-def number_that_fits(
+def fit_texts(
     model: nn.Module, try_step: Callable[[int], None], most: int, limit: int, tokens: int
 ) -> int:
     """How many of the longest texts fit; if not one does, layers are computed twice from now on.
