@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import bailing_moe_linear, jamba, recurrent_gemma, ssm
 
 # --- exp ----------------------------------------------------------------------------------------
 
@@ -145,9 +146,8 @@ from lora_finetune.mlx_patches import patches
 from lora_finetune.training import losses
 
 for name in "gemma4_text", "step3p5":
-    model = build(name) if name == "gemma4_text" else None
+    model = build(name)
     with patches.applied():
-        model = model or build(name)  # which is imported here
         adapt(model)
         model.eval()
         for width in 9, 12:
@@ -172,7 +172,9 @@ def test_it_does_not_matter_whether_mlx_lm_was_imported_before() -> None:
 
 def test_the_table_is_in_use_everywhere_and_then_nowhere() -> None:
     modules = [importlib.import_module(f"mlx_lm.models.{name}") for name in ("llama", *SHAPELESS)]
-    places = [(owner, name) for owner, name, _ in patches.table()]
+    places = [(mx.fast, "scaled_dot_product_attention"), (nn, "silu"), (nn, "gelu_approx")]
+    places += [(jamba.JambaMambaMixer, "ssm_step"), (ssm, "ssm_attn")]
+    places += [(bailing_moe_linear, "recurrent_gla"), (recurrent_gemma, "rnn_scan")]
     places += [(module, "swiglu") for module in modules if hasattr(module, "swiglu")]
     places += [(modules[2], "geglu"), (modules[4], "clamped_swiglu")]
     originals = [getattr(*place) for place in places]
@@ -182,20 +184,6 @@ def test_the_table_is_in_use_everywhere_and_then_nowhere() -> None:
         assert modules[0].swiglu is activations.swiglu
         raise ZeroDivisionError
     assert [getattr(*place) for place in places] == originals
-
-
-def test_a_module_imported_meanwhile_is_plain_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "mlx_lm.models.step3p5"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    x = mx.random.normal((2, 3))
-    expected = mx.clip(nn.silu(x), None, 1) * mx.clip(x, -1, 1)
-    with patches.applied():
-        module = importlib.import_module(name)
-        assert module.swiglu is activations.swiglu
-        for both in (x, mx.concatenate([x, x])):
-            found = module.clamped_swiglu(both, both, 1)
-            np.testing.assert_allclose(found[:2], expected, atol=1e-5)
-    assert module.swiglu is not activations.swiglu
 
 
 # --- The comparison with what is plain ----------------------------------------------------------
@@ -283,13 +271,11 @@ def random_mask(*shape: int) -> mx.array:
 @pytest.mark.parametrize(
     ("heads", "mask", "has_sinks"),
     [
-        ((4, 4), lambda: None, False),
         ((4, 2), lambda: "causal", False),
         ((4, 2), lambda: "causal", True),
         ((4, 2), lambda: random_mask(33, 33), False),
-        ((4, 2), lambda: random_mask(2, 1, 33, 33), False),
+        ((4, 4), lambda: random_mask(33, 33), True),
         ((4, 2), lambda: random_mask(2, 4, 33, 33), False),
-        ((4, 2), lambda: random_mask(2, 1, 1, 33), False),
         ((4, 1), lambda: mx.random.normal((33, 33)), False),
     ],
 )
@@ -366,16 +352,9 @@ def exact_attention_gradients(q: mx.array, k: mx.array, v: mx.array) -> list[np.
 
 @pytest.mark.parametrize("on_cuda", [True, False])
 @pytest.mark.parametrize("gap", [8, 24])
-@pytest.mark.parametrize(
-    ("dtype", "of_values", "most"),
-    [
-        (mx.bfloat16, mx.bfloat16, 0.05),
-        (mx.bfloat16, mx.float32, 0.05),
-        (mx.float32, mx.float32, 1e-4),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "most"), [(mx.bfloat16, 0.05), (mx.float32, 1e-4)])
 def test_gradients_of_attention_to_one_key_are_exact(
-    monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype, of_values: mx.Dtype, most: float, gap: int,
+    monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype, most: float, gap: int,
     on_cuda: bool,
 ) -> None:  # fmt: skip
     """Heads that look at the first token alone are many; what is left of dP must not be lost.
@@ -388,7 +367,7 @@ def test_gradients_of_attention_to_one_key_are_exact(
     q, k, v = (mx.random.normal((1, 4, 200, 16)) * 0.5 for _ in range(3))
     q[..., 0] = 4
     k[..., 0, 0] = gap / 4  # a score of so much more than those of other keys
-    inputs = [q.astype(dtype), k.astype(dtype), v.astype(of_values)]
+    inputs = [array.astype(dtype) for array in (q, k, v)]
     found = attention_gradients(*inputs, by_blocks=True)
     for a, b in zip(exact_attention_gradients(*inputs), found, strict=True):
         b = np.array(b.astype(mx.float32))

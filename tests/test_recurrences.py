@@ -9,7 +9,8 @@ from test_models import build
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models import bailing_hybrid, bailing_moe_linear, jamba, recurrent_gemma
+from mlx_lm.models import bailing_hybrid, bailing_moe_linear, jamba, recurrent_gemma, ssm
+from mlx_lm.models import gated_delta as gated_delta_module
 
 ROWS, KEY_HEADS, HEADS, KEY_SIZE = 2, 2, 4, 16
 Inputs = list[mx.array]
@@ -118,10 +119,14 @@ def test_memory_for_the_gradients_of_a_long_text_is_a_fraction_of_what_the_loop_
 def test_mamba_2_in_chunks_and_its_gradients_are_those_of_mlx_lm(length: int, has_state: bool):
     mx.random.seed(0)
     normal = mx.random.normal
-    inputs = [normal((ROWS, length, 4, 8)), normal((4,)), normal((ROWS, length, 2, 16))]
-    inputs += [normal((ROWS, length, 2, 16)), normal((4,)), normal((ROWS, length, 4)), normal((4,))]
+    a_log, d, dt_bias = (normal((4,)) for _ in range(3))
+    inputs = [normal((ROWS, length, *size)) for size in ((4, 8), (2, 16), (2, 16), (4,))]
     inputs += [normal((ROWS, 4, 8, 16))] * has_state
-    assert_same(recurrences.ssm_in_chunks, recurrences.whole_ssm, inputs)
+    forms = (
+        lambda x, b, c, dt, *state, form=form: form(x, a_log, b, c, d, dt, dt_bias, *state)
+        for form in (recurrences.ssm_in_chunks, recurrences.whole_ssm)
+    )
+    assert_same(*forms, inputs)
 
 
 def test_lightning_attention_by_chunks_is_that_of_the_loop_over_tokens():
@@ -154,10 +159,10 @@ def test_the_scan_of_jamba_is_that_of_the_loop(length: int, has_state: bool):
     mixer = next(m for m in build("jamba").modules() if isinstance(m, jamba.JambaMambaMixer))
     mx.random.seed(0)
     channels, states = mixer.A_log.shape
-    inputs = [mx.random.normal((ROWS, length, channels)), -mx.exp(mixer.A_log)]
+    inputs = [mx.random.normal((ROWS, length, channels))]
     inputs += [mx.random.normal((ROWS, channels, states))] * has_state
     forms = (
-        lambda *inputs, form=form: form(mixer, *inputs)
+        lambda x, *state, form=form: form(mixer, x, -mx.exp(mixer.A_log), *state)
         for form in (recurrences.jamba_ssm_in_chunks, jamba.JambaMambaMixer.ssm_step)
     )
     assert_same(*forms, inputs)
@@ -186,5 +191,5 @@ def test_a_model_of_this_kind_is_the_same_and_the_loop_is_back_afterwards(name: 
         found = model(tokens)
         mx.eval(found)
     np.testing.assert_allclose(found, expected, atol=1e-4 * mx.abs(expected).max().item())
-    assert recurrences.gated_delta.gated_delta_ops is gated_delta_by_tokens
-    assert recurrences.ssm.ssm_attn is recurrences.whole_ssm
+    assert gated_delta_module.gated_delta_ops is gated_delta_by_tokens
+    assert ssm.ssm_attn is recurrences.whole_ssm

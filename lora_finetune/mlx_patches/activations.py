@@ -6,7 +6,7 @@ import math
 from functools import cache
 
 from lora_finetune.base import linux_cpu
-from lora_finetune.mlx_patches.low_memory import recompute
+from lora_finetune.mlx_patches.transforms import recompute
 
 import mlx.core as mx
 import numpy as np
@@ -89,23 +89,17 @@ def weighted_rest(p: mx.array, dp: mx.array, *sums: mx.array) -> mx.array:
 
 
 def softmax_gradient(p: mx.array, dp: mx.array) -> mx.array:
-    """The gradient p · (dp − Σ p · dp) to the input of a softmax p.
+    """The gradient p · (dp − Σ p · dp) to the input of a softmax p (..., rows, columns).
 
     In a row with nearly all in one place next to nothing is left, so Σ p · dp has to be right for
     this p, rounded as it is and with a sum that is not quite 1. A first sum is rounded to the type
-    of p; a second one, of what the first leaves of dp, makes up for that. The sums are products
-    with ones, and what is summed is computed as the gradient is: one kernel for CUDA to compile.
-
-    Args:
-        p: (..., rows, columns), of three dimensions or more.
+    of p; a second one, of what the first leaves of dp, makes up for that: in the one place dp and
+    the first sum are so close that their difference is exact. The sums are products with ones, and
+    what is summed is computed as the gradient is: one kernel for CUDA to compile.
     """
-    # In the one place that has nearly all, dp and the first sum are close, so that their difference
-    # is exact in a type as precise as that of dp. So two sums are enough, else they are four.
-    number = 2 if mx.finfo(p.dtype).eps <= mx.finfo(dp.dtype).eps else 4
-    # Zeros at first, each of another shape: mx.compile would take equal arrays for one, and make a
-    # kernel for that.
-    sums = [mx.zeros((1,) * (i + 1)) for i in range(number)]
-    for i in range(number):
+    # Each of another shape: mx.compile would take equal arrays for one, and make a kernel for that.
+    sums = [mx.zeros((1,)), mx.zeros((1, 1))]
+    for i in range(2):
         found = (weighted_rest(p, dp, *sums) @ ones(p.shape[-1], p.dtype)).astype(mx.float32)
         # Else, compiled, dp in float32 would be kept for all sums, and the kernel for the gradient
         # would be another one, with the cast of the last sum in it.
@@ -122,11 +116,7 @@ def ones(length: int, dtype: mx.Dtype) -> mx.array:
 def scaled_product(
     a: mx.array, b: mx.array, scale: float, added: mx.array | None = None
 ) -> mx.array:
-    """scale · (a b) + added in one operation.
-
-    On their own, scale and sum would each be a pass over the product, and a kernel that CUDA has to
-    compile.
-    """
+    """scale · (a b) + added in one pass, and one kernel for CUDA to compile."""
     if added is None:
         added = mx.zeros(b.shape[-1], b.dtype)  # mx.addmm cannot do without
     return mx.addmm(added, a, b, alpha=scale)
@@ -156,9 +146,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 @swiglu.vjp
-def swiglu_vjp(
-    inputs: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
-) -> tuple[mx.array, mx.array]:
+def swiglu_vjp(inputs: tuple, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     gate, x = inputs
     (gate,) = mx.depends([gate], [cotangent])  # computed again, as in `recompute`
     s = sigmoid(gate)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
 from lora_finetune.mlx_patches import activations
 from lora_finetune.mlx_patches.activations import scaled_product
-from lora_finetune.mlx_patches.low_memory import in_turn
+from lora_finetune.mlx_patches.transforms import in_turn
 
 import mlx.core as mx
 import numpy as np
@@ -30,100 +30,83 @@ def attention(
     """As mx.fast.scaled_dot_product_attention, one block of queries after another.
 
     For the gradients the scores of a block are computed again. Under a causal mask, keys after the
-    block are left out.
+    block are left out. Only "causal" and booleans (length, length) are computed here; MLX computes
+    other masks, such as one that is added, which may have gradients of its own.
 
     Args:
         queries: (rows, heads, length, size).
         keys, values: (rows, heads, length, size); their heads can be fewer, and the size of values
             another.
-        mask: "causal", or an array (..., length, length). One of booleans lets each query see some
-            key. One that is added may have gradients of its own, and is left to MLX.
     """
     length, scale = queries.shape[2], float(scale)
-    is_array = isinstance(mask, mx.array)
-    is_added = is_array and mask.dtype != mx.bool_
-    is_faster_by_hand = ON_CUDA or activations.uses_fast_exp(queries)
-    by_hand = is_faster_by_hand and mask is not None and sinks is None
-    shape = mask.shape[-2:] if is_array else (length, keys.shape[2])
-    is_short = length <= BLOCK and not by_hand
-    if options or is_added or is_short or shape != (length, length):
+    by_hand = sinks is None and (ON_CUDA or activations.uses_fast_exp(queries))
+    if isinstance(mask, mx.array):
+        is_known = mask.dtype == mx.bool_ and mask.shape == (length, length)
+    else:
+        is_known = mask is not None and keys.shape[2] == length
+    if options or not is_known or (length <= BLOCK and not by_hand):
         return whole_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks, **options
         )
-    blocks = Blocks(scale, mask, sinks, by_hand, mx.result_type(queries, keys))
+    blocks = Blocks(scale, mask, sinks, by_hand)
     inputs = queries, keys, mx.contiguous(values)  # which each product would copy otherwise
     if length <= BLOCK and ON_CUDA:  # the scores of one block are few; computed again, 4 % slower
-        [(q, k, v, bias)] = blocks.of(inputs, (0,), blocks.added)
-        return keeping_probabilities(q, k, v, bias, scale)
+        return keeping_probabilities(*blocks.block(inputs, 0), scale)
     function = mx.custom_function(blocks.forward)
     function.vjp(blocks.gradients)
     return function(*inputs)
 
 
 class Blocks(NamedTuple):
-    """One call of attention, by blocks of queries.
-
-    Attributes:
-        added: the type of what a mask adds to the scores.
-    """
+    """One call of attention, by blocks of queries."""
 
     scale: float
-    mask: str | mx.array | None
+    mask: str | mx.array
     sinks: mx.array | None
     by_hand: bool
-    added: mx.Dtype
+
+    def block(self, inputs: Iterable[mx.array], start: int) -> list[mx.array]:
+        """The queries of a block, the keys and values that they see, and the mask as a bias."""
+        q, k, v = inputs
+        length = q.shape[2]
+        end = min(start + BLOCK, length)
+        seen = end if isinstance(self.mask, str) else length
+        bias = bias_of(self.mask, start, end, mx.result_type(q, k))
+        if length > BLOCK:
+            # Else, compiled, what is made of the masks would be kept for all layers.
+            (bias,) = mx.depends([bias], [q])
+        return [q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], bias]
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array:
+        if self.by_hand:
+            return weighted_values(probabilities(q, k, bias, self.scale), v, q)
+        return whole_attention(q, k, v, scale=self.scale, mask=bias, sinks=self.sinks)
 
     def forward(self, *inputs: mx.array) -> mx.array:
         starts = range(0, inputs[0].shape[2], BLOCK)
-        blocks = self.of(inputs, starts, self.added if self.by_hand else mx.bool_)
-        return mx.concatenate(in_turn(self.attend, blocks), axis=2)
-
-    def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None
-    ) -> mx.array:
-        if self.by_hand:
-            return weighted_values(probabilities(q, k, self.scale, mask), v, q)
-        return whole_attention(q, k, v, scale=self.scale, mask=mask, sinks=self.sinks)
+        return mx.concatenate(in_turn(self.attend, (self.block(inputs, s) for s in starts)), axis=2)
 
     def gradients(
         self, inputs: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
     ) -> list[mx.array]:
-        totals: list[mx.array] = []
-
-        def of_block(of_output: mx.array, *block: mx.array) -> list[mx.array]:
-            nonlocal totals
-            q, k, v, *mask = block
-            if self.sinks is None:
-                p = probabilities(q, k, self.scale, *mask)
-                found = gradients_by_hand(p, q, k, v, of_output, self.scale)
-            else:
-                found = mx.vjp(lambda *qkv: self.attend(*qkv, *mask), [q, k, v], [of_output])[1]
-            of_queries, *others = found
+        inputs = mx.depends(inputs, [cotangent])  # computed again, as in `recompute`
+        of_queries, totals = [], []
+        for start in range(0, cotangent.shape[2], BLOCK)[::-1]:  # the last block sees all keys
+            block = [cotangent[:, :, start : start + BLOCK], *self.block(inputs, start)]
+            if totals:
+                block = mx.depends(block, [of_queries[-1], *totals])  # one block at a time
+            found, *others = self.gradients_of_block(*block)
             totals = list(map(add_to_first_keys, totals, others)) if totals else others
-            return [of_queries, *totals]
-
-        ready = mx.depends(inputs, [cotangent])  # computed again, as in `recompute`
-        last_first = range(0, cotangent.shape[2], BLOCK)[::-1]  # the last block sees all keys
-        blocks = self.of(ready, last_first, self.added if self.sinks is None else mx.bool_)
-        of_outputs = (cotangent[:, :, start : start + BLOCK] for start in last_first)
-        chunks = ([of_output, *block] for of_output, block in zip(of_outputs, blocks, strict=True))
-        of_queries = [result[0] for result in in_turn(of_block, chunks)]
+            of_queries.append(found)
         return [mx.concatenate(of_queries[::-1], axis=2), *totals]
 
-    def of(
-        self, inputs: Iterable[mx.array], starts: Iterable[int], dtype: mx.Dtype
-    ) -> Iterator[list[mx.array]]:
-        """The queries of each block, the keys and values that they see, and the mask if any."""
-        q, k, v = inputs
-        length = q.shape[2]
-        for start in starts:
-            end = min(start + BLOCK, length)
-            seen = end if isinstance(self.mask, str) else length
-            mask = [] if self.mask is None else [mask_of(self.mask, start, end, dtype)]
-            if mask and length > BLOCK:
-                # Else, compiled, what is made of the masks would be kept for all layers.
-                mask = mx.depends(mask, [q])
-            yield [q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], *mask]
+    def gradients_of_block(
+        self, cotangent: mx.array, q: mx.array, k: mx.array, v: mx.array, bias: mx.array
+    ) -> list[mx.array]:
+        if self.sinks is None:
+            p = probabilities(q, k, bias, self.scale)
+            return gradients_by_hand(p, q, k, v, cotangent, self.scale)
+        return mx.vjp(lambda *qkv: self.attend(*qkv, bias), [q, k, v], [cotangent])[1]
 
 
 def keeping_probabilities(
@@ -133,7 +116,7 @@ def keeping_probabilities(
 
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        p = probabilities(q, k, scale, bias)
+        p = probabilities(q, k, bias, scale)
         return weighted_values(p, v, q), p
 
     @forward.vjp
@@ -143,10 +126,10 @@ def keeping_probabilities(
     return forward(q, k, v)[0]
 
 
-def probabilities(q: mx.array, k: mx.array, scale: float, bias: mx.array | None = None) -> mx.array:
-    """The softmax of the scores, for queries in groups; the bias is what a mask adds to them."""
-    added = None if bias is None else for_groups(bias, q, k)
-    return activations.softmax(scaled_product(in_groups(q, k), k.swapaxes(-1, -2), scale, added))
+def probabilities(q: mx.array, k: mx.array, bias: mx.array, scale: float) -> mx.array:
+    """The softmax of the scores, for queries in groups."""
+    bias = mx.contiguous(mx.tile(bias, (q.shape[1] // k.shape[1], 1)))  # as MLX's product wants it
+    return activations.softmax(scaled_product(in_groups(q, k), k.swapaxes(-1, -2), scale, bias))
 
 
 def weighted_values(p: mx.array, v: mx.array, q: mx.array) -> mx.array:
@@ -180,35 +163,17 @@ def in_groups(x: mx.array, keys: mx.array) -> mx.array:
     return x.reshape(*keys.shape[:2], -1, x.shape[-1])
 
 
-def for_groups(bias: mx.array, q: mx.array, k: mx.array) -> mx.array:
-    """A bias (..., queries, keys) for queries in groups, contiguous, as MLX's product wants it."""
-    rows, heads, *of_head = (1, 1, *bias.shape)[-4:]
-    if heads == 1:
-        group = q.shape[1] // k.shape[1]
-        bias = mx.broadcast_to(bias.reshape(rows, 1, 1, *of_head), (rows, 1, group, *of_head))
-    heads = min(heads, k.shape[1])
-    return mx.contiguous(bias.reshape(rows, heads, -1, of_head[1]))
-
-
-def mask_of(mask: str | mx.array, start: int, end: int, dtype: mx.Dtype) -> mx.array:
-    """The mask (..., block, keys) of a block of queries; if causal, for the keys up to its end.
-
-    Args:
-        dtype: of booleans, or of what is added to the scores.
-    """
+def bias_of(mask: str | mx.array, start: int, end: int, dtype: mx.Dtype) -> mx.array:
+    """What is added to the scores of some queries (queries, keys): −∞ for keys not seen, else 0."""
     if isinstance(mask, mx.array):
-        mask = mask[..., start:end, :]
-        if dtype == mx.bool_:
-            return mask
-        return mx.where(mask, mx.array(0, dtype), mx.array(-mx.inf, dtype))
+        return mx.where(mask[start:end], mx.array(0, dtype), mx.array(-mx.inf, dtype))
     blocks = -(-end // BLOCK)
     keys = BLOCK << (blocks - 1).bit_length()  # few sizes, since each takes memory
     first = keys - BLOCK - start  # what the last block sees, the block at start sees from here on
-    return causal_mask(BLOCK, keys, dtype)[: end - start, first : first + end]
+    return causal_bias(BLOCK, keys, dtype)[: end - start, first : first + end]
 
 
 @cache
-def causal_mask(queries: int, keys: int, dtype: mx.Dtype) -> mx.array:
-    """Which keys the last queries of a text see: made once, and not for each layer anew."""
-    seen = np.tri(queries, keys, keys - queries, dtype=bool)
-    return mx.array(seen if dtype == mx.bool_ else np.where(seen, 0, -np.inf), dtype)
+def causal_bias(queries: int, keys: int, dtype: mx.Dtype) -> mx.array:
+    """`bias_of` the last queries of a text: made once, and not for each layer anew."""
+    return mx.array(np.where(np.tri(queries, keys, keys - queries), 0, -np.inf), dtype)

@@ -42,13 +42,12 @@ def intercepted(
 ) -> Iterator[None]:
     """While it lasts, `reply` answers in place of a module's method, with the same arguments."""
     original = type(module)
-    answer = {method: lambda _, *args, **options: reply(*args, **options)}
-    module.__class__ = replacing = subclass(original, **answer)
+    replace([module], lambda _, __, *args, **options: reply(*args, **options), method)
     try:
         yield
     finally:
+        delattr(type(module), method)  # Python frees a class late, and with it what reply holds
         module.__class__ = original
-        delattr(replacing, method)  # Python frees a class late, and with it what reply refers to
 
 
 def modules_named(model: nn.Module, name: str) -> list[nn.Module]:

@@ -10,85 +10,58 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from lora_finetune.base.errors import first_line
 from lora_finetune.mlx_patches import activations, attention, recurrences, rope
-from lora_finetune.mlx_patches.compiling import compiled_if_possible
+from lora_finetune.mlx_patches.transforms import compiled_if_possible
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import activations as mlx_lm_activations
-from mlx_lm.models import (
-    bailing_hybrid,
-    bailing_moe_linear,
-    gated_delta,
-    jamba,
-    recurrent_gemma,
-    ssm,
-)
-
-mlx_compile = mx.compile
+from mlx_lm.models import bailing_hybrid, bailing_moe_linear, jamba, recurrent_gemma
+from mlx_lm.models.activations import swiglu
 
 
-def compile_for_each_shape(
-    fun: Callable, inputs: object = None, outputs: object = None, shapeless: bool = False
-) -> Callable:
-    """mx.compile, but never for all shapes at once, which needs rules that our operations lack."""
-    return mlx_compile(fun, inputs, outputs)
-
-
-def table() -> list[tuple[object, str, Callable]]:
-    """Owners, names and what is put there."""
-    # mlx-lm's form of the same attention by chunks, written for another architecture.
-    lightning_attention = partial(bailing_hybrid.recurrent_gla)
-    return [
-        (mx, "compile", compile_for_each_shape),
-        (mx.fast, "scaled_dot_product_attention", attention.attention),
-        (nn, "silu", activations.silu),
-        (nn, "gelu_approx", activations.gelu_approx),
-        (mlx_lm_activations, "swiglu", activations.swiglu),
-        (gated_delta, "gated_delta_ops", recurrences.gated_delta_by_chunks),
-        (bailing_moe_linear, "recurrent_gla", lightning_attention),
-        (ssm, "ssm_attn", recurrences.ssm_in_chunks),
-        (recurrent_gemma, "rnn_scan", recurrences.rnn_scan_in_chunks),
-        (jamba.JambaMambaMixer, "ssm_step", recurrences.jamba_ssm_in_chunks),
-    ]
+def table() -> dict[Callable, Callable]:
+    """The functions of MLX and mlx-lm, and what stands in their place."""
+    return {
+        mx.fast.scaled_dot_product_attention: attention.attention,
+        nn.silu: activations.silu,
+        nn.gelu_approx: activations.gelu_approx,
+        swiglu: activations.swiglu,
+        recurrences.gated_delta_by_tokens: recurrences.gated_delta_by_chunks,
+        # mlx-lm's form of the same attention by chunks, written for another architecture.
+        bailing_moe_linear.recurrent_gla: bailing_hybrid.recurrent_gla,
+        recurrences.whole_ssm: recurrences.ssm_in_chunks,
+        recurrent_gemma.rnn_scan: recurrences.rnn_scan_in_chunks,
+        jamba.JambaMambaMixer.ssm_step: recurrences.jamba_ssm_in_chunks,
+    }
 
 
 @contextmanager
 def applied() -> Iterator[None]:
-    """While it lasts, the functions of the table are in use, in all modules of mlx-lm.
+    """While it lasts, the functions of the table are in use in all modules of mlx-lm so far.
 
-    It does not matter which of these were imported before. What they compiled for all shapes is
-    compiled for each instead.
+    What these compiled for all shapes at once, which needs rules that our operations lack, is
+    compiled for each shape instead.
     """
     activations.has_slow_exp()  # where MLX cannot compile, this turns it off
-    kind = type(mlx_compile(abs))
-    compiled = [v for module in mlx_lm_modules() for v in vars(module).values() if type(v) is kind]
+    modules = [module for name, module in sys.modules.items() if name.startswith("mlx_lm.models.")]
+    places = [mx.fast, nn, jamba.JambaMambaMixer, *modules]
+    present = [(place, name, value) for place in places for name, value in vars(place).items()]
+    kind = type(mx.compile(abs))
+    compiled = [value for *_, value in present if type(value) is kind]
     # MLX does not tell what function was compiled; Python's garbage collector knows.
-    pairs = [(f, compile_for_each_shape(gc.get_referents(f)[-1])) for f in compiled]
-    pairs += [(getattr(owner, name), function) for owner, name, function in table()]
-    exchange(pairs)
+    new = {id(value): mx.compile(gc.get_referents(value)[-1]) for value in compiled}
+    new |= {id(original): function for original, function in table().items()}
+    replaced = [each for each in present if id(each[2]) in new]
+    for place, name, value in replaced:
+        setattr(place, name, new[id(value)])
     try:
         yield
     finally:
-        exchange([(new, old) for old, new in pairs])
-
-
-def exchange(pairs: list[tuple[Callable, Callable]]) -> None:
-    """Put the second function of a pair wherever the first is."""
-    new = {id(old): function for old, function in pairs}
-    owners = {id(owner): owner for owner, _, _ in table()}
-    for owner in [*owners.values(), *mlx_lm_modules()]:
-        for name, value in list(vars(owner).items()):
-            if id(value) in new:
-                setattr(owner, name, new[id(value)])
-
-
-def mlx_lm_modules() -> list[object]:
-    return [m for name, m in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
+        for place, name, value in replaced:
+            setattr(place, name, value)
 
 
 # --- A comparison -------------------------------------------------------------------------------
@@ -99,12 +72,12 @@ def differs_from_plain(
 ) -> str | None:
     """Why a text's loss and gradients with the table are not those without it; None if they are.
 
-    Rounding adds up through the layers, so what counts as more is twice the square root of the
-    precision of the coarsest type among the model's parameters: 18 % in bfloat16 (8.5 % was seen
-    with gemma3n, 1.3 % with SmolLM2), and 6 % in float16 (1.2 % seen) and in float32 (1e-5 seen),
-    whose factors Macs may round to ten bits. That is of the loss, and of the norm of each
-    parameter's gradient, or of a tenth of the largest such norm. A wrong mask or formula makes more
-    of a difference. Where the plain way fails or is not finite, there is nothing to compare with.
+    Rounding adds up through the layers, so up to twice the square root of the precision of the
+    coarsest type among the parameters is allowed: 18 % in bfloat16 (8.5 % was seen with gemma3n),
+    6 % in float16 (1.2 % seen) and in float32 (1e-5 seen), whose factors Macs may round to ten
+    bits. That is of the loss, and of the norm of each parameter's gradient, or of a tenth of the
+    largest such norm. A wrong mask or formula makes more of a difference. Where the plain way fails
+    or is not finite, there is nothing to compare with.
 
     Args:
         make_loss: `training.losses.make_loss`; called outside of `applied`.
@@ -121,9 +94,9 @@ def differs_from_plain(
     except Exception:
         return None
     norms = {name: mx.linalg.norm(array).item() for name, array in expected.items()}
-    floor = max(norm for name, norm in norms.items() if name != LOSS) / 10
     if not all(map(math.isfinite, norms.values())):
         return None
+    floor = max(norm for name, norm in norms.items() if name != LOSS) / 10
     dtypes = {array.dtype for _, array in tree_flatten(model.parameters())}
     floats = [dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)]
     most = 2 * math.sqrt(max(2**-10, *(mx.finfo(dtype).eps for dtype in floats)))
@@ -140,14 +113,14 @@ LOSS = "the loss"
 
 def loss_and_gradients(model: nn.Module, loss: Callable, tokens: mx.array) -> dict[str, mx.array]:
     """The loss of a text, and the gradients by their parameters' names."""
-    parameters, was_training = model.trainable_parameters(), model.training
+    parameters = model.trainable_parameters()
     function = nn.value_and_grad(model, lambda *batch: rope.by_length(loss)(model, *batch)[0])
+    model.train()
     try:
-        model.train()
         total, gradients = compiled_if_possible(function)(tokens, mx.ones_like(tokens) > 0)
         found = {LOSS: total} | {f"the gradient of {n}": g for n, g in tree_flatten(gradients)}
         mx.eval(found)
         return found
     finally:
-        model.train(was_training)
+        model.eval()
         model.update(parameters)  # in the place of MLX's placeholders

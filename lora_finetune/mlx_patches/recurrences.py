@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from lora_finetune.mlx_patches.activations import exp
-from lora_finetune.mlx_patches.low_memory import recompute
+from lora_finetune.mlx_patches.transforms import recompute
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import gated_delta, ssm
+from mlx_lm.models.gated_delta import gated_delta_ops as gated_delta_by_tokens
+from mlx_lm.models.ssm import ssm_attn as whole_ssm
 
 Result = tuple[mx.array, mx.array]  # a recurrence's output and its state after it
 
@@ -28,7 +29,47 @@ LEAST_G = 1e-20  # a smaller g is taken for this, and has no gradient: in float3
 BEFORE = mx.array(np.tri(CHUNK, k=-1, dtype=np.float32))
 MINUS_INFINITY_AFTER = mx.array(np.where(np.tri(CHUNK), 0, -np.inf).astype(np.float32))
 
-gated_delta_by_tokens, whole_ssm = gated_delta.gated_delta_ops, ssm.ssm_attn
+# --- Chunk after chunk --------------------------------------------------------------------------
+
+
+def in_chunks(
+    function: Callable[..., Result],
+    size: int,
+    state: mx.array | None,
+    sequences: Sequence[mx.array],
+) -> Result:
+    """A recurrence over a text, of which only the states between chunks are kept.
+
+    For its gradients each chunk is computed again.
+
+    Args:
+        function: takes a chunk of each sequence, and the state if there is one. What else it uses
+            gets no gradient.
+        size: tokens of a chunk.
+        sequences: (rows, length, …).
+    """
+    outputs, states = [], [] if state is None else [state]
+    for chunk in zip(*(split(x, size, axis=1) for x in sequences), strict=True):
+        y, *states = recompute(function)(*chunk, *states)
+        outputs.append(y)
+    return mx.concatenate(outputs, axis=1), *states
+
+
+def split(x: mx.array, size: int, axis: int) -> tuple[mx.array, ...]:
+    """An array in chunks along an axis, whose gradients are joined.
+
+    MLX's gradient of a slice is as large as the array, with zeros around it.
+    """
+
+    @mx.custom_function
+    def chunks(x: mx.array) -> tuple[mx.array, ...]:
+        return tuple(mx.split(x, list(range(size, x.shape[axis], size)), axis))
+
+    @chunks.vjp
+    def gradient(_: mx.array, cotangents: tuple[mx.array, ...], __: object) -> mx.array:
+        return mx.concatenate(cotangents, axis=axis)
+
+    return chunks(x)
 
 
 # --- The gated delta rule -----------------------------------------------------------------------
@@ -42,25 +83,23 @@ def gated_delta_by_chunks(
 
     Only to 1e-3 where β is near 2 and keys repeat (OLMo hybrids let it), or where a Mac takes its
     float32 products in TF32; that is still less than bfloat16 rounds q, k and v. Where g has a key
-    size too, or there is a mask, it is mlx-lm's in chunks.
+    size too, it is mlx-lm's in chunks.
 
     Args:
         q, k: (rows, length, heads, key size); values can have more heads, a multiple.
         v: (rows, length, value heads, value size); g, beta: (rows, length, value heads).
         state: (rows, value heads, value size, key size).
+        mask: with one it is mlx-lm's; in training there is none.
 
     Returns:
         (rows, length, value heads, value size) of q's type, and the state after it, float32.
     """
+    if mask is not None:
+        return gated_delta_by_tokens(q, k, v, g, beta, state, mask)
+    if g.ndim == 4:
+        return in_chunks(gated_delta_by_tokens, CHUNK, state, [q, k, v, g, beta])
     (rows, length, _, key_size), (heads, value_size) = k.shape, v.shape[-2:]
     state = mx.zeros((rows, heads, value_size, key_size)) if state is None else state
-    if g.ndim == 4 or mask is not None:
-
-        def of_chunk(state: mx.array, *chunk: mx.array) -> Result:
-            return gated_delta_by_tokens(*chunk[:5], state, *chunk[5:])
-
-        sequences = [x for x in (q, k, v, g, beta, mask) if x is not None]
-        return in_chunks(of_chunk, CHUNK, state, sequences)
 
     def chunked(x: mx.array) -> mx.array:
         """(rows, value heads, chunks, CHUNK, …) float32; behind the text all is zero."""
@@ -93,9 +132,7 @@ def without_state(
     products a chunk (the WY form; Yang et al., "Gated Delta Networks", 2024).
 
     Args:
-        q, k, v: (…, CHUNK, size).
-        log_g: (…, CHUNK).
-        beta: (…, CHUNK, 1).
+        q, k, v: (…, CHUNK, size); log_g: (…, CHUNK); beta: (…, CHUNK, 1).
 
     Returns:
         (I + A)⁻¹ β V; (I + A)⁻¹ β G K; q_t·k_i G_t / G_i for i ≤ t; G Q; K times the decay to the
@@ -136,82 +173,29 @@ def unit_lower_inverse_vjp(_: mx.array, cotangent: mx.array, inverse: mx.array) 
     return -(transposed @ cotangent @ transposed)
 
 
-# --- Chunk after chunk --------------------------------------------------------------------------
-
-
-def in_chunks(
-    function: Callable[..., Result],
-    size: int,
-    state: mx.array | None,
-    sequences: Sequence[mx.array],
-    same: Sequence[mx.array] = (),
-) -> Result:
-    """A recurrence over a text, of which only the states between chunks are kept.
-
-    For its gradients each chunk is computed again; with the gradient to its state the chunk in
-    front begins, so not before all of this one is done.
-
-    Args:
-        function: takes a state or None, a chunk of each sequence, and what is the same for all.
-        size: tokens of a chunk.
-        sequences: (rows, length, …).
-    """
-
-    def from_none(*inputs: mx.array) -> Result:
-        return function(None, *inputs)
-
-    outputs = []
-    for chunk in zip(*(split(x, size, axis=1) for x in sequences), strict=True):
-        if state is None:
-            y, state = recompute(from_none, len(chunk))(*chunk, *same)
-        else:
-            y, state = recompute(function, 1 + len(chunk))(state, *chunk, *same)
-        outputs.append(y)
-    return mx.concatenate(outputs, axis=1), state
-
-
-def split(x: mx.array, size: int, axis: int) -> tuple[mx.array, ...]:
-    """An array in chunks along an axis, whose gradients are joined.
-
-    MLX's gradient of a slice is as large as the array, with zeros around it.
-    """
-
-    @mx.custom_function
-    def chunks(x: mx.array) -> tuple[mx.array, ...]:
-        return tuple(mx.split(x, list(range(size, x.shape[axis], size)), axis))
-
-    @chunks.vjp
-    def gradient(_: mx.array, cotangents: tuple[mx.array, ...], __: object) -> mx.array:
-        return mx.concatenate(cotangents, axis=axis)
-
-    return chunks(x)
+# --- State space models and elementwise scans ---------------------------------------------------
 
 
 def ssm_in_chunks(
     x: mx.array, a_log: mx.array, b: mx.array, c: mx.array, d: mx.array, dt: mx.array,
     dt_bias: mx.array, state: mx.array | None = None,
     time_step_limit: tuple[float, float] = (0.001, 100.0),
-    mask: mx.array | None = None, lengths: mx.array | None = None, step: int = 128,
+    mask: mx.array | None = None, lengths: mx.array | None = None,
 ) -> Result:  # fmt: skip
     """As mlx_lm.models.ssm.ssm_attn, the state space model of Mamba 2.
 
-    Args:
-        mask, lengths: with them it is mlx-lm's; in training there are none.
-        step: tokens of a chunk, in which arrays are as large as its square (mlx-lm: 256).
+    With a mask or lengths it is mlx-lm's; in training there are none.
     """
+
+    def of_chunk(
+        x: mx.array, b: mx.array, c: mx.array, dt: mx.array, state: mx.array | None = None
+    ) -> Result:
+        return whole_ssm(x, a_log, b, c, d, dt, dt_bias, state, time_step_limit, mask, lengths)
+
     if mask is not None or lengths is not None:
-        return whole_ssm(
-            x, a_log, b, c, d, dt, dt_bias, state, time_step_limit, mask, lengths, step
-        )
-
-    def of_chunk(state: mx.array | None, *chunk: mx.array) -> Result:
-        x, b, c, dt, *same = chunk
-        return whole_ssm(x, same[0], b, c, same[1], dt, same[2], state, time_step_limit, step=step)
-
-    return in_chunks(of_chunk, step, state, [x, b, c, dt], [a_log, d, dt_bias])
-
-
-# --- Elementwise scans --------------------------------------------------------------------------
+        return of_chunk(x, b, c, dt, state)
+    # Chunks of half of mlx-lm's size, since arrays in them are as large as its square.
+    return in_chunks(of_chunk, 128, state, [x, b, c, dt])
 
 
 def linear_scan(a: mx.array, b: mx.array, state: mx.array | None) -> mx.array:
@@ -233,7 +217,7 @@ def linear_scan(a: mx.array, b: mx.array, state: mx.array | None) -> mx.array:
 def rnn_scan_in_chunks(x: mx.array, a: mx.array, h0: mx.array | None) -> Result:
     """As mlx_lm.models.recurrent_gemma.rnn_scan, summed in float32."""
 
-    def of_chunk(state: mx.array | None, x: mx.array, a: mx.array) -> Result:
+    def of_chunk(x: mx.array, a: mx.array, state: mx.array | None = None) -> Result:
         h = linear_scan(a.astype(mx.float32), x.astype(mx.float32), state)
         return h.astype(x.dtype), h[:, -1]
 
@@ -249,8 +233,9 @@ def jamba_ssm_in_chunks(
     With h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t B_tᵀ, each of (channels, states), y_t = h_t C_t + D x_t.
     """
 
-    def of_chunk(state: mx.array | None, *chunk: mx.array) -> Result:
-        x, delta, b, c, a = chunk
+    def of_chunk(
+        x: mx.array, delta: mx.array, b: mx.array, c: mx.array, state: mx.array | None = None
+    ) -> Result:
         inputs = (delta * x)[..., None] * b[..., None, :]
         h = linear_scan(exp(delta[..., None] * a), inputs, state)
         return (h @ c[..., None]).squeeze(-1), h[:, -1]
@@ -261,5 +246,5 @@ def jamba_ssm_in_chunks(
     sequences = [x, delta, self.b_layernorm(b), self.c_layernorm(c)]
     *sequences, a = (array.astype(mx.float32) for array in (*sequences, a))
     # Fewer tokens, since each has as many numbers as a state.
-    y, state = in_chunks(of_chunk, CHUNK // 4, state, sequences, [a])
+    y, state = in_chunks(of_chunk, CHUNK // 4, state, sequences)
     return y.astype(x.dtype) + self.D * x, state

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_finetune.base import memory
-from lora_finetune.base.errors import warn
+from lora_finetune.base.errors import hint_if_slow, warn
 from lora_finetune.mlx_patches import rope
-from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
 from lora_finetune.mlx_patches.modules import intercepted
+from lora_finetune.mlx_patches.transforms import TRYING, compiled_if_possible
 from lora_finetune.model_folder.config import model_family
 from lora_finetune.texts import batching
 from lora_finetune.training.losses import Loss
@@ -113,7 +113,7 @@ def find(model: nn.Module) -> Prefix | None:
         return None
     prefix = Prefix(model, trained.index(True))
     # Suppressed: whatever an architecture raises where layers do not do their work.
-    with hint_if_compiling("the model's layers on a few tokens"), suppress(Exception):
+    with hint_if_slow(TRYING), suppress(Exception):
         if states_suffice(prefix):
             return prefix
     warn(

@@ -8,8 +8,8 @@ from functools import partial
 
 import models
 from lora_finetune.mlx_patches.activations import exp, log_sum_exp
-from lora_finetune.mlx_patches.low_memory import in_turn
 from lora_finetune.mlx_patches.modules import intercepted
+from lora_finetune.mlx_patches.transforms import in_turn
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import models
 from lora_finetune.base import memory
-from lora_finetune.base.errors import UserError, first_line, warn
+from lora_finetune.base.errors import UserError, first_line, hint_if_slow, warn
 from lora_finetune.mlx_patches import rope
-from lora_finetune.mlx_patches.compiling import compiled_if_possible, hint_if_compiling
+from lora_finetune.mlx_patches.transforms import TRYING, compiled_if_possible
 from lora_finetune.texts import batching
 from lora_finetune.training.distributed import ALONE, Group
 from lora_finetune.training.losses import Loss
@@ -294,7 +294,7 @@ def fit_texts(
     Raises:
         UserError: even so not one fits.
     """
-    with hint_if_compiling("a step for its memory"):
+    with hint_if_slow(TRYING):
         if fitting := memory.number_that_fits(try_step, most, limit):
             return fitting
     warn(f"a text of {tokens} tokens takes too much memory, so layers are computed twice, slower")

@@ -1,4 +1,4 @@
-"""Two ways to hold less in memory: compute again, and compute in chunks."""
+"""Ways to compute a function: compiled, again for its gradients, and one chunk after another."""
 
 from __future__ import annotations
 
@@ -7,16 +7,31 @@ from typing import Any
 
 import mlx.core as mx
 
+# For `hint_if_slow`, while a model is tried on a few tokens or for its memory.
+TRYING = (
+    "trying out the model; on a GPU the first run compiles its kernels, for up to a minute, or "
+    "several with a hybrid"
+)
 
-def recompute(
-    function: Callable[..., Any], together: int = 0
-) -> Callable[..., mx.array | tuple[mx.array, ...]]:
-    """A function of arrays that keeps its inputs only, and is computed again for its gradients.
 
-    Args:
-        together: the gradients to so many of the first inputs are there at once, so that what
-            waits for one of them does not begin before the others are done.
+def compiled_if_possible(function: Callable) -> Callable:
+    """A compiled function; where MLX cannot compile it, each call is the function's own.
+
+    It cannot where control flow depends on data: dbrx reads its router's choice.
     """
+    compiled = mx.compile(function)
+
+    def call(*arrays: object) -> object:
+        try:
+            return compiled(*arrays)
+        except ValueError:
+            return function(*arrays)
+
+    return call
+
+
+def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays that keeps its inputs only, and is computed again for its gradients."""
     keeping = mx.custom_function(function)
 
     @keeping.vjp
@@ -25,9 +40,8 @@ def recompute(
         # The dependency keeps mx.compile from merging this with the forward pass, whose
         # intermediate results would then be kept. mx.checkpoint starts all of them at once.
         found = mx.vjp(function, mx.depends(inputs, cotangents), cotangents)[1]
-        if together:
-            found[:together] = mx.depends(found[:together], found[:together])
-        return found
+        # What waits for one of several gradients does not begin before the others are done.
+        return mx.depends(found, found) if len(found) > 1 else found
 
     return keeping
 
