@@ -44,11 +44,10 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     No code that comes with a model is run: no remote code, no pickle.
 
     Args:
-        path_or_repo: a folder with `config.json`, `model*.safetensors` and a tokenizer, or a
-            repository id such as `GuminiResearch/Gumini-1B-Base`.
+        path_or_repo: a folder, or a repository id such as `GuminiResearch/Gumini-1B-Base`.
 
     Raises:
-        UserError: there is no such model, or it cannot be loaded; says which and why.
+        UserError: there is no such model, or it cannot be loaded.
     """
     folder = files.find_model(path_or_repo)
     model_type = files.check_files(folder)
@@ -103,10 +102,10 @@ class LowRank(nn.Module):
 def add_update(
     x: mx.array, linear: Callable[[mx.array], mx.array], a: mx.array, b: mx.array, scale: float
 ) -> mx.array:
-    """linear(x) + scale · (x a) b, where only a and b, float32, are trained.
+    """linear(x) + scale · (x a) b, where only a and b are trained.
 
-    The update is computed in float32 and rounded to the type of linear(x). No float32 copy of x is
-    saved for the backward pass.
+    The update is computed in float32, as a and b are, and rounded to the type of linear(x). No
+    float32 copy of x is saved for the backward pass.
     """
 
     @mx.custom_function
@@ -136,10 +135,9 @@ class Adapted:
     """The base class of adapted layers: a frozen layer with a low-rank update."""
 
     def merged(self) -> nn.Module:
-        """A layer that does the same, with the update in its weight.
+        """A layer that does the same, with the update in its weight, summed in float32.
 
-        The sum is made in float32 and rounded once, to the type of the weight. A quantized layer
-        is dequantized and not quantized again, which would cost more than many an update.
+        A quantized layer is dequantized and not quantized again, which could lose the update.
         """
         layer, (a, b) = copy.copy(self.frozen), self.pair()
         weight, dtype = loading.float_weight(layer)
@@ -166,20 +164,12 @@ class LoRALinear(Adapted, LowRank):
 
 
 class LoRARouter(LoRALinear):
-    """A frozen router that holds a bare `weight` (experts, d_in), which the update is added to.
-
-    Such a module does more with its scores than a linear layer, so its output cannot be added to.
-    """
-
-    @property
-    def weight(self) -> mx.array:
-        """The updated weight, in its own type, since some models take theirs from the scores."""
-        update = self.scale * (self.lora_a @ self.lora_b).T
-        return (self.frozen.weight + update).astype(self.frozen.weight.dtype)
+    """A frozen router with a bare `weight` (experts, d_in), whose output is more than scores."""
 
     def __call__(self, *args, **options):
-        weight = self.frozen.weight
-        self.frozen.weight = self.weight
+        weight, update = self.frozen.weight, self.scale * (self.lora_a @ self.lora_b).T
+        # In its own type, since some models take theirs from the scores.
+        self.frozen.weight = (weight + update).astype(weight.dtype)
         try:
             return self.frozen(*args, **options)
         finally:
@@ -210,19 +200,21 @@ class LoRAFused(Adapted, nn.Module):
 
     def pair(self) -> tuple[mx.array, mx.array]:
         """One A and B for the whole projection: the A's side by side, the B's with zeros added."""
-        groups = self.layout.groups
+        groups, q, k, _ = self.layout
         rows = linear_shape(self.frozen)[0] // groups
         low_a, low_b = [], []
-        for name in [name for name in "qv" if name in self]:
-            a, b = self[name].pair()
-            b, start = b.reshape(len(b), groups, -1), self.layout.first(name)
-            low_a.append(a)
-            low_b.append(mx.pad(b, [(0, 0), (0, 0), (start, rows - start - b.shape[2])]).flatten(1))
+        for name, start in [("q", 0), ("v", q + k)]:
+            if name in self:
+                a, b = self[name].pair()
+                b = b.reshape(len(b), groups, -1)
+                b = mx.pad(b, [(0, 0), (0, 0), (start, rows - start - b.shape[2])])
+                low_a.append(a)
+                low_b.append(b.flatten(1))
         return mx.concatenate(low_a, axis=1), mx.concatenate(low_b)
 
 
 class Layout(NamedTuple):
-    """The rows of a fused projection: in groups, each of so many of q, k, v and others."""
+    """The rows of a fused projection: in groups, each of so many of q, then k, v and others."""
 
     groups: int
     q: int
@@ -230,12 +222,8 @@ class Layout(NamedTuple):
     v: int
 
     def num_rows(self, name: str) -> int:
-        """The number of rows of "q" or "v" in all groups."""
+        """The rows of "q" or "v" in all groups."""
         return self.groups * getattr(self, name)
-
-    def first(self, name: str) -> int:
-        """The first row of "q" or "v" in a group."""
-        return {"q": 0, "v": self.q + self.k}[name]
 
 
 def is_linear(module: object) -> bool:
@@ -300,7 +288,7 @@ EXCLUDED = ("indexer", "compressor")
 Shape = tuple[int, int]  # (d_out, d_in)
 
 
-def find_targets(model: nn.Module, num_layers: int) -> dict[str, Shape]:
+def find_targets(model: nn.Module, num_layers: int) -> list[str]:
     """The paths of the projections to adapt in the last layers (all, where there are fewer).
 
     They are the query and value projections of each attention, linear attention too, and the router
@@ -310,16 +298,15 @@ def find_targets(model: nn.Module, num_layers: int) -> dict[str, Shape]:
         UserError: there is no attention in those layers.
     """
     last = last_layers(model, num_layers)
-    attention = {path: s for path, s in attention_projections(model) if path.startswith(last)}
-    routers = {path: s for path, s in router_projections(model) if path.startswith(last)}
-    found = attention | routers
+    attention = [path for path, _ in attention_projections(model) if path.startswith(last)]
+    routers = [path for path, _ in router_projections(model) if path.startswith(last)]
     if not attention:
         raise UserError(
             f"the last {min(num_layers, len(model.layers))} layers of this model "
             f"({model_family(type(model))}) have no attention for LoRA to adapt; raise "
             "--lora-layers, or take another model"
         )
-    return {path: found[path] for path in sorted(found, key=natural_order)}
+    return sorted(attention + routers, key=natural_order)
 
 
 def attention_projections(model: nn.Module) -> Iterator[tuple[str, Shape]]:
@@ -327,21 +314,15 @@ def attention_projections(model: nn.Module) -> Iterator[tuple[str, Shape]]:
     for path, attention in model.named_modules():
         if any(name in EXCLUDED for name in path.split(".")):
             continue
-        for name in fused_names(attention):
+        shapes = {n: linear_shape(child) for n, child in attention.items() if is_linear(child)}
+        for name in [name for name in (*CONTIGUOUS, *GROUPED) if name in shapes]:
             layout = fused_layout(model, attention, name)
             for which in "qv":
-                shape = layout.num_rows(which), linear_shape(attention[name])[1]
-                yield f"{path}.{name}.{which}", shape
-        linears = {name for name, child in attention.items() if is_linear(child)}
-        query = [name for name in QUERIES if name in linears]
-        value = [name for name in VALUES if name in linears]
+                yield f"{path}.{name}.{which}", (layout.num_rows(which), shapes[name][1])
+        query = [name for name in QUERIES if name in shapes]
+        value = [name for name in VALUES if name in shapes]
         for name in [*query[:1], *(value[:1] if query else [])]:
-            yield f"{path}.{name}", linear_shape(attention[name])
-
-
-def fused_names(attention: nn.Module) -> list[str]:
-    """The names of the fused projections of an attention module."""
-    return [name for name in (*CONTIGUOUS, *GROUPED) if is_linear(attention.get(name))]
+            yield f"{path}.{name}", shapes[name]
 
 
 def fused_layout(model: nn.Module, attention: nn.Module, name: str) -> Layout:
@@ -349,10 +330,7 @@ def fused_layout(model: nn.Module, attention: nn.Module, name: str) -> Layout:
 
     What the output projection reads is as wide as the queries; in linear attention, whose keys are
     as wide as the queries, it is as wide as the values. Rows after the values (`…g`, `…z`) are a
-    gate of that width.
-
-    Raises:
-        UserError: there is no output projection of a known name.
+    gate of that width. Raises UserError where no output projection has a known name.
     """
     rows = linear_shape(attention[name])[0]
     output = next((out for out in OUTPUTS if out in attention), None)
