@@ -100,17 +100,16 @@ class LowRank(nn.Module):
 
 
 def add_update(
-    x: mx.array, linear: Callable[[mx.array], mx.array], a: mx.array, b: mx.array, scale: float
+    x: mx.array, linear: Callable[[mx.array], mx.array], a: mx.array, b: mx.array
 ) -> mx.array:
-    """linear(x) + scale · (x a) b, where only a and b are trained.
+    """linear(x) + SCALE · (x a) b, where only a and b, float32, are trained.
 
-    The update is computed in float32, as a and b are, and rounded to the type of linear(x). No
-    float32 copy of x is saved for the backward pass.
+    The update is rounded to the type of linear(x). No float32 copy of x is saved for the gradients.
     """
 
     @mx.custom_function
     def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        y, z = linear(x), activations.scaled_product(x.astype(a.dtype), a, scale)
+        y, z = linear(x), activations.scaled_product(x.astype(a.dtype), a, SCALE)
         # Compiled without this, the cast and the sum would be one more kernel for CUDA to compile.
         (update,) = mx.depends([(z @ b).astype(y.dtype)], [y])
         return y + update, z
@@ -120,7 +119,7 @@ def add_update(
         (x, a, b), (dy, _), (_, z) = primals, cotangents, outputs
         (x,) = mx.depends([x], [dy])  # or, compiled, its float32 copy of above would be saved
         x_rows, dy_rows = (array.flatten(0, -2).astype(a.dtype) for array in (x, dy))
-        dz = activations.scaled_product(dy_rows, b.T, scale)
+        dz = activations.scaled_product(dy_rows, b.T, SCALE)
         dx = (dz @ a.T).reshape(x.shape).astype(x.dtype)
         if type(linear) is nn.Linear:
             dx = mx.addmm(dx, dy, linear.weight)  # the sum costs no pass over the array of its own
@@ -132,7 +131,10 @@ def add_update(
 
 
 class Adapted:
-    """The base class of adapted layers: a frozen layer with a low-rank update."""
+    """The base class of adapted layers: a `frozen` layer with a low-rank update, its `pair`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return add_update(x, self.frozen, *self.pair())
 
     def merged(self) -> nn.Module:
         """A layer that does the same, with the update in its weight, summed in float32.
@@ -159,17 +161,16 @@ class LoRALinear(Adapted, LowRank):
         adapted.frozen = frozen
         return adapted
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return add_update(x, self.frozen, self.lora_a, self.lora_b, self.scale)
-
 
 class LoRARouter(LoRALinear):
-    """A frozen router with a bare `weight` (experts, d_in), whose output is more than scores."""
+    """A frozen router with a bare `weight` (experts, d_in), to which the update is added.
+
+    Its output is more than scores; some models take their type from it, so the weight keeps its.
+    """
 
     def __call__(self, *args, **options):
-        weight, update = self.frozen.weight, self.scale * (self.lora_a @ self.lora_b).T
-        # In its own type, since some models take theirs from the scores.
-        self.frozen.weight = (weight + update).astype(weight.dtype)
+        weight, (a, b) = self.frozen.weight, self.pair()
+        self.frozen.weight = (weight + SCALE * (a @ b).T).astype(weight.dtype)
         try:
             return self.frozen(*args, **options)
         finally:
@@ -192,11 +193,11 @@ class LoRAFused(Adapted, nn.Module):
             self[name] = LowRank(d_in, layout.num_rows(name), r, scale)
 
     def __call__(self, x: mx.array) -> mx.array | list[mx.array]:
-        ends = self.frozen.get("indices")  # afm7's layer splits its output itself
-        if ends is None:
-            return add_update(x, self.frozen, *self.pair(), SCALE)
-        whole = add_update(x, lambda x: mx.concatenate(self.frozen(x), -1), *self.pair(), SCALE)
-        return whole.split(ends, axis=-1)
+        if "indices" not in self.frozen:
+            return super().__call__(x)
+        # afm7's layer splits its output itself.
+        whole = add_update(x, lambda x: mx.concatenate(self.frozen(x), -1), *self.pair())
+        return whole.split(self.frozen.indices, axis=-1)
 
     def pair(self) -> tuple[mx.array, mx.array]:
         """One A and B for the whole projection: the A's side by side, the B's with zeros added."""
@@ -263,18 +264,17 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 # --- Where LoRA goes ----------------------------------------------------------------------------
 
-# An attention module is one that has a query projection. The first of these names counts: latent
-# attention has its queries from `q_b_proj` (`q_a_proj` makes what it reads), and its values from
-# the latent vector of `kv_a_proj_with_mqa`, the only linear layer on the way to them that each such
-# model has; the keys come from the same vector and so change with it. A layer that takes its values
-# from its keys or from another layer has none of its own to adapt.
+# An attention module is one that has a query projection. The first of these names counts. Latent
+# attention has its queries from `q_b_proj`, and its values from the latent vector of
+# `kv_a_proj_with_mqa`, the only linear layer on the way to them that each such model has; the keys
+# come from the same vector and so change with it.
 QUERIES = ("q_b_proj", "q_proj", "c_q", "attn_query")
 VALUES = ("v_proj", "c_v", "attn_value", "kv_a_proj_with_mqa", "kv_proj")
 
 # Fused projections: rows of all queries, then all keys, then all values; or grouped by key-value
 # head, as in GPT-NeoX, InternLM2 and Qwen3-Next. Those of linear attention are the last of each.
-CONTIGUOUS = ("qkv_proj", "q_k_v_proj", "qkvg_proj", "Wqkv", "W_pack", "c_attn", "att_proj")
-CONTIGUOUS += ("in_proj_qkv",)
+CONTIGUOUS = ("qkv_proj", "q_k_v_proj", "qkvg_proj", "Wqkv", "W_pack", "c_attn", "att_proj",
+              "in_proj_qkv")  # fmt: skip
 GROUPED = ("query_key_value", "wqkv", "in_proj_qkvz")
 NOT_GROUPED = ("bailing",)  # model families whose query_key_value is contiguous
 
@@ -330,16 +330,10 @@ def fused_layout(model: nn.Module, attention: nn.Module, name: str) -> Layout:
 
     What the output projection reads is as wide as the queries; in linear attention, whose keys are
     as wide as the queries, it is as wide as the values. Rows after the values (`…g`, `…z`) are a
-    gate of that width. Raises UserError where no output projection has a known name.
+    gate of that width.
     """
     rows = linear_shape(attention[name])[0]
-    output = next((out for out in OUTPUTS if out in attention), None)
-    if output is None:
-        raise UserError(
-            f"LoRA cannot be put into {name} of this kind of model ({model_family(type(model))}), "
-            "since the places of its queries and values are not known; take another model"
-        )
-    width = linear_shape(attention[output])[1]
+    width = next(linear_shape(attention[output])[1] for output in OUTPUTS if output in attention)
     if name.startswith("in_proj"):
         v = width
         q = k = (rows - (2 * v if name.endswith("z") else v)) // 2
@@ -394,8 +388,7 @@ def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> N
     A path names a linear layer, a router, or the slice `q` or `v` of a fused projection.
     """
     modules = dict(model.named_modules())
-    adapted: dict[str, nn.Module] = {}
-    fused: dict[str, dict[str, int]] = {}
+    adapted, fused = {}, {}
     for path, r in ranks.items():
         if path not in modules:
             projection, _, name = path.rpartition(".")

@@ -30,20 +30,18 @@ def attention(
     """As mx.fast.scaled_dot_product_attention, one block of queries after another.
 
     For the gradients the scores of a block are computed again. Under a causal mask, keys after the
-    block are left out. Only "causal" and booleans (length, length) are computed here; MLX computes
-    other masks, such as one that is added, which may have gradients of its own.
+    block are left out. A mask other than "causal" or booleans (length, length) is left to MLX; one
+    that is added may have gradients of its own.
 
     Args:
-        queries: (rows, heads, length, size).
-        keys, values: (rows, heads, length, size); their heads can be fewer, and the size of values
-            another.
+        queries, keys, values: (rows, heads, length, size); the heads of keys and values can be
+            fewer, and the size of values another.
     """
     length, scale = queries.shape[2], float(scale)
     by_hand = sinks is None and (ON_CUDA or activations.uses_fast_exp(queries))
+    is_known = mask is not None and keys.shape[2] == length
     if isinstance(mask, mx.array):
         is_known = mask.dtype == mx.bool_ and mask.shape == (length, length)
-    else:
-        is_known = mask is not None and keys.shape[2] == length
     if options or not is_known or (length <= BLOCK and not by_hand):
         return whole_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks, **options
@@ -79,7 +77,7 @@ class Blocks(NamedTuple):
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array:
         if self.by_hand:
-            return weighted_values(probabilities(q, k, bias, self.scale), v, q)
+            return (probabilities(q, k, bias, self.scale) @ v).reshape(*q.shape[:-1], -1)
         return whole_attention(q, k, v, scale=self.scale, mask=bias, sinks=self.sinks)
 
     def forward(self, *inputs: mx.array) -> mx.array:
@@ -117,7 +115,7 @@ def keeping_probabilities(
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         p = probabilities(q, k, bias, scale)
-        return weighted_values(p, v, q), p
+        return (p @ v).reshape(*q.shape[:-1], -1), p
 
     @forward.vjp
     def gradients(inputs: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
@@ -127,14 +125,9 @@ def keeping_probabilities(
 
 
 def probabilities(q: mx.array, k: mx.array, bias: mx.array, scale: float) -> mx.array:
-    """The softmax of the scores, for queries in groups."""
+    """The softmax of the scores (rows, heads of the keys, queries `in_groups`, keys)."""
     bias = mx.contiguous(mx.tile(bias, (q.shape[1] // k.shape[1], 1)))  # as MLX's product wants it
     return activations.softmax(scaled_product(in_groups(q, k), k.swapaxes(-1, -2), scale, bias))
-
-
-def weighted_values(p: mx.array, v: mx.array, q: mx.array) -> mx.array:
-    """(rows, heads of the queries, queries, size)."""
-    return (p @ v).reshape(*q.shape[:-1], -1)
 
 
 def gradients_by_hand(

@@ -72,12 +72,11 @@ def differs_from_plain(
 ) -> str | None:
     """Why a text's loss and gradients with the table are not those without it; None if they are.
 
-    Rounding adds up through the layers, so up to twice the square root of the precision of the
-    coarsest type among the parameters is allowed: 18 % in bfloat16 (8.5 % was seen with gemma3n),
-    6 % in float16 (1.2 % seen) and in float32 (1e-5 seen), whose factors Macs may round to ten
-    bits. That is of the loss, and of the norm of each parameter's gradient, or of a tenth of the
-    largest such norm. A wrong mask or formula makes more of a difference. Where the plain way fails
-    or is not finite, there is nothing to compare with.
+    Rounding adds up through the layers: twice the square root of the coarsest parameter's precision
+    is allowed, 18 % in bfloat16 (8.5 % was seen with gemma3n) and 6 % in other types, whose factors
+    Macs may round to ten bits (1.2 % was seen in float16). That is of the loss and of the norm of
+    each gradient, or of a tenth of the largest such norm. A wrong mask or formula differs by more.
+    Where the plain way fails or is not finite, there is nothing to compare with.
 
     Args:
         make_loss: `training.losses.make_loss`; called outside of `applied`.

@@ -1,12 +1,12 @@
 """The recurrences of hybrids such as Qwen3.5 and Falcon-H1, one chunk of a text after another.
 
-All but Mamba 2 are loops over tokens in mlx-lm. To train, these keep several states of a layer for
-each token, and where a token is sliced out of a text, its gradient is as large as the whole text's.
+All but Mamba 2 are loops over tokens in mlx-lm, which in training keep several states for each
+token; and the gradient of each token's slice is as large as the text's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 from lora_finetune.mlx_patches.activations import exp
@@ -33,14 +33,9 @@ MINUS_INFINITY_AFTER = mx.array(np.where(np.tri(CHUNK), 0, -np.inf).astype(np.fl
 
 
 def in_chunks(
-    function: Callable[..., Result],
-    size: int,
-    state: mx.array | None,
-    sequences: Sequence[mx.array],
+    function: Callable[..., Result], size: int, state: mx.array | None, sequences: list[mx.array]
 ) -> Result:
-    """A recurrence over a text, of which only the states between chunks are kept.
-
-    For its gradients each chunk is computed again.
+    """A recurrence over a text, which keeps the states between chunks and computes others again.
 
     Args:
         function: takes a chunk of each sequence, and the state if there is one. What else it uses
@@ -88,13 +83,9 @@ def gated_delta_by_chunks(
     Args:
         q, k: (rows, length, heads, key size); values can have more heads, a multiple.
         v: (rows, length, value heads, value size); g, beta: (rows, length, value heads).
-        state: (rows, value heads, value size, key size).
-        mask: with one it is mlx-lm's; in training there is none.
-
-    Returns:
-        (rows, length, value heads, value size) of q's type, and the state after it, float32.
+        state: (rows, value heads, value size, key size), float32.
     """
-    if mask is not None:
+    if mask is not None:  # in training there is none
         return gated_delta_by_tokens(q, k, v, g, beta, state, mask)
     if g.ndim == 4:
         return in_chunks(gated_delta_by_tokens, CHUNK, state, [q, k, v, g, beta])
@@ -182,24 +173,21 @@ def ssm_in_chunks(
     time_step_limit: tuple[float, float] = (0.001, 100.0),
     mask: mx.array | None = None, lengths: mx.array | None = None,
 ) -> Result:  # fmt: skip
-    """As mlx_lm.models.ssm.ssm_attn, the state space model of Mamba 2.
-
-    With a mask or lengths it is mlx-lm's; in training there are none.
-    """
+    """As mlx_lm.models.ssm.ssm_attn, the state space model of Mamba 2."""
 
     def of_chunk(
         x: mx.array, b: mx.array, c: mx.array, dt: mx.array, state: mx.array | None = None
     ) -> Result:
         return whole_ssm(x, a_log, b, c, d, dt, dt_bias, state, time_step_limit, mask, lengths)
 
-    if mask is not None or lengths is not None:
+    if mask is not None or lengths is not None:  # in training there are none
         return of_chunk(x, b, c, dt, state)
     # Chunks of half of mlx-lm's size, since arrays in them are as large as its square.
     return in_chunks(of_chunk, 128, state, [x, b, c, dt])
 
 
 def linear_scan(a: mx.array, b: mx.array, state: mx.array | None) -> mx.array:
-    """h_t = a_t h_{t−1} + b_t for all t of axis 1, from h_{−1}, by doubling what is summed up.
+    """h_t = a_t h_{t−1} + b_t for all t of axis 1, by doubling what is summed up.
 
     Args:
         a, b: (rows, length, …), of one shape.
