@@ -292,7 +292,7 @@ def train(this: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
     """
     config, group = this.config, this.group
     this.begin()
-    report.print_data(config, examples["train"])
+    report.print_data(examples["train"])
     if prefix := frozen_prefix.find(model):
         loss = prefix.loss(loss)
         examples = {

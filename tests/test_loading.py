@@ -162,7 +162,7 @@ def test_a_prompt_and_its_generation_beyond_what_a_model_was_made_for_are_warned
     args = ["--model", model, "--adapter-file", tmp_path / "a.npz", "--prompt", "a" * 15]
     assert call(*args, "--max-tokens", 5).stderr == ""
     [line] = call(*args, "--max-tokens", 6).stderr.splitlines()
-    assert "has 21 tokens, and the model's context length is 20 (max_position_embeddings" in line
+    assert "has 21 tokens, and the model's context length is 20; " in line
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

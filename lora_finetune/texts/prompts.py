@@ -37,23 +37,11 @@ class Prompt(NamedTuple):
 
 
 def read(given: Iterable[str]) -> list[str]:
-    """The prompts that were given; "-" stands for all of standard input.
-
-    Raises:
-        UserError: standard input is blank or not UTF-8.
-    """
-    prompts = [read_standard_input() if prompt == "-" else prompt for prompt in given]
-    if any("\\n" in prompt and "\n" not in prompt for prompt in prompts):
-        hint(
-            r"\n in the prompt is a backslash and an n, not the end of a line; in most shells "
-            r"--prompt $'…\n…' has one, or --prompt - takes the prompt from standard input"
-        )
-    return prompts
+    """The prompts that were given; "-" stands for all of standard input."""
+    return [read_standard_input() if prompt == "-" else prompt for prompt in given]
 
 
 def read_standard_input() -> str:
-    if sys.stdin.isatty():
-        hint("type the prompt, then Ctrl-D in a line of its own")
     try:
         prompt = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -102,8 +90,6 @@ def encode(
         UserError: the format does not suit the model, or a prompt has no tokens, some that the
             model lacks, or too many.
     """
-    if texts and learnt == CHAT and asked == "auto" and not tokenizer.has_chat_template:
-        warn("the adapter learnt chats, but this model has no chat template; prompts are used raw")
     bare = [text for text in texts if dataset.QUESTION_HEADING not in text]
     if bare and asked == "auto" and learnt == QA:
         hint(
@@ -162,21 +148,19 @@ def encode_open(text: str, tokenizer: TokenizerWrapper, templated: bool = False)
 
 def limit(prompt: Prompt, limits: Limits) -> Prompt:
     """A prompt with no more tokens to come than the model has positions for; see `encode`."""
-    if not prompt.tokens:
+    length, most = len(prompt.tokens), limits.max_positions
+    if not length:
         raise UserError("the prompt holds no tokens; give a text that the tokenizer knows")
     tokenizing.check_tokens(prompt.tokens, limits.vocab_size, "the prompt")
-    length, room = len(prompt.tokens), limits.max_positions - len(prompt.tokens)
-    if room < 1:
-        raise UserError(
-            f"the prompt has {length} tokens, and the model {limits.max_positions} positions, "
-            "which leaves none for a token after it; shorten the prompt"
-        )
-    if room < prompt.max_tokens:
+    too_long = f"the prompt has {length} tokens, and the model {most} positions"
+    if length >= most:
+        raise UserError(f"{too_long}, which leaves none for a token after it; shorten the prompt")
+    if most - length < prompt.max_tokens:
         warn(
-            f"the prompt has {length} tokens, and the model {limits.max_positions} positions, "
-            f"so at most {room} tokens are generated and not {prompt.max_tokens} (--max-tokens)"
+            f"{too_long}, so at most {most - length} tokens are generated and not "
+            f"{prompt.max_tokens} (--max-tokens)"
         )
-    return prompt._replace(max_tokens=min(prompt.max_tokens, room))
+    return prompt._replace(max_tokens=min(prompt.max_tokens, most - length))
 
 
 def warn_beyond_context(
@@ -188,7 +172,6 @@ def warn_beyond_context(
     if max(lengths, default=0) > context_length:
         warn(
             f"the longest text, or the prompt with --max-tokens, has {max(lengths)} tokens, and "
-            f"the model's context length is {context_length:.0f} (max_position_embeddings or the "
-            "like in its config.json); quality may degrade beyond: lower --max-seq-length or "
-            "--max-tokens"
+            f"the model's context length is {context_length:.0f}; quality may degrade beyond: "
+            "lower --max-seq-length or --max-tokens"
         )
