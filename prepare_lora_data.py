@@ -53,8 +53,7 @@ def build_parser() -> Parser:
         "files")  # fmt: skip
     add("--output", nonempty, "lora_finetune/data", "folder of the three sets")
     add("--question-column", nonempty, "question", "column of the questions; instruction and "
-        "output, prompt and completion, chats, SQuAD's form and texts are recognized too"
-        )  # fmt: skip
+        "output, prompt and completion, chats, SQuAD's form and texts are recognized too")  # fmt: skip
     add("--answer-column", nonempty, "answer", "column of the answers")
     add("--context-column", nonempty, None, "column of what is to stand before the question")
     switch("--keep-chats", "write chats as they are, as messages, not each question with its "
@@ -127,7 +126,7 @@ def known_kinds(args: argparse.Namespace, note: Note) -> list[Kind]:
     if context:  # which stands before questions alone
         return kinds
     chats = (Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS)
-    return [*kinds, *chats, Kind(("text",), (), make_text)]
+    return [*kinds, *chats, Kind(("text",), (), lambda row: [make_example(text_in(row, "text"))])]
 
 
 def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
@@ -140,11 +139,7 @@ def filled(row: Row) -> Row:
 
 
 def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterator[Example]:
-    """The examples in each row of a file; a row of no kind, as without an answer, is empty.
-
-    Raises:
-        UserError: the file cannot be read, has no rows of a known kind, or one that is wrong.
-    """
+    """The examples in each row of a file; a row of no kind, as without an answer, is empty."""
 
     def note(remark: str) -> None:
         notes.setdefault(remark, {})[file] = None
@@ -167,11 +162,7 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
 def check_columns(
     file: Path, rows: list[Row], kinds: list[Kind], args: argparse.Namespace, note: Note
 ) -> None:
-    """Note the columns that the first rows of a file do not need.
-
-    Raises:
-        UserError: these rows are of no kind, or lack the context.
-    """
+    """Note the columns that the first rows of a file do not need; refuse those that lack some."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     there, context = abbreviated(names) or "nothing", args.context_column
     if rows and not any(kind_of(row, kinds) for row in rows):
@@ -209,11 +200,6 @@ def question_and_answer(question: str, answer: str) -> Example:
 def make_example(text: str) -> Example:
     question = question_of(nfc(text))
     return Example(question, question, to_json({"text": text})) if text else EMPTY
-
-
-def make_text(row: Row) -> list[Example]:
-    """The example of a text that is ready."""
-    return [make_example(text_in(row, "text"))]
 
 
 def make_passages(context: str | None, note: Note, article: Row) -> Iterator[Example]:
@@ -293,10 +279,7 @@ SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "valid")
 
 
 def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
-    """The files of a DatasetDict with what its splits become, test and validation first.
-
-    Of a question that stands in several splits it is then training that loses it.
-    """
+    """The files of a DatasetDict with their splits, training last: it loses what is in several."""
     if unknown := set(files.values()) - set(SPLIT_NAMES):
         raise UserError(
             f"--keep-splits is for a DatasetDict of {', '.join(SPLIT_NAMES)}; the source has "
@@ -307,10 +290,7 @@ def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
 
 
 def assign_split(topic: str, seed: int, shares: dict[str, float]) -> str:
-    """The split of a topic, by these alone: more rows around it do not move it.
-
-    `shares` are the fractions of the splits that are drawn; the rest is "train".
-    """
+    """The split of a topic by its hash, so that more rows do not move it; the rest is "train"."""
     drawn = int.from_bytes(digest(f"{seed} {topic}", 8), "big") / 2**64
     for split, share in shares.items():
         if drawn < share:
@@ -329,9 +309,7 @@ def select(
 ) -> Iterator[tuple[str, str]]:
     """The split and the line of each example that is neither empty nor a duplicate.
 
-    `sources` are the files, each with the split of its rows; validation and test sets that are
-    lacking are drawn from "train". `counts` takes how many examples were read ("read"), dropped
-    ("empty", "duplicate", "elsewhere": the question is in another split), and those of each split.
+    Splits that no file is of are drawn from "train". `counts` takes what became of the examples.
     """
     lacking = {"valid": args.valid_fraction, "test": args.test_fraction}
     shares = {k: v for k, v in lacking.items() if k not in dict(sources).values()}
@@ -352,7 +330,7 @@ def select(
             elif key in lines:
                 counts["duplicate"] += 1
             elif questions.setdefault(digest(example.question), split) != split:
-                counts["elsewhere"] += 1
+                counts["elsewhere"] += 1  # the question is in another split
             else:
                 taken[source] += 1
                 counts[split] += 1

@@ -260,8 +260,7 @@ def encode_prompts(
 def read_examples(
     config: Config, files: Files, tokenizer: TokenizerWrapper, limits: Limits
 ) -> Splits:
-    is_typed, add_eos = config.is_typed("max_seq_length"), bool(config.add_eos_token)
-    length = tokenizing.text_length(config.max_seq_length, is_typed, limits.max_positions)
+    add_eos, length = bool(config.add_eos_token), min(config.max_seq_length, limits.max_positions)
     return tokenizing.load(files, tokenizer, limits.vocab_size, add_eos, config.mask_prompt, length)
 
 

@@ -801,7 +801,7 @@ def test_chats_that_are_kept_are_split_by_their_first_question_and_taken_once(
     assert (ended.returncode, ended.stderr) == (0, "")
     assert counts_of(ended)["duplicate"] == 7
     owners = {}
-    assert len(dataset.read(tmp_path / "out" / "train.jsonl", mask_prompt=True)) > 1
+    assert len(dataset.read(tmp_path / "out" / "train.jsonl", mask_prompt=True).rows) > 1
     for name, content in read_bytes(tmp_path / "out").items():
         for line in content.decode().splitlines():
             asked = unicodedata.normalize("NFC", json.loads(line)["messages"][1]["content"])
@@ -878,7 +878,7 @@ def test_a_dry_run_shows_the_chats_that_are_kept(prepare: Run, tmp_path: Path) -
 BAD_CHATS = {
     "a speaker that nobody knows": ([shared("bing", "가")], "bing"),
     "an image": ([message("user", [{"type": "image_url"}])], "image_url"),
-    "no list": ("가", "not a list of objects"),
+    "no list": ("가", "not a list of messages"),
     "no content": ([{"role": "user"}], "has no content"),
     "half an emoji": (
         [message("user", "\ud83e"), message("assistant", "나")], "an unpaired surrogate"
@@ -1065,10 +1065,10 @@ BAD_JSON = {
     "too long a number": (f'[{{"text": {"1" * 5000}}}]', "Exceeds the limit (4300 digits)"),
     "too deep": ('{"a": 1, "data": ' + "[" * 100_000, "maximum recursion depth exceeded"),
     "rows that are none": ("[1, 2]", "something other than objects with named values"),
-    "some that are none": ('{"data": [{"text": "a"}, 2]}', "something other than objects"),
+    "some that are none": ('{"data": [{"text": "a"}, 2]}', "it has data, of which"),
     "several lists": (
         '{"train": [{"text": "a"}], "n": [1], "test": [{"text": "b"}]}',
-        "is one object that holds others by their keys (train, n, test); write the rows to a file",
+        "has no columns question and answer; it has train, n, test, of which",
     ),
     "nothing": ("{}", "has no columns question and answer; it has nothing, of which"),
 }
@@ -1544,13 +1544,12 @@ def test_columns_that_are_missing_are_reported_with_those_there_are(
         ("a.csv", "PK\x03\x04\x14", "looks like a zip archive or an Excel file: unpack it, or"),
         ("a.parquet", "version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer to the"),
         ("a.arrow", "<!DOCTYPE html>", "looks like a web page: download the file itself"),
-        ("a.json", json.dumps({"data": {"question": "q"}}), "others by their keys (data); write"),
+        ("a.json", json.dumps({"data": {"question": "q"}}), "it has data, of which"),
         ("a.json", json.dumps({"question": "q"}, indent=1), "it has question, of which"),
         (
             "a.json",
             json.dumps({f"key {i}": {"question": "q", "answer": "a"} for i in range(20_000)}),
-            "holds others by their keys (key 0, key 1, key 2, key 3, key 4 and 19995 more); write "
-            "the rows",
+            "it has key 0, key 1, key 2, key 3, key 4 and 19995 more, of which",
         ),
         (
             "a.json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_finetune.base.errors import first_line
@@ -29,10 +30,8 @@ def read_messages(row: dict[str, Any]) -> list[Message]:
     """
     key = "conversations" if row.get("messages") is None else "messages"
     found = row[key]
-    if not is_objects(found):
-        raise ValueError(f'its "{key}" are not a list of objects')
-    if not found:
-        raise ValueError(f'its "{key}" is empty')
+    if not found or not is_objects(found):
+        raise ValueError(f'its "{key}" are not a list of messages')
     messages = []
     for number, message in enumerate(found, 1):
         try:
@@ -53,8 +52,7 @@ def read_message(found: dict[str, Any]) -> Message:
         message |= {"from": "gpt", "tool_calls": [{"function": call} for call in calls]}
     if "role" not in message and isinstance(speaker := message.pop("from", None), str):
         if speaker not in SHAREGPT_ROLES:
-            known = ", ".join(SHAREGPT_ROLES)
-            raise ValueError(f'is from "{speaker:.40}", which is none of {known}')
+            raise ValueError(f'is from "{speaker:.40}", none of {", ".join(SHAREGPT_ROLES)}')
         message["role"] = SHAREGPT_ROLES[speaker]
         if "value" in message:
             message.setdefault("content", message.pop("value"))
@@ -123,11 +121,11 @@ def parse(text: str, what: str) -> object:
 # --- Through the template -----------------------------------------------------------------------
 
 
+@dataclass
 class Template:
     """A model's chat template."""
 
-    def __init__(self, tokenizer: TokenizerWrapper):
-        self.tokenizer = tokenizer
+    tokenizer: TokenizerWrapper
 
     def render(self, messages: list[Message], tools: list[dict] | None, **options: bool) -> str:
         """The text of messages; raises ValueError where the template does not take them."""
@@ -148,9 +146,7 @@ class Template:
     def leaves_out(self, messages: list[Message], tools: list[dict] | None, text: str) -> bool:
         """Whether the text made of messages lacks a field of one, some of a field, or a tool.
 
-        Raises:
-            ValueError: the text is the same without a message; mostly the template does not know
-                its role.
+        ValueError where it is the same without a message, as with a role that nobody knows.
         """
         shown, end, cut = squeeze(text), 0, False
         for number, message in enumerate(messages):
@@ -172,12 +168,10 @@ class Template:
     def find_answers(
         self, messages: list[Message], tools: list[dict] | None, text: str
     ) -> tuple[list[tuple[int, int]], bool]:
-        """Locate the assistant's messages in a text that ends with one of them.
+        """Start and end of each answer, in characters, in a text that ends with one.
 
-        Returns:
-            Start and end of each answer, in characters, what the template puts after it included;
-            and whether these are all: where the whole does not begin with the text of its first
-            messages, only the last answer is located.
+        The second result is whether these are all: where the whole does not begin with the text of
+        its first messages, only the last answer is located.
         """
         spans, all_found = [], True
         for i, message in enumerate(messages):
@@ -192,8 +186,7 @@ class Template:
     def find_start(self, before: list[Message], tools: list[dict] | None, text: str) -> int:
         """Where in a text the answer to the messages before it starts.
 
-        That is after the generation prompt; where the text has none, it is where texts with other
-        answers begin to differ from it.
+        After the generation prompt or, if it lacks that, where other answers make other texts.
         """
         opened = self.try_render(before, tools, add_generation_prompt=True)
         if opened and text.startswith(opened):

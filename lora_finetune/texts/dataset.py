@@ -44,34 +44,23 @@ FORMATS = {
     b"\x1f\x8b": "a gzip archive: unpack it",
     b"PK\x03\x04": "a zip archive or an Excel file: unpack it, or save it as CSV",
     b"version https://git-lfs": "a Git LFS pointer to the file: `git lfs pull` fetches it",
-    b"<!": "a web page: download the file itself",
-    b"<html": "a web page: download the file itself",
+    b"<": "a web page: download the file itself",
 }
 OTHER_FORMS = "prepare_lora_data.py converts other forms and encodings"
 
 
 @dataclass(frozen=True)
 class File:
-    """A JSON Lines file as it was read, once.
-
-    Attributes:
-        rows: line numbers and rows; `render_rows` takes them out, to free their memory.
-        kind: "messages", "pairs" of prompt and completion, "questions" where most texts begin with
-            ### 질문:, or "texts".
-        checksum: SHA-256 of its bytes.
-    """
+    """A JSON Lines file as it was read, once."""
 
     path: Path
-    rows: deque[tuple[int, Row]]
-    kind: str
-    checksum: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    rows: deque[tuple[int, Row]]  # with line numbers; `render_rows` frees them one by one
+    kind: str  # "messages", "prompt and completion", "text"; "questions" if most texts are such
+    checksum: str  # SHA-256 of its bytes
 
 
 def read(path: Path, mask_prompt: bool) -> File:
-    """Read a JSON Lines file; raises UserError that names the line, if any, that is wrong."""
+    """Read a JSON Lines file; UserError says what is wrong, and in which line."""
     rows, first_kind, num_questions = deque(), None, 0
     try:
         check_format(path)
@@ -96,8 +85,7 @@ def read(path: Path, mask_prompt: bool) -> File:
         raise UserError(f"{path}, line {number}: {error}") from None
     if not rows:
         raise UserError(f"{path} holds no texts; write one in each line, or name another --data")
-    kinds = {"messages": "messages", "prompt and completion": "pairs"}
-    kind = kinds.get(first_kind, "questions" if 2 * num_questions > len(rows) else "texts")
+    kind = "questions" if 2 * num_questions > len(rows) else first_kind
     return File(path, rows, kind, checksum)
 
 
@@ -127,11 +115,7 @@ def read_json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any
 
 
 def parse_row(found: object, mask_prompt: bool) -> Row:
-    """The row in a line's value, with "tools" and the keys of its kind alone.
-
-    Raises:
-        ValueError: says what is wrong; with `mask_prompt`, also a text without an answer.
-    """
+    """The row in a line's value, with the keys of its kind alone; ValueError says what is wrong."""
     if not isinstance(found, dict):
         raise ValueError(f'is not a JSON object such as {{"text": "…"}}; {OTHER_FORMS}')
     named = {key for key, value in found.items() if value is not None}
@@ -146,10 +130,8 @@ def parse_row(found: object, mask_prompt: bool) -> Row:
     else:
         row = {key: found[key] for key in keys}
         for key, value in row.items():
-            if not isinstance(value, str):
-                raise ValueError(f'its "{key}" is not a string, but {value!r:.50}')
-            if not value.strip():
-                raise ValueError(f'its "{key}" is empty')
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f'its "{key}" is not a text, but {value!r:.50}')
     if mask_prompt and "text" in row and not UP_TO_ANSWER.match(row["text"]):
         raise ValueError(
             f'for --mask-prompt its "text" needs a "{QUESTION_HEADING}" and a "{ANSWER_HEADING}"'
@@ -165,28 +147,17 @@ def parse_row(found: object, mask_prompt: bool) -> Row:
 
 
 class Text(NamedTuple):
-    """A row before tokenization.
-
-    Attributes:
-        answers: start and end, in characters, of what the loss counts; None: it counts all.
-        templated: whether a chat template made it, special tokens included.
-        is_cut: whether the template left out a field of a message, or some of one.
-        last_only: whether of several answers only the last could be located.
-    """
+    """A row before tokenization."""
 
     whole: str
-    answers: list[tuple[int, int]] | None = None
-    templated: bool = False
-    is_cut: bool = False
-    last_only: bool = False
+    answers: list[tuple[int, int]] | None = None  # what the loss counts, in characters; None: all
+    templated: bool = False  # made by a chat template, special tokens included
+    is_cut: bool = False  # the template left out a field of a message, or some of one
+    last_only: bool = False  # of several answers only the last could be located
 
 
 def render(row: Row, template: Template | None, mask_prompt: bool) -> Text:
-    """The text of a row: chats go through the template, and prompts too where there is one.
-
-    Raises:
-        ValueError: there is no template for messages, or it does not take them.
-    """
+    """The text of a row; messages, and prompts where there is one, go through the template."""
     messages = row.get("messages")
     if template and "prompt" in row:
         prompt = {"role": "user", "content": row["prompt"]}
@@ -222,13 +193,9 @@ def render_chat(
 
 
 def render_rows(file: File, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Iterator[Text]:
-    """Take the rows out of a file as texts; warn once of what the template does not show.
-
-    Raises:
-        UserError: a row cannot be rendered.
-    """
+    """Take the rows out of a file as texts; warn once of what the template does not show."""
     template = Template(tokenizer) if tokenizer.has_chat_template else None
-    cut, last_only, total = [], [], len(file)
+    cut, last_only, total = [], [], len(file.rows)
     while file.rows:
         number, row = file.rows.popleft()
         try:

@@ -22,18 +22,10 @@ RAW, CHAT, QA = "raw", "chat", "qa"
 
 
 class Prompt(NamedTuple):
-    """A tokenized prompt.
-
-    Attributes:
-        text: what is printed of it.
-        max_tokens: how many tokens may follow.
-        end_tokens: token ids that end an answer, beside the tokenizer's own.
-    """
-
-    text: str
+    text: str  # what is printed of it
     tokens: list[int]
-    max_tokens: int
-    end_tokens: frozenset[int] = frozenset()
+    max_tokens: int  # that may follow
+    end_tokens: frozenset[int] = frozenset()  # end an answer, beside the tokenizer's own
 
 
 def read(given: Iterable[str]) -> list[str]:
@@ -53,42 +45,30 @@ def read_standard_input() -> str:
 
 def learnt_format(file: dataset.File, tokenizer: TokenizerWrapper) -> str:
     """The prompt format that goes with the texts of a data file."""
-    if file.kind == "messages" or (file.kind == "pairs" and tokenizer.has_chat_template):
+    if file.kind == "messages" or (
+        file.kind == "prompt and completion" and tokenizer.has_chat_template
+    ):
         return CHAT
     return QA if file.kind == "questions" else RAW
 
 
 def choose_format(text: str, asked: str, learnt: str | None, tokenizer: TokenizerWrapper) -> str:
-    """The format asked for; for "auto", chat where the adapter learnt chats, else raw.
-
-    A prompt that begins with a special token went through a template already, and stays raw.
-    """
+    """The format asked for; for "auto", chat where the adapter learnt chats, else raw."""
     if asked != "auto":
         return asked
+    # A prompt that begins with a special token went through a template already.
     special = tuple(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
     is_chat = learnt == CHAT and tokenizer.has_chat_template
     return CHAT if is_chat and not text.lstrip().startswith(special) else RAW
 
 
 def encode(
-    texts: list[str],
-    asked: str,
-    learnt: str | None,
-    system: str | None,
-    tokenizer: TokenizerWrapper,
-    max_tokens: int,
-    limits: Limits,
-) -> list[Prompt]:
+    texts: list[str], asked: str, learnt: str | None, system: str | None,
+    tokenizer: TokenizerWrapper, max_tokens: int, limits: Limits,
+) -> list[Prompt]:  # fmt: skip
     """Tokenize prompts; max_tokens is cut to the positions that the model has left for each.
 
-    Args:
-        asked: the format asked for, or "auto".
-        learnt: the format that the adapter learnt, None where that is unknown.
-        system: a system message for the chat format.
-
-    Raises:
-        UserError: the format does not suit the model, or a prompt has no tokens, some that the
-            model lacks, or too many.
+    `asked` is the format asked for, or "auto"; `learnt` the one that the adapter learnt, if known.
     """
     bare = [text for text in texts if dataset.QUESTION_HEADING not in text]
     if bare and asked == "auto" and learnt == QA:
@@ -99,13 +79,13 @@ def encode(
     prompts = []
     for text in texts:
         format = choose_format(text, asked, learnt, tokenizer)
+        if system and format != CHAT:
+            raise UserError("--system is for the chat form of a prompt (--prompt-format chat)")
+        if format == QA:
+            text = dataset.join_question(dataset.question_of(text), "")
         if format == CHAT:
             prompt = encode_chat(text, system, tokenizer, max_tokens)
         else:
-            if system:
-                raise UserError("--system is for the chat form of a prompt (--prompt-format chat)")
-            if format == QA:
-                text = dataset.join_question(dataset.question_of(text), "")
             prompt = Prompt(text, encode_open(text, tokenizer), max_tokens)
         prompts.append(limit(prompt, limits))
     return prompts

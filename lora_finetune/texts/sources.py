@@ -12,7 +12,8 @@ from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
-from lora_finetune.base.errors import UserError, abbreviated, first_line
+from lora_finetune.base.errors import UserError, first_line
+from lora_finetune.texts.chat import is_objects
 from lora_finetune.texts.dataset import Row, check_format, read_json_lines
 
 import datasets
@@ -32,11 +33,7 @@ NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 
 
 def find_files(source: Path) -> dict[Path, str | None]:
-    """The data files of a source in reading order, each with the DatasetDict's split it is in.
-
-    Raises:
-        UserError: there is no such source, or no data in it.
-    """
+    """The data files of a source in reading order, each with the DatasetDict's split it is in."""
     if not source.exists():
         raise UserError(
             f"there is no {source}; name a file or a folder with --source (the real "
@@ -62,11 +59,11 @@ def find_files(source: Path) -> dict[Path, str | None]:
 
 def saved_files(folder: Path) -> dict[Path, str | None]:
     """The files that datasets' save_to_disk wrote, each with its split."""
+    for file in folder.rglob("*.arrow"):
+        check_format(file)
     try:
         saved = datasets.load_from_disk(str(folder), keep_in_memory=False)  # mapped, not read
     except Exception as error:  # the readers raise of every kind
-        for file in folder.rglob("*.arrow"):
-            check_format(file)
         raise UserError(f"{folder} cannot be read: {first_line(error)}") from error
     splits = saved if isinstance(saved, dict) else {None: saved}
     return {
@@ -77,11 +74,7 @@ def saved_files(folder: Path) -> dict[Path, str | None]:
 
 
 def read_rows(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
-    """The rows of a file, one at a time; in columnar formats only some columns are filled.
-
-    Raises:
-        UserError: the file cannot be read; says why.
-    """
+    """The rows of a file, one at a time; in columnar formats only `columns` are filled."""
     read = READERS.get(file.suffix.lower())
     if not read:
         raise UserError(f"{file} cannot be read: its name ends in none of {', '.join(READERS)}")
@@ -169,7 +162,7 @@ def read_json(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
             rows = iter(whole if isinstance(whole, list) else [whole])
         start = list(islice(rows, 2))
         if len(start) == 1 and isinstance(start[0], dict):
-            start = find_rows(file, start[0], columns)
+            start = find_rows(start[0], columns)
         for row in chain(start, rows):
             if not isinstance(row, dict):
                 raise UserError(f"{file} holds something other than objects with named values")
@@ -184,23 +177,10 @@ def is_object(line: str) -> bool:
         return False
 
 
-def find_rows(file: Path, content: Row, columns: set[str]) -> list[Row]:
+def find_rows(content: Row, columns: set[str]) -> list[Row]:
     """The rows in the only object of a file: itself, or those of its only list of objects."""
-    if not columns.isdisjoint(content):
-        return [content]
-    lists = [
-        value
-        for value in content.values()
-        if isinstance(value, list) and value and isinstance(value[0], dict)
-    ]
-    if len(lists) == 1:
-        return lists[0]
-    if lists or (content and all(isinstance(value, dict | list) for value in content.values())):
-        raise UserError(
-            f"{file} is one object that holds others by their keys ({abbreviated(content)}); write "
-            "the rows to a file of their own as a list: [{…}, {…}]"
-        )
-    return [content]
+    lists = [value for value in content.values() if value and is_objects(value)]
+    return lists[0] if len(lists) == 1 and columns.isdisjoint(content) else [content]
 
 
 def find_encoding(file: Path, note: Note) -> str:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 class Encoded(NamedTuple):
-    """A tokenized text."""
-
     ids: list[int]
     ends: list[int] | None = None  # where each token ends, in characters, where that is known
 
@@ -94,9 +92,9 @@ def encode_starts(
 
 
 def end_with_eos(ids: list[int], tokenizer: TokenizerWrapper, templated: bool) -> None:
-    """Make tokens end in exactly one end-of-text token; a template's own serves as well.
+    """Make tokens end in exactly one end-of-text token.
 
-    What a template puts after it, mostly a line end, is dropped.
+    A template's own serves as well; what follows it, mostly a line end, is dropped.
     """
     if templated:
         end = before_blanks(ids, tokenizer)
@@ -140,10 +138,7 @@ CHUNK_TEXTS = 64  # tokenized at a time, on all cores
 def tokenize(
     texts: Iterable[Text], tokenizer: TokenizerWrapper, add_eos: bool, max_length: int
 ) -> Examples:
-    """Tokenize texts and truncate them to `max_length` tokens.
-
-    With `add_eos`, each ends in exactly one end-of-text token, unless it is truncated.
-    """
+    """Tokenize texts, with one end-of-text token if `add_eos`, and cut them to `max_length`."""
     tokens, starts, is_target, num_truncated = array("I"), array("q", [0]), bytearray(), 0
     texts = iter(texts)
     while chunk := list(islice(texts, CHUNK_TEXTS)):
@@ -177,10 +172,8 @@ def mark_targets(text: Text, encoded: Encoded, tokenizer: TokenizerWrapper) -> n
     """
     is_target = np.full(len(encoded.ids), text.answers is None)
     for start, end in text.answers or []:
-        first = tokens_before(start, text, encoded, tokenizer)
-        if first == len(encoded.ids):
-            break
-        is_target[first : tokens_before(end, text, encoded, tokenizer)] = True
+        first, last = (tokens_before(at, text, encoded, tokenizer) for at in (start, end))
+        is_target[first:last] = True
     is_target[:1] = False
     return is_target
 
@@ -196,36 +189,22 @@ def tokens_before(place: int, text: Text, encoded: Encoded, tokenizer: Tokenizer
 
 
 def load(
-    files: dict[str, File],
-    tokenizer: TokenizerWrapper,
-    vocabulary_size: int,
-    add_eos: bool,
-    mask_prompt: bool,
-    max_length: int,
-) -> dict[str, Examples]:
-    """Tokenize the file of each split; raises UserError as the functions that it calls."""
+    files: dict[str, File], tokenizer: TokenizerWrapper, vocabulary_size: int,
+    add_eos: bool, mask_prompt: bool, max_length: int,
+) -> dict[str, Examples]:  # fmt: skip
+    """Tokenize the file of each split; UserError says what cannot be trained on."""
     if add_eos and files and tokenizer.eos_token_id is None:
         warn("the tokenizer has no end-of-text token, so texts end without one")
         add_eos = False
     examples = {}
     for split, file in files.items():
         texts = render_rows(file, tokenizer, mask_prompt)
-        bar = tqdm(texts, f"Tokenizing {file.path.name}", len(file), leave=False, disable=None)
+        bar = tqdm(texts, f"Tokenizing {file.path.name}", len(file.rows), leave=False, disable=None)
         examples[split] = tokenize(bar, tokenizer, add_eos, max_length)
         check_tokens(examples[split].tokens, vocabulary_size, file.path)
         check_lengths(examples[split], file.path, max_length)
     tokenizer.as_built = None  # for comparing only
     return examples
-
-
-def text_length(asked: int, is_given: bool, positions: float) -> int:
-    """Tokens to cut texts to: --max-seq-length, or as many as the model has positions for."""
-    if is_given and asked > positions:
-        raise UserError(
-            f"--max-seq-length {asked} is more than the {positions} positions that this model has "
-            f"embeddings for; give at most {positions}"
-        )
-    return min(asked, positions)
 
 
 def check_tokens(tokens: np.ndarray, vocabulary_size: int, source: object) -> None:
