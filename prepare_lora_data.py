@@ -52,8 +52,8 @@ def build_parser() -> Parser:
         "save_to_disk; a Parquet, Arrow, JSON Lines, JSON, CSV or TSV file; or a folder of such "
         "files")  # fmt: skip
     add("--output", nonempty, "lora_finetune/data", "folder of the three sets")
-    add("--question-column", nonempty, "question", "column of the questions; instruction and "
-        "output, prompt and completion, chats, SQuAD's form and texts are recognized too")  # fmt: skip
+    add("--question-column", nonempty, "question", "column of the questions; instruction with "
+        "output, prompt with completion, chats, SQuAD's form, texts are known too")  # fmt: skip
     add("--answer-column", nonempty, "answer", "column of the answers")
     add("--context-column", nonempty, None, "column of what is to stand before the question")
     switch("--keep-chats", "write chats as they are, as messages, not each question with its "
