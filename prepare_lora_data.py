@@ -2,8 +2,8 @@
 
     python prepare_lora_data.py
 
-reads data/korean_textbooks_qa and writes lora_finetune/data/{train,valid,test}.jsonl. The file
-follows the work; how files are read is in lora_finetune/texts/sources.py.
+reads data/korean_textbooks_qa and writes lora_finetune/data/{train,valid,test}.jsonl. How files are
+read is in lora_finetune/texts/sources.py.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from lora_finetune.base import errors
-from lora_finetune.base.command_line import Parser, in_project, nonempty, whole_number
+from lora_finetune.base.command_line import Parser, in_project, nonempty, number, whole_number
 from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
 from lora_finetune.base.files import atomic_write, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
-from lora_finetune.texts.chat import read_messages, read_tools
-from lora_finetune.texts.dataset import join_question, question_of
-from lora_finetune.texts.sources import Row, find_files, read_rows
+from lora_finetune.texts.chat import is_objects, read_messages, read_tools
+from lora_finetune.texts.dataset import Row, join_question, question_of
+from lora_finetune.texts.sources import Note, find_files, read_rows
 
 from tqdm import tqdm
 
@@ -41,40 +41,28 @@ SPLITS = ("train", "valid", "test")
 # --- The command line ---------------------------------------------------------------------------
 
 
-def fraction(text: str) -> float:
-    """An argparse type: a number between 0 and 1, both excluded."""
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
-    return number
-
-
 def build_parser() -> Parser:
     parser = Parser(
         prog="prepare_lora_data.py",
         description="Make train.jsonl, valid.jsonl and test.jsonl from questions and answers.",
     )
     add, switch = parser.add, parser.switch
+    share, count = number(float, 0, below=1), whole_number(1, below=math.inf)
     add("--source", nonempty, "data/korean_textbooks_qa", "a folder written by datasets' "
         "save_to_disk; a Parquet, Arrow, JSON Lines, JSON, CSV or TSV file; or a folder of such "
         "files")  # fmt: skip
     add("--output", nonempty, "lora_finetune/data", "folder of the three sets")
-    add(
-        "--question-column",
-        nonempty,
-        "question",
-        "column of the questions; instruction and "
-        "output, prompt and completion, chats, SQuAD's form and texts are recognized too",
-    )
+    add("--question-column", nonempty, "question", "column of the questions; instruction with "
+        "output, prompt with completion, chats, SQuAD's form, texts are known too")  # fmt: skip
     add("--answer-column", nonempty, "answer", "column of the answers")
     add("--context-column", nonempty, None, "column of what is to stand before the question")
     switch("--keep-chats", "write chats as they are, as messages, not each question with its "
            "answer")  # fmt: skip
-    add("--valid-fraction", fraction, 0.05, "share of validation")
-    add("--test-fraction", fraction, 0.05, "share of the test")
+    add("--valid-fraction", share, 0.05, "share of validation")
+    add("--test-fraction", share, 0.05, "share of the test")
     add("--seed", whole_number(0, below=math.inf), 0, "random seed of the split")
-    add("--limit", whole_number(1, below=math.inf), None, "take so many examples, of each split "
-        "where they are kept (default: all)")  # fmt: skip
+    add("--limit", count, None, "take so many examples, of each split where they are kept "
+        "(default: all)")  # fmt: skip
     switch("--keep-splits", "keep the splits of a saved DatasetDict; a validation or test set that "
            "it lacks is taken from train")  # fmt: skip
     switch("--dry-run", "print the counts and three examples, write nothing")
@@ -85,11 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; a default path is one in this project, wherever it is called from."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    flags = {"question_column", "answer_column", "context_column"}
-    named = [getattr(args, flag) for flag in flags if getattr(args, flag)]
-    if len(named) > len(set(named)):
-        parser.error("two of --question-column, --answer-column and --context-column are the same")
-    if args.keep_chats and flags & args.typed:
+    if args.keep_chats and {"question_column", "answer_column", "context_column"} & args.typed:
         parser.error("--keep-chats keeps chats, which have no columns of questions and answers")
     if args.valid_fraction + args.test_fraction >= 1:
         parser.error("--valid-fraction and --test-fraction leave nothing for training")
@@ -120,9 +104,7 @@ class Kind(NamedTuple):
     make: Callable[[Row], Iterable[Example]]
 
 
-def known_kinds(
-    args: argparse.Namespace, note: Callable[[str], None], counts: Counter
-) -> list[Kind]:
+def known_kinds(args: argparse.Namespace, note: Note) -> list[Kind]:
     """The kinds of rows; a row is of the first whose columns it has."""
     context = args.context_column
 
@@ -143,53 +125,45 @@ def known_kinds(
     ]
     if context:  # which stands before questions alone
         return kinds
-    chats = (Kind((name,), (*CHATS, "system"), partial(make_turns, counts)) for name in CHATS)
-    return [*kinds, *chats, Kind(("text",), (), make_text)]
+    chats = (Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS)
+    return [*kinds, *chats, Kind(("text",), (), lambda row: [make_example(text_in(row, "text"))])]
 
 
 def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
     return next((kind for kind in kinds if row.keys() >= set(kind.columns)), None)
 
 
-def read_examples(
-    file: Path, args: argparse.Namespace, notes: Notes, counts: Counter
-) -> Iterator[Example]:
-    """The examples in each row of a file; a row of no kind, as without an answer, is empty.
+def filled(row: Row) -> Row:
+    """A row without what it lacks where others have it."""
+    return {name: value for name, value in row.items() if value is not None and value != []}
 
-    Raises:
-        UserError: the file cannot be read, has no rows of a known kind, or one that is wrong.
-    """
+
+def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterator[Example]:
+    """The examples in each row of a file; a row of no kind, as without an answer, is empty."""
 
     def note(remark: str) -> None:
         notes.setdefault(remark, {})[file] = None
 
-    kinds = known_kinds(args, note, counts)
+    kinds = known_kinds(args, note)
     rows = read_rows(file, {name for kind in kinds for name in kind.columns + kind.more}, note)
     first = list(islice(rows, 50))  # not more, since articles and chats may have a megabyte each
-    check_columns(file, first, kinds, args)
-    left_out: dict[str, None] = {}
-    found: dict[tuple[str, ...], Kind | None] = {}  # by the columns that a row has filled
+    check_columns(file, first, kinds, args, note)
     try:
-        for number, row in enumerate(chain(first, rows), 1):  # noqa: B007 its use is below
-            filled = {k: value for k, value in row.items() if value is not None and value != []}
-            if (names := tuple(filled)) not in found:
-                found[names] = kind = kind_of(filled, kinds)
-                used = kind.columns + kind.more if kind else row
-                left_out |= dict.fromkeys(name for name in row if name not in used)
-            for example in found[names].make(filled) if found[names] else [EMPTY]:
+        for number, row in enumerate(map(filled, chain(first, rows)), 1):  # noqa: B007 used below
+            kind = kind_of(row, kinds)
+            for example in kind.make(row) if kind else [EMPTY]:
                 if not is_unicode(example.line + example.topic):
                     raise ValueError("holds half a character, an unpaired surrogate")
                 yield example
     except ValueError as error:
         raise UserError(f"{file}, row {number}: {error}") from None
-    finally:
-        if left_out:
-            note(f"columns that are left out: {abbreviated(left_out)}")
 
 
-def check_columns(file: Path, rows: list[Row], kinds: list[Kind], args: argparse.Namespace) -> None:
-    """Raise UserError where the first rows of a file are of no kind, or lack the context."""
-    names = dict.fromkeys(name for row in rows for name in row)
+def check_columns(
+    file: Path, rows: list[Row], kinds: list[Kind], args: argparse.Namespace, note: Note
+) -> None:
+    """Note the columns that the first rows of a file do not need; refuse those that lack some."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     there, context = abbreviated(names) or "nothing", args.context_column
     if rows and not any(kind_of(row, kinds) for row in rows):
         flag = " for --keep-chats" * args.keep_chats or " for --context-column" * bool(context)
@@ -197,8 +171,13 @@ def check_columns(file: Path, rows: list[Row], kinds: list[Kind], args: argparse
             f"{file} has no columns {' and '.join(kinds[0].columns)}{flag}; it has {there}, of "
             "which --question-column and --answer-column can name two"
         )
-    if rows and context and context not in names and names.keys().isdisjoint(NESTED):
+    if rows and context and not {context, *NESTED} & set(names):
         raise UserError(f"{file} has no column {context} for --context-column; it has {there}")
+    found = [kind for row in rows if (kind := kind_of(filled(row), kinds))]
+    used = {name for kind in found for name in kind.columns + kind.more}
+    if found and not used.issuperset(names):
+        left_out = abbreviated(name for name in names if name not in used)
+        note(f"columns that are left out: {left_out}")
 
 
 # --- The examples in a row ----------------------------------------------------------------------
@@ -223,42 +202,32 @@ def make_example(text: str) -> Example:
     return Example(question, question, to_json({"text": text})) if text else EMPTY
 
 
-def make_text(row: Row) -> list[Example]:
-    """The example of a text that is ready."""
-    return [make_example(text_in(row, "text"))]
-
-
-def make_passages(
-    context: str | None, note: Callable[[str], None], article: Row
-) -> Iterator[Example]:
+def make_passages(context: str | None, note: Note, article: Row) -> Iterator[Example]:
     """An example for each question of an article in SQuAD's form; the passage is its topic."""
-    rows, passage = list(innermost(article)), context or "context"
+    rows, passage = innermost(article), context or "context"
     if rows and not any(passage in row for row in rows):
         if context:
             raise ValueError(f"has no {context} for --context-column, but {abbreviated(rows[0])}")
         note("questions without a context, which --context-column can name")
     for row in rows:
         answer = None if row.get("is_impossible") else row.get("answers", row.get("answer"))
-        (example,) = make_pair(
-            "question", "answer", (passage, "question"), row | {"answer": answer}
-        )
+        columns = "question", "answer", (passage, "question")
+        [example] = make_pair(*columns, row | {"answer": answer})
         yield example._replace(topic=nfc(text_in(row, passage)) or example.topic)
 
 
-def innermost(row: Row) -> Iterator[Row]:
+def innermost(row: Row) -> list[Row]:
     """The innermost objects of a row's lists in lists, each with what those around it have."""
-    name = next((name for name in NESTED if name in row), None)
-    if name is None:
-        yield row
-        return
-    if not isinstance(row[name], list) or not all(isinstance(inner, dict) for inner in row[name]):
-        raise ValueError(f"the column {name} holds {str(row[name])[:50]}, not objects")
-    around = {key: value for key, value in row.items() if key != name}
-    for inner in row[name]:
-        yield from innermost(around | inner)
+    rows = [row]
+    for name in NESTED:
+        inner = [(row, row.get(name, [{}])) for row in rows]
+        if wrong := [some for _, some in inner if not is_objects(some)]:
+            raise ValueError(f"the column {name} holds {str(wrong[0])[:50]}, not objects")
+        rows = [row | one for row, some in inner for one in some]
+    return rows
 
 
-def make_turns(counts: Counter, row: Row) -> Iterator[Example]:
+def make_turns(note: Note, row: Row) -> Iterator[Example]:
     """An example for each question of a chat with the answer directly after it."""
     messages = read_messages(row)
     turns = [
@@ -266,7 +235,11 @@ def make_turns(counts: Counter, row: Row) -> Iterator[Example]:
         for asked, answered in pairwise(messages)
         if (asked["role"], answered["role"]) == ("user", "assistant")
     ]
-    counts["messages left out"] += len(messages) - 2 * len(turns)
+    if len(messages) > 2 * len(turns):
+        note(
+            "messages of chats that are no question with the answer directly after it are left "
+            "out; --keep-chats keeps them"
+        )
     for question, answer in turns or [("", "")]:
         example = question_and_answer(question, answer)
         yield example._replace(topic=nfc(turns[0][0])) if turns else example
@@ -306,10 +279,7 @@ SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "valid")
 
 
 def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
-    """The files of a DatasetDict with what its splits become, test and validation first.
-
-    Of a question that stands in several splits it is then training that loses it.
-    """
+    """The files of a DatasetDict with their splits, training last: it loses what is in several."""
     if unknown := set(files.values()) - set(SPLIT_NAMES):
         raise UserError(
             f"--keep-splits is for a DatasetDict of {', '.join(SPLIT_NAMES)}; the source has "
@@ -320,10 +290,7 @@ def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
 
 
 def assign_split(topic: str, seed: int, shares: dict[str, float]) -> str:
-    """The split of a topic, by these alone: more rows around it do not move it.
-
-    `shares` are the fractions of the splits that are drawn; the rest is "train".
-    """
+    """The split of a topic by its hash, so that more rows do not move it; the rest is "train"."""
     drawn = int.from_bytes(digest(f"{seed} {topic}", 8), "big") / 2**64
     for split, share in shares.items():
         if drawn < share:
@@ -342,35 +309,34 @@ def select(
 ) -> Iterator[tuple[str, str]]:
     """The split and the line of each example that is neither empty nor a duplicate.
 
-    `sources` are the files, each with the split of its rows; validation and test sets that are
-    lacking are drawn from "train". `counts` takes how many examples were read ("read"), dropped
-    ("empty", "duplicate", "elsewhere": the question is in another split), and those of each split.
+    Splits that no file is of are drawn from "train". `counts` takes what became of the examples.
     """
     lacking = {"valid": args.valid_fraction, "test": args.test_fraction}
     shares = {k: v for k, v in lacking.items() if k not in dict(sources).values()}
     lines: set[bytes] = set()
     questions: dict[bytes, str] = {}
     taken = Counter()  # from each split of the source
-    with tqdm(None, "Preparing", args.limit, False, unit=" examples", disable=None) as progress:
-        for file, source in sources:
-            with closing(read_examples(file, args, notes, counts)) as examples:
-                while taken[source] != args.limit and (example := next(examples, None)):
-                    progress.update()
-                    counts["read"] += 1
-                    drawn = assign_split(example.topic, args.seed, shares)
-                    split = drawn if source == "train" else source
-                    key = digest(example.line)
-                    if not example.line:
-                        counts["empty"] += 1
-                    elif key in lines:
-                        counts["duplicate"] += 1
-                    elif questions.setdefault(digest(example.question), split) != split:
-                        counts["elsewhere"] += 1
-                    else:
-                        taken[source] += 1
-                        counts[split] += 1
-                        yield split, example.line
-                    lines.add(key)
+    progress = tqdm(None, "Preparing", args.limit, False, unit=" examples", disable=None)
+    for file, source in sources:
+        examples = read_examples(file, args, notes)
+        while taken[source] != args.limit and (example := next(examples, None)):
+            progress.update()
+            counts["read"] += 1
+            drawn = assign_split(example.topic, args.seed, shares)
+            split = drawn if source == "train" else source
+            key = digest(example.line)
+            if not example.line:
+                counts["empty"] += 1
+            elif key in lines:
+                counts["duplicate"] += 1
+            elif questions.setdefault(digest(example.question), split) != split:
+                counts["elsewhere"] += 1  # the question is in another split
+            else:
+                taken[source] += 1
+                counts[split] += 1
+                yield split, example.line
+            lines.add(key)
+    progress.close()
 
 
 # --- The three sets -----------------------------------------------------------------------------
@@ -379,18 +345,9 @@ def select(
 @contextmanager
 def replace_sets(folder: Path) -> Iterator[dict[str, BinaryIO]]:
     """A stream for each split; together they replace the old files when all is written."""
-    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{split}.jsonl" for split in SPLITS]
-    for file in filter(Path.is_dir, files):
-        raise UserError(f"{file} is a folder; --output can name another place")
-    try:
-        with atomic_write(*files) as streams:
-            yield dict(zip(SPLITS, streams, strict=True))
-    finally:
-        with suppress(OSError):  # which is raised where they hold something, as they should
-            for path in new_folders:
-                path.rmdir()
+    with atomic_write(*(folder / f"{split}.jsonl" for split in SPLITS)) as streams:
+        yield dict(zip(SPLITS, streams, strict=True))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -421,20 +378,15 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{source} leaves nothing for {', '.join(empty)}; take more rows or other fractions"
             )
-        say(notes, counts["messages left out"])
+        say(notes)
     if not args.dry_run:
         print(f"Wrote to {output}: {written}.")
 
 
-def say(notes: Notes, messages: int) -> None:
+def say(notes: Notes) -> None:
     """Warn of what the files have that is left out or was guessed; of those alike, once."""
     for remark, (first, *more) in notes.items():
         warn(f"{first}{f' and {len(more)} more' if more else ''}: {remark}")
-    if messages:
-        warn(
-            f"{messages} messages of chats are left out, as they are no question with the answer "
-            "directly after it; --keep-chats keeps them"
-        )
 
 
 def main() -> None:

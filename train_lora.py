@@ -260,8 +260,7 @@ def encode_prompts(
 def read_examples(
     config: Config, files: Files, tokenizer: TokenizerWrapper, limits: Limits
 ) -> Splits:
-    is_typed, add_eos = config.is_typed("max_seq_length"), bool(config.add_eos_token)
-    length = tokenizing.text_length(config.max_seq_length, is_typed, limits.max_positions)
+    add_eos, length = bool(config.add_eos_token), min(config.max_seq_length, limits.max_positions)
     return tokenizing.load(files, tokenizer, limits.vocab_size, add_eos, config.mask_prompt, length)
 
 
@@ -292,7 +291,7 @@ def train(this: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
     """
     config, group = this.config, this.group
     this.begin()
-    report.print_data(config, examples["train"])
+    report.print_data(examples["train"])
     if prefix := frozen_prefix.find(model):
         loss = prefix.loss(loss)
         examples = {

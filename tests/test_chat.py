@@ -205,15 +205,21 @@ def test_sharegpt_is_read_like_messages(learn: Learn, system: str) -> None:
 @pytest.mark.parametrize(
     ("message", "mentions"),
     [
-        ({"role": "user", "content": 3}, "content is a number"),
-        ({"role": "user", "content": True}, "content is true or false"),
-        ({"role": "user", "content": {"text": "a"}}, "content is an object"),
+        ({"role": "user", "content": 3}, "content is not a string, but 3"),
+        ({"role": "user", "content": True}, "content is not a string, but True"),
+        ({"role": "user", "content": {"text": "a"}}, "content is not a string, but {'text': 'a'}"),
         ({"role": "user", "content": None}, "has no content"),
         ({"role": "assistant"}, "has no content"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}, "image_url"),
-        ({"role": "user", "content": [{"type": "text", "text": 1}]}, "has no text"),
-        ({"role": "user", "content": ["a"]}, "type a, not text"),
-        ({"role": 3, "content": "a"}, "role is not a string"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": "a"}]},
+            "other than text: {'type': 'image_url'",
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": 1}]},
+            "other than text: {'type': 'text', 'text': 1}",
+        ),
+        ({"role": "user", "content": ["a"]}, "content is not a string, but ['a']"),
+        ({"role": 3, "content": "a"}, "has no role"),
         ({"content": "a"}, "has no role"),
         ({"from": "bot", "value": "a"}, 'from "bot"'),
         ({"from": "human"}, "has no content"),

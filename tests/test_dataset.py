@@ -304,11 +304,12 @@ def test_answers_lost_by_a_cut_are_counted(call: Run, model: Path, tmp_path: Pat
         ([CHAT, CHAT | PAIR], ["line 2", "prompt and completion", "line 1 has messages"]),
         ([{"prompt": "a"}], ["line 1", '"completion"']),
         ([{"completion": "a"}], ["line 1", '"prompt"']),
-        ([PAIR, PAIR | {"completion": " \n"}], ["line 2", '"completion" is empty']),
-        ([PAIR | {"prompt": None}], ["line 1", '"prompt" is not a string']),
+        ([PAIR, PAIR | {"completion": " \n"}], ["line 2", '"completion" is not a text']),
+        ([PAIR | {"prompt": None}], ["line 1", 'has no "text"']),
+        ([PAIR | {"prompt": 3}], ["line 1", '"prompt" is not a text, but 3']),
         ([{"messages": "a"}], ["line 1", '"messages" are not']),
         ([{"messages": ["a"]}], ["line 1", '"messages" are not']),
-        ([{"messages": []}], ["line 1", '"messages" is empty']),
+        ([{"messages": []}], ["line 1", '"messages" are not a list of messages']),
         ([CHAT, {"messages": [{"role": "cook", "content": "a"}]}], ["line 2", "role: cook"]),
         ([{"messages": [{"content": "a"}]}], ["line 1", "message 1", "has no role"]),
     ],
@@ -358,7 +359,7 @@ def test_a_text_without_an_answer_is_reported_before_the_model_is_loaded(
 def test_texts_beyond_a_batch_of_the_tokenizer_stay_in_order(
     without_template: TokenizerWrapper,
 ) -> None:
-    words = [f"{i} {'가' * (i % 7)}" for i in range(tokenizing.CHUNK_CHARACTERS // 3)]
+    words = [f"{i} {'가' * (i % 7)}" for i in range(40 * tokenizing.CHUNK_TEXTS + 7)]
     found = tokenizing.tokenize(map(dataset.Text, words), without_template, False, 9999)
     assert found.tokens.tolist() == [*"".join(words).encode()]
     assert found.lengths.tolist() == [len(word.encode()) for word in words]

@@ -18,6 +18,7 @@ import tiny
 from conftest import TEXTS, Run, listing, one_error
 from lora_finetune.adapters import npz
 from lora_finetune.base.errors import UserError
+from lora_finetune.texts.dataset import OTHER_FORMS
 
 import mlx.core as mx
 import numpy as np
@@ -156,14 +157,14 @@ BAD_LINES = {  # and the reason that is reported
     "a number": (b"3", "is not a JSON object"),
     "null": (b"null", "is not a JSON object"),
     "no text": (b'{"prompt": "bad"}', 'has no "text"'),
-    "text is a number": (b'{"text": 3}', 'its "text" is not a string'),
-    "text is null": (b'{"text": null}', 'its "text" is not a string'),
-    "text is an array": (b'{"text": ["bad"]}', 'its "text" is not a string'),
-    "text is empty": (b'{"text": ""}', 'its "text" is empty'),
-    "text is only spaces": ('{"text": " \\n\\t\\u3000　"}'.encode(), 'its "text" is empty'),
+    "text is a number": (b'{"text": 3}', 'its "text" is not a text'),
+    "text is null": (b'{"text": null}', 'has no "text"'),
+    "text is an array": (b'{"text": ["bad"]}', 'its "text" is not a text'),
+    "text is empty": (b'{"text": ""}', 'its "text" is not a text'),
+    "text is only spaces": ('{"text": " \\n\\t\\u3000　"}'.encode(), 'its "text" is not a text'),
     "not UTF-8": ('{"text": "한글"}'.encode("euc-kr"), "is not UTF-8"),
     "half a character": ('{"text": "한글"}'.encode()[:-4] + b'"}', "is not UTF-8"),
-    "an unpaired surrogate": (b'{"text": "bad \\ud83d"}', "an unpaired surrogate"),
+    "an unpaired surrogate": (b'{"text": "bad \\ud83d"}', "half of a surrogate pair"),
     "deep": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not JSON"),
     "a huge number": (b'{"id": ' + b"9" * 10_000 + b', "text": "bad"}', "is not JSON"),
 }
@@ -181,41 +182,31 @@ def test_a_bad_line_is_reported_with_its_file_and_number_and_the_reason(
 
 def test_a_file_in_utf_16_is_reported(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(GOOD.decode().encode("utf-16"))
-    fails("--train", "--data", tmp_path, mentions=("train.jsonl", "save the file as UTF-8"))
+    fails("--train", "--data", tmp_path, mentions=("train.jsonl", "is not JSON", OTHER_FORMS))
 
 
 ROWS = [{"text": f"text {i}"} for i in range(3)]
 FILES = {  # that are no JSON Lines, and what is said of them
-    "a list": (json.dumps(ROWS), "looks like one JSON list: write each of its objects in a line"),
-    "a list over lines": (json.dumps(ROWS, indent=2), "looks like one JSON list"),
-    "an object over lines": (
-        json.dumps(ROWS[0], indent=2),
-        "looks like one JSON object over several lines: write each object in one line",
-    ),
-    "a text over lines": ('{"text": "a\nb"}\n', "one JSON object over several lines"),
+    "a list": (json.dumps(ROWS), f'is not a JSON object such as {{"text": "…"}}; {OTHER_FORMS}'),
+    "a list over lines": (json.dumps(ROWS, indent=2), OTHER_FORMS),
+    "an object over lines": (json.dumps(ROWS[0], indent=2), OTHER_FORMS),
     "commas between lines": (
         ",\n".join(map(json.dumps, ROWS)),
-        "line 1: is not JSON: Extra data at character 19",
+        "line 1: is not JSON: Extra data: character 19",
     ),
-    "Python": (f"{ROWS[0]}\n", "property name enclosed in double quotes at character 2"),
-    "columns": (json.dumps({"text": ["a", "b"]}), 'its "text" is not a string, but a list'),
+    "Python": (f"{ROWS[0]}\n", "property name enclosed in double quotes: character 2"),
+    "columns": (json.dumps({"text": ["a", "b"]}), "its \"text\" is not a text, but ['a', 'b']"),
     "a list in an object": (json.dumps({"data": ROWS}), 'with a "completion"; it has data'),
     "other names": ('{"body": "a"}', 'with a "completion"; it has body'),
     "an object by key": (
         json.dumps({f"key {i}": ROWS[0] for i in range(50_000)}),
         'with a "completion"; it has key 0, key 1, key 2, key 3, key 4 and 49995 more',
     ),
-    "CSV": ("text,number\na,1\n", "CSV with commas: name it .csv for prepare_lora_data.py"),
-    "CSV with semicolons": (
-        "text;number\na;1\n",
-        "looks like CSV with semicolons: name it .csv for",
-    ),
-    "CSV with tabs": ("text\tnumber\na\t1\n", "looks like CSV with tabs"),
-    "Parquet": ("PAR1\x15", "train.jsonl looks like Parquet: name it .parquet for"),
+    "CSV": ("text,number\na,1\n", f"is not JSON: Expecting value: character 1; {OTHER_FORMS}"),
+    "Parquet": ("PAR1\x15", OTHER_FORMS),
     "Excel": ("PK\x03\x04\x14", "looks like a zip archive or an Excel file: unpack it, or save"),
     "Git LFS": ("version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer to the file: `"),
     "a web page": ("<!DOCTYPE html>\n<html>", "looks like a web page: download the file itself"),
-    "NULs": ("a\0b\0", "is not text in UTF-8; save the file as UTF-8"),
     "a long line": ("x" * 100_000, "line 1: is not JSON"),
 }
 

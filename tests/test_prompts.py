@@ -112,15 +112,6 @@ def test_an_adapter_without_its_state_is_prompted_as_it_stands(
     assert answers(ask(call, speaker, tmp_path, *asked)) == ["물은?\nyes"]
 
 
-def test_chats_learnt_and_then_a_model_without_a_template_is_warned_of(
-    call: Run, speaker: Path, plain_speaker: Path, tmp_path: Path
-) -> None:
-    learn(call, speaker, tmp_path, CHAT)
-    ended = ask(call, plain_speaker, tmp_path, "--prompt", "물:")
-    assert answers(ended) == ["물:yes"]
-    assert "no chat template; prompts are used raw" in ended.stderr
-
-
 def test_a_prompt_that_went_through_a_template_already_is_not_put_through_it_again(
     call: Run, speaker: Path, tmp_path: Path
 ) -> None:
@@ -288,16 +279,6 @@ def test_standard_input_without_a_prompt_is_an_error(
 
 def test_standard_input_is_read_once(pipe: Callable[..., Ended]) -> None:
     one_error(pipe(b"a", "--prompt", "-"), "--prompt", "once")
-
-
-def test_a_backslash_and_an_n_stay_and_get_a_hint_unless_there_is_a_line_end(
-    call: Run, speaker: Path, tmp_path: Path
-) -> None:
-    tiny.make_adapter(tmp_path / "a.npz", range(1))
-    ended = ask(call, speaker, tmp_path, "--prompt", r"a\nb:")
-    assert answers(ended)[0].startswith("a\\nb:")
-    assert ended.stderr.startswith("hint: ") and ended.stderr.count("\n") == 1
-    assert ask(call, speaker, tmp_path, "--prompt", "a\\nb\nc:").stderr == ""
 
 
 def test_several_prompts_are_answered_in_order_after_one_load_each_as_alone(

@@ -10,7 +10,7 @@ from typing import Any
 from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.base.files import atomic_write
 from lora_finetune.run.checkpoint import Progress
-from lora_finetune.run.config import Config, command
+from lora_finetune.run.config import command
 from lora_finetune.run.run import Run
 from lora_finetune.texts import batching
 
@@ -25,13 +25,11 @@ def print_line(line: str) -> None:
     sys.stdout.flush()
 
 
-def print_data(config: Config, training: batching.Examples) -> None:
-    """Print the size of the training set, and how much of an epoch is padding."""
-    lengths = training.lengths
-    padding = batching.padding_share(lengths, config.batch_size, config.seed, training.max_length)
+def print_data(training: batching.Examples) -> None:
+    """Print the size of the training set."""
     print(
         f"Training: {len(training)} examples, {len(training.tokens)} tokens, longest",
-        f"{lengths.max()}, {training.num_truncated} cut, {padding:.1%} padding an epoch",
+        f"{training.lengths.max()}, {training.num_truncated} cut",
         flush=True,
     )
 

@@ -263,7 +263,7 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
     if config.start_iter not in (None, run.progress.iteration):
         run.progress = Progress(config.start_iter)
     progress = run.progress
-    per_epoch = math.ceil(len(files["train"]) / config.batch_size)
+    per_epoch = math.ceil(len(files["train"].rows) / config.batch_size)
     run.iters = config.iters or config.epochs * per_epoch
     if progress.iteration > run.iters or (progress.iteration == run.iters and not start.state):
         raise UserError(

@@ -19,22 +19,13 @@ Batch = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized texts, one after the other in one array.
+    """Tokenized texts, one after the other in one array."""
 
-    Attributes:
-        tokens: int32 (total number of tokens,).
-        starts: int64 (number of texts + 1,): where each text starts, and where the last ends.
-        is_target: bool (total number of tokens,): whether the loss counts a token; the first of a
-            text never counts.
-        num_truncated: how many of the texts were longer.
-        max_length: what they were cut to, and the most inputs in a batch, padding included.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    is_target: np.ndarray
-    num_truncated: int = 0
-    max_length: float = math.inf
+    tokens: np.ndarray  # int32 (total number of tokens,)
+    starts: np.ndarray  # int64 (number of texts + 1,), and where the last one ends
+    is_target: np.ndarray  # bool (total number of tokens,); never the first token of a text
+    num_truncated: int = 0  # texts that were longer
+    max_length: float = math.inf  # of texts, and the most inputs in a batch, padding included
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -82,10 +73,9 @@ POOL_BATCHES = 50
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of an epoch in random order, each of similar lengths, the shortest text first.
+    """The batches of an epoch, arrays of indices, in random order; one of them may be short.
 
-    Returns:
-        ceil(texts / batch size) arrays of indices; at most one is short.
+    Texts in a batch are of similar lengths, the shortest first.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -97,14 +87,9 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 def training_batches(
-    examples: Examples,
-    batch_size: int,
-    seed: int,
-    start: int,
-    micro_batches: int = 1,
-    rank: int = 0,
-    size: int = 1,
-) -> Iterator[list[Batch]]:
+    examples: Examples, batch_size: int, seed: int, start: int,
+    micro_batches: int = 1, rank: int = 0, size: int = 1,
+) -> Iterator[list[Batch]]:  # fmt: skip
     """The batches from iteration start + 1 on, endlessly; each depends on the seed alone.
 
     Of each batch comes the share of process `rank` of `size`, in micro-batches.
@@ -121,15 +106,6 @@ def training_batches(
 def split_batch(rows: np.ndarray, number: int) -> list[np.ndarray]:
     """Texts in so many shares or micro-batches of nearly the same size, none of them empty."""
     return np.array_split(rows, min(number, len(rows))) if len(rows) else []
-
-
-def padding_share(
-    lengths: np.ndarray, batch_size: int, seed: int, max_inputs: float = math.inf
-) -> float:
-    """The fraction of the model's inputs in the first epoch that is padding."""
-    batches = epoch_batches(lengths, batch_size, seed, 0)
-    inputs = sum(len(rows) * (padded_width(lengths[rows], max_inputs) - 1) for rows in batches)
-    return 1 - (lengths - 1).sum() / inputs
 
 
 def evaluation_batches(

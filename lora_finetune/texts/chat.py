@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_finetune.base.errors import first_line
@@ -17,26 +17,21 @@ Message = dict[str, Any]
 # --- Reading ------------------------------------------------------------------------------------
 
 # Who speaks in ShareGPT's form, as roles; some exports have the roles themselves.
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-SHAREGPT_ROLES |= {"observation": "tool"}
-SHAREGPT_ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
+SHAREGPT_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"
+}  # fmt: skip
 
 
 def read_messages(row: dict[str, Any]) -> list[Message]:
     """The messages of a row that has "messages" or "conversations", as templates take them.
 
-    Each may be of the form {"role", "content"} or ShareGPT's {"from", "value"}. The result has
-    strings as contents, objects as arguments of tool calls, and no null.
-
-    Raises:
-        ValueError: says what is wrong, and in which message.
+    Each is {"role", "content"} or ShareGPT's {"from", "value"}. The result has strings as contents,
+    objects as arguments of tool calls, and no null. ValueError says what is wrong where.
     """
-    key = "messages" if "messages" in row else "conversations"
+    key = "conversations" if row.get("messages") is None else "messages"
     found = row[key]
-    if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
-        raise ValueError(f'its "{key}" are not a list of objects')
-    if not found:
-        raise ValueError(f'its "{key}" is empty')
+    if not found or not is_objects(found):
+        raise ValueError(f'its "{key}" are not a list of messages')
     messages = []
     for number, message in enumerate(found, 1):
         try:
@@ -57,17 +52,16 @@ def read_message(found: dict[str, Any]) -> Message:
         message |= {"from": "gpt", "tool_calls": [{"function": call} for call in calls]}
     if "role" not in message and isinstance(speaker := message.pop("from", None), str):
         if speaker not in SHAREGPT_ROLES:
-            known = ", ".join(SHAREGPT_ROLES)
-            raise ValueError(f'is from "{speaker:.40}", which is none of {known}')
+            raise ValueError(f'is from "{speaker:.40}", none of {", ".join(SHAREGPT_ROLES)}')
         message["role"] = SHAREGPT_ROLES[speaker]
         if "value" in message:
             message.setdefault("content", message.pop("value"))
     if not isinstance(message.get("role"), str):
-        raise ValueError("has no role" if "role" not in message else "its role is not a string")
+        raise ValueError("has no role")
     if call := message.pop("function_call", None):  # OpenAI's earlier form of a single call
         message.setdefault("tool_calls", [{"type": "function", "function": call}])
     if calls := message.pop("tool_calls", None):
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        if not is_objects(calls):
             raise ValueError("its tool_calls are not a list of objects")
         message["tool_calls"] = [read_tool_call(call) for call in calls]
         message.setdefault("content", "")
@@ -81,14 +75,11 @@ def read_content(content: object) -> str:
         return content
     if content is None:
         raise ValueError("has no content")
-    if not isinstance(content, list):
-        raise ValueError(f"its content is {type_name(content)}, not a string")
+    if not is_objects(content):
+        raise ValueError(f"its content is not a string, but {content!r:.50}")
     for item in content:
-        kind = item.get("type") if isinstance(item, dict) else item
-        if not isinstance(item, dict) or kind != "text":
-            raise ValueError(f"an item of its content is of the type {kind!s:.40}, not text")
-        if not isinstance(item.get("text"), str):
-            raise ValueError("an item of its content has no text")
+        if item.get("type") != "text" or not isinstance(item.get("text"), str):
+            raise ValueError(f"its content has something other than text: {item!r:.50}")
     return "".join(item["text"] for item in content)
 
 
@@ -110,9 +101,14 @@ def read_tools(tools: object) -> list[dict] | None:
     """The tools of a row, a list or a string of JSON; None where there are none."""
     if isinstance(tools, str) and tools.strip():
         tools = parse(tools, 'its "tools"')
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if tools and not is_objects(tools):
         raise ValueError('its "tools" are not a list of objects')
     return tools or None
+
+
+def is_objects(value: object) -> bool:
+    """Whether a JSON value is a list of objects."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def parse(text: str, what: str) -> object:
@@ -122,20 +118,14 @@ def parse(text: str, what: str) -> object:
         raise ValueError(f"{what}: a string that is not JSON") from None
 
 
-def type_name(value: object) -> str:
-    """The JSON type of a value, in words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else "null")
-
-
 # --- Through the template -----------------------------------------------------------------------
 
 
+@dataclass
 class Template:
     """A model's chat template."""
 
-    def __init__(self, tokenizer: TokenizerWrapper):
-        self.tokenizer = tokenizer
+    tokenizer: TokenizerWrapper
 
     def render(self, messages: list[Message], tools: list[dict] | None, **options: bool) -> str:
         """The text of messages; raises ValueError where the template does not take them."""
@@ -146,83 +136,72 @@ class Template:
             why = first_line(error)
             raise ValueError(f"the model's chat template does not take it: {why}") from None
 
-    def render_or_none(
-        self, messages: list[Message], tools: list[dict] | None, **options: bool
-    ) -> str | None:
-        with suppress(ValueError):
+    def try_render(self, messages: list[Message], tools: list[dict] | None, **options: bool) -> str:
+        """As `render`, but "" where the template does not take the messages."""
+        try:
             return self.render(messages, tools, **options)
+        except ValueError:
+            return ""
 
     def leaves_out(self, messages: list[Message], tools: list[dict] | None, text: str) -> bool:
         """Whether the text made of messages lacks a field of one, some of a field, or a tool.
 
-        Fields are looked for in turn, without white space, which templates trim.
-
-        Raises:
-            ValueError: the text is the same without a message; mostly the template does not know
-                its role.
+        ValueError where it is the same without a message, as with a role that nobody knows.
         """
         shown, end, cut = squeeze(text), 0, False
         for number, message in enumerate(messages):
             fields = strings_of(message)
-            places = [end_of(field, shown, end) for field in fields]
-            if -1 in places:
+            found = {field: shown.find(field, end) for field in fields}
+            end = max([end, *(at + len(field) for field, at in found.items() if at >= 0)])
+            if -1 in found.values():
                 blank = {"role": message["role"], "content": ""}
                 others = [*messages[:number], blank, *messages[number + 1 :]]
-                if self.render_or_none(others, tools) == text:
+                if self.try_render(others, tools) == text:
                     raise ValueError(
                         f"the model's chat template puts message {number + 1}, of the role "
                         f'"{message["role"]:.40}", nowhere in its text'
                     )
-                cut |= any(end_of(field, shown) < 0 for field in fields)
-            end = max([end, *places])
-        names = [name for name in map(function_name, tools or []) if isinstance(name, str)]
-        return cut or any(end_of(name, shown) < 0 for name in names)
+                cut |= any(field not in shown for field in fields)
+        names = map(function_name, tools or [])
+        return cut or any(isinstance(name, str) and squeeze(name) not in shown for name in names)
 
     def find_answers(
         self, messages: list[Message], tools: list[dict] | None, text: str
     ) -> tuple[list[tuple[int, int]], bool]:
-        """Locate the assistant's messages in a text, each with what the template puts after it.
+        """Start and end of each answer, in characters, in a text that ends with one.
 
-        An answer ends where the text of the messages up to it does; the last message is one.
-
-        Returns:
-            Start and end of each answer, in characters, and whether these are all: where the whole
-            does not begin with the text of its first messages, only the last answer is located.
+        The second result is whether these are all: where the whole does not begin with the text of
+        its first messages, only the last answer is located.
         """
         spans, all_found = [], True
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 is_last = i + 1 == len(messages)
-                through = text if is_last else self.render_or_none(messages[: i + 1], tools)
-                start, end = self.find_start(messages[:i], tools, text), len(through or "")
-                all_found &= is_start(through, text) and start < end
+                through = text if is_last else self.try_render(messages[: i + 1], tools)
+                start, end = self.find_start(messages[:i], tools, text), len(through)
+                all_found &= text.startswith(through) and start < end
                 spans.append((start, end))
         return (spans if all_found else spans[-1:]), all_found
 
     def find_start(self, before: list[Message], tools: list[dict] | None, text: str) -> int:
         """Where in a text the answer to the messages before it starts.
 
-        That is after the generation prompt; where the text has none, it is where texts with other
-        answers begin to differ from it.
+        After the generation prompt or, if it lacks that, where other answers make other texts.
         """
-        opened = self.render_or_none(before, tools, add_generation_prompt=True)
-        if is_start(opened, text):
+        opened = self.try_render(before, tools, add_generation_prompt=True)
+        if opened and text.startswith(opened):
             return len(opened)
         others = [[*before, {"role": "assistant", "content": other}] for other in "ab"]
-        rendered = [self.render_or_none(messages, tools) or text for messages in others]
+        rendered = [self.try_render(messages, tools) or text for messages in others]
         return len(os.path.commonprefix([text, *rendered]))
 
 
-def is_start(start: str | None, text: str) -> bool:
-    return start is not None and text.startswith(start)
-
-
 def strings_of(message: Message) -> list[str]:
-    """The strings that a message's text should show: content, reasoning, names of functions."""
+    """What the text should show of a message, squeezed: content, reasoning, names of functions."""
     fields = ("reasoning_content", "reasoning", "thinking", "content")
     strings = [message.get(field) for field in fields]
     strings += map(function_name, message.get("tool_calls", []))
-    return [string for string in strings if isinstance(string, str) and string.strip()]
+    return [squeeze(string) for string in strings if isinstance(string, str)]
 
 
 def function_name(tool: dict[str, Any]) -> object:
@@ -231,13 +210,7 @@ def function_name(tool: dict[str, Any]) -> object:
 
 
 def squeeze(text: str) -> str:
-    """A text without its white space."""
+    """A text without white space, which templates trim, and escapes, since some put it as JSON."""
+    for escape in ("\\n", "\\r", "\\t", "\\"):
+        text = text.replace(escape, "")
     return "".join(text.split())
-
-
-def end_of(string: str, squeezed: str, start: int = 0) -> int:
-    """Where a string, as it is or as JSON has it, first ends in a squeezed text; -1: nowhere."""
-    as_json = json.dumps(string.strip(), ensure_ascii=False)[1:-1]
-    forms = {squeeze(string), squeeze(as_json)}
-    ends = [at + len(form) for form in forms if (at := squeezed.find(form, start)) >= 0]
-    return min(ends, default=-1)

@@ -22,38 +22,18 @@ RAW, CHAT, QA = "raw", "chat", "qa"
 
 
 class Prompt(NamedTuple):
-    """A tokenized prompt.
-
-    Attributes:
-        text: what is printed of it.
-        max_tokens: how many tokens may follow.
-        end_tokens: token ids that end an answer, beside the tokenizer's own.
-    """
-
-    text: str
+    text: str  # what is printed of it
     tokens: list[int]
-    max_tokens: int
-    end_tokens: frozenset[int] = frozenset()
+    max_tokens: int  # that may follow
+    end_tokens: frozenset[int] = frozenset()  # end an answer, beside the tokenizer's own
 
 
 def read(given: Iterable[str]) -> list[str]:
-    """The prompts that were given; "-" stands for all of standard input.
-
-    Raises:
-        UserError: standard input is blank or not UTF-8.
-    """
-    prompts = [read_standard_input() if prompt == "-" else prompt for prompt in given]
-    if any("\\n" in prompt and "\n" not in prompt for prompt in prompts):
-        hint(
-            r"\n in the prompt is a backslash and an n, not the end of a line; in most shells "
-            r"--prompt $'…\n…' has one, or --prompt - takes the prompt from standard input"
-        )
-    return prompts
+    """The prompts that were given; "-" stands for all of standard input."""
+    return [read_standard_input() if prompt == "-" else prompt for prompt in given]
 
 
 def read_standard_input() -> str:
-    if sys.stdin.isatty():
-        hint("type the prompt, then Ctrl-D in a line of its own")
     try:
         prompt = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -65,45 +45,31 @@ def read_standard_input() -> str:
 
 def learnt_format(file: dataset.File, tokenizer: TokenizerWrapper) -> str:
     """The prompt format that goes with the texts of a data file."""
-    if file.kind == "messages" or (file.kind == "pairs" and tokenizer.has_chat_template):
+    if file.kind == "messages" or (
+        file.kind == "prompt and completion" and tokenizer.has_chat_template
+    ):
         return CHAT
     return QA if file.kind == "questions" else RAW
 
 
 def choose_format(text: str, asked: str, learnt: str | None, tokenizer: TokenizerWrapper) -> str:
-    """The format asked for; for "auto", chat where the adapter learnt chats, else raw.
-
-    A prompt that begins with a special token went through a template already, and stays raw.
-    """
+    """The format asked for; for "auto", chat where the adapter learnt chats, else raw."""
     if asked != "auto":
         return asked
+    # A prompt that begins with a special token went through a template already.
     special = tuple(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
     is_chat = learnt == CHAT and tokenizer.has_chat_template
     return CHAT if is_chat and not text.lstrip().startswith(special) else RAW
 
 
 def encode(
-    texts: list[str],
-    asked: str,
-    learnt: str | None,
-    system: str | None,
-    tokenizer: TokenizerWrapper,
-    max_tokens: int,
-    limits: Limits,
-) -> list[Prompt]:
+    texts: list[str], asked: str, learnt: str | None, system: str | None,
+    tokenizer: TokenizerWrapper, max_tokens: int, limits: Limits,
+) -> list[Prompt]:  # fmt: skip
     """Tokenize prompts; max_tokens is cut to the positions that the model has left for each.
 
-    Args:
-        asked: the format asked for, or "auto".
-        learnt: the format that the adapter learnt, None where that is unknown.
-        system: a system message for the chat format.
-
-    Raises:
-        UserError: the format does not suit the model, or a prompt has no tokens, some that the
-            model lacks, or too many.
+    `asked` is the format asked for, or "auto"; `learnt` the one that the adapter learnt, if known.
     """
-    if texts and learnt == CHAT and asked == "auto" and not tokenizer.has_chat_template:
-        warn("the adapter learnt chats, but this model has no chat template; prompts are used raw")
     bare = [text for text in texts if dataset.QUESTION_HEADING not in text]
     if bare and asked == "auto" and learnt == QA:
         hint(
@@ -113,13 +79,13 @@ def encode(
     prompts = []
     for text in texts:
         format = choose_format(text, asked, learnt, tokenizer)
+        if system and format != CHAT:
+            raise UserError("--system is for the chat form of a prompt (--prompt-format chat)")
+        if format == QA:
+            text = dataset.join_question(dataset.question_of(text), "")
         if format == CHAT:
             prompt = encode_chat(text, system, tokenizer, max_tokens)
         else:
-            if system:
-                raise UserError("--system is for the chat form of a prompt (--prompt-format chat)")
-            if format == QA:
-                text = dataset.join_question(dataset.question_of(text), "")
             prompt = Prompt(text, encode_open(text, tokenizer), max_tokens)
         prompts.append(limit(prompt, limits))
     return prompts
@@ -162,21 +128,19 @@ def encode_open(text: str, tokenizer: TokenizerWrapper, templated: bool = False)
 
 def limit(prompt: Prompt, limits: Limits) -> Prompt:
     """A prompt with no more tokens to come than the model has positions for; see `encode`."""
-    if not prompt.tokens:
+    length, most = len(prompt.tokens), limits.max_positions
+    if not length:
         raise UserError("the prompt holds no tokens; give a text that the tokenizer knows")
     tokenizing.check_tokens(prompt.tokens, limits.vocab_size, "the prompt")
-    length, room = len(prompt.tokens), limits.max_positions - len(prompt.tokens)
-    if room < 1:
-        raise UserError(
-            f"the prompt has {length} tokens, and the model {limits.max_positions} positions, "
-            "which leaves none for a token after it; shorten the prompt"
-        )
-    if room < prompt.max_tokens:
+    too_long = f"the prompt has {length} tokens, and the model {most} positions"
+    if length >= most:
+        raise UserError(f"{too_long}, which leaves none for a token after it; shorten the prompt")
+    if most - length < prompt.max_tokens:
         warn(
-            f"the prompt has {length} tokens, and the model {limits.max_positions} positions, "
-            f"so at most {room} tokens are generated and not {prompt.max_tokens} (--max-tokens)"
+            f"{too_long}, so at most {most - length} tokens are generated and not "
+            f"{prompt.max_tokens} (--max-tokens)"
         )
-    return prompt._replace(max_tokens=min(prompt.max_tokens, room))
+    return prompt._replace(max_tokens=min(prompt.max_tokens, most - length))
 
 
 def warn_beyond_context(
@@ -188,7 +152,6 @@ def warn_beyond_context(
     if max(lengths, default=0) > context_length:
         warn(
             f"the longest text, or the prompt with --max-tokens, has {max(lengths)} tokens, and "
-            f"the model's context length is {context_length:.0f} (max_position_embeddings or the "
-            "like in its config.json); quality may degrade beyond: lower --max-seq-length or "
-            "--max-tokens"
+            f"the model's context length is {context_length:.0f}; quality may degrade beyond: "
+            "lower --max-seq-length or --max-tokens"
         )

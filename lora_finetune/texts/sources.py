@@ -8,19 +8,13 @@ import glob
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
-from lora_finetune.base.errors import UserError, abbreviated, first_line
-from lora_finetune.texts.formats import (
-    SEPARATORS,
-    breaks_off,
-    check_format,
-    find_separator,
-    read_json_lines,
-    why_not_json,
-)
+from lora_finetune.base.errors import UserError, first_line
+from lora_finetune.texts.chat import is_objects
+from lora_finetune.texts.dataset import Row, check_format, read_json_lines
 
 import datasets
 import pyarrow.parquet as pq
@@ -30,8 +24,7 @@ datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or each file is reported to
 datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)  # an error here is one line
 csv.field_size_limit(sys.maxsize)
 
-Row = dict[str, Any]
-Remark = Callable[[str], None]  # takes what the user should know of how a file is read
+Note = Callable[[str], None]  # takes what the user should know of how a file is read
 
 BATCH_ROWS = 1000
 
@@ -40,11 +33,7 @@ NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 
 
 def find_files(source: Path) -> dict[Path, str | None]:
-    """The data files of a source in reading order, each with the DatasetDict's split it is in.
-
-    Raises:
-        UserError: there is no such source, or no data in it.
-    """
+    """The data files of a source in reading order, each with the DatasetDict's split it is in."""
     if not source.exists():
         raise UserError(
             f"there is no {source}; name a file or a folder with --source (the real "
@@ -70,11 +59,11 @@ def find_files(source: Path) -> dict[Path, str | None]:
 
 def saved_files(folder: Path) -> dict[Path, str | None]:
     """The files that datasets' save_to_disk wrote, each with its split."""
+    for file in folder.rglob("*.arrow"):
+        check_format(file)
     try:
         saved = datasets.load_from_disk(str(folder), keep_in_memory=False)  # mapped, not read
     except Exception as error:  # the readers raise of every kind
-        for file in folder.rglob("*.arrow"):
-            check_format(file)
         raise UserError(f"{folder} cannot be read: {first_line(error)}") from error
     splits = saved if isinstance(saved, dict) else {None: saved}
     return {
@@ -84,25 +73,21 @@ def saved_files(folder: Path) -> dict[Path, str | None]:
     }
 
 
-def read_rows(file: Path, columns: set[str], remark: Remark) -> Iterator[Row]:
-    """The rows of a file, one at a time; in columnar formats only some columns are filled.
-
-    Raises:
-        UserError: the file cannot be read; says why.
-    """
+def read_rows(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
+    """The rows of a file, one at a time; in columnar formats only `columns` are filled."""
     read = READERS.get(file.suffix.lower())
     if not read:
         raise UserError(f"{file} cannot be read: its name ends in none of {', '.join(READERS)}")
     try:
         check_format(file)
-        yield from read(file, columns, remark)
+        yield from read(file, columns, note)
     except UserError:
         raise
     except Exception as error:  # the readers raise of every kind
         raise UserError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def read_parquet(file: Path, columns: set[str], remark: Remark) -> Iterator[Row]:
+def read_parquet(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
     """Not by load_dataset, which decodes a whole row group at once: often all of the file."""
     stored = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16)
     names = stored.schema_arrow.names
@@ -114,7 +99,7 @@ def read_parquet(file: Path, columns: set[str], remark: Remark) -> Iterator[Row]
     return rows_of(names, decoded)
 
 
-def read_arrow(file: Path, columns: set[str], remark: Remark) -> Iterator[Row]:
+def read_arrow(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
     stored = datasets.load_dataset(
         "arrow",
         data_files=glob.escape(str(file)),
@@ -142,12 +127,16 @@ def rows_of(names: list[str], batches: Iterable[dict[str, list]]) -> Iterator[Ro
             yield empty | dict(zip(batch, values, strict=True))
 
 
-def read_csv(file: Path, columns: set[str], remark: Remark) -> Iterator[Row]:
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+
+
+def read_csv(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
     usual = "\t" if file.suffix.lower() == ".tsv" else ","
-    with file.open(encoding=find_encoding(file, remark), newline="") as stream:
-        separator = find_separator(stream.readline()) or usual
+    with file.open(encoding=find_encoding(file, note), newline="") as stream:
+        names = stream.readline()
+        separator = max([usual, *SEPARATORS], key=names.count)
         if separator != usual:
-            remark(f"read with {SEPARATORS[separator]} between the values")
+            note(f"read with {SEPARATORS[separator]} between the values")
         stream.seek(0)
         rows = csv.DictReader(stream, delimiter=separator, strict=True)
         wanted(rows.fieldnames or [], columns)
@@ -157,72 +146,55 @@ def read_csv(file: Path, columns: set[str], remark: Remark) -> Iterator[Row]:
             yield row
 
 
-def read_json(file: Path, columns: set[str], remark: Remark) -> Iterator[Row]:
+def read_json(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
     """JSON Lines, a list of objects, or an object whose one list of objects has the rows.
 
     Not by load_dataset, which takes the types of all columns, needed or not, from the first 10 MB,
     and makes times of texts that look like them.
     """
-    with file.open(encoding=find_encoding(file, remark), newline="\n") as stream:
-        first = next(filter(str.strip, stream), "")
+    with file.open(encoding=find_encoding(file, note), newline="\n") as stream:
+        first = next(filter(str.strip, stream), "{}")
         stream.seek(0)
-        if first.lstrip().startswith("[") or breaks_off(first):
-            whole = parse_whole(file, stream.read())
-            rows = iter(whole if isinstance(whole, list) else [whole])
+        if is_object(first):
+            rows = (value for _, value in read_json_lines(file, stream))
         else:
-            rows = (value for _, value in read_json_lines(file, map(str.encode, stream)))
+            whole = json.load(stream)
+            rows = iter(whole if isinstance(whole, list) else [whole])
         start = list(islice(rows, 2))
         if len(start) == 1 and isinstance(start[0], dict):
-            start = find_rows(file, start[0], columns)
+            start = find_rows(start[0], columns)
         for row in chain(start, rows):
             if not isinstance(row, dict):
                 raise UserError(f"{file} holds something other than objects with named values")
             yield row
 
 
-def parse_whole(file: Path, text: str) -> Any:
-    """The value of a whole file's JSON; raises UserError that names the line where it is none."""
+def is_object(line: str) -> bool:
+    """Whether a line is a JSON object; a file that begins with one has JSON Lines."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise UserError(f"{file}, line {line}: {why_not_json(error)}") from None
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def find_rows(file: Path, content: Row, columns: set[str]) -> list[Row]:
+def find_rows(content: Row, columns: set[str]) -> list[Row]:
     """The rows in the only object of a file: itself, or those of its only list of objects."""
-    if not columns.isdisjoint(content):
-        return [content]
-    lists = [
-        value
-        for value in content.values()
-        if isinstance(value, list) and value and isinstance(value[0], dict)
-    ]
-    if len(lists) == 1:
-        return lists[0]
-    if lists or (content and all(isinstance(value, dict | list) for value in content.values())):
-        raise UserError(
-            f"{file} is one object that holds others by their keys ({abbreviated(content)}); write "
-            "the rows to a file of their own as a list: [{…}, {…}]"
-        )
-    return [content]
+    lists = [value for value in content.values() if value and is_objects(value)]
+    return lists[0] if len(lists) == 1 and columns.isdisjoint(content) else [content]
 
 
-def find_encoding(file: Path, remark: Remark) -> str:
+def find_encoding(file: Path, note: Note) -> str:
     """UTF-8; UTF-16 where its mark says so; or, as a guess, cp949, which Korean Windows writes."""
     with file.open("rb") as stream:
         if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             return "utf-16"
     for encoding in ("utf-8-sig", "cp949"):
-        try:
-            with file.open(encoding=encoding, newline="") as stream:
-                while stream.read(2**16):
-                    pass
-        except UnicodeDecodeError:
-            continue
-        if encoding == "cp949":
-            remark("read as cp949")
-        return encoding
+        with suppress(UnicodeDecodeError), file.open(encoding=encoding, newline="") as stream:
+            while stream.read(2**16):
+                pass
+            if encoding == "cp949":
+                note("read as cp949")
+            return encoding
     raise UserError(f"{file} cannot be read: it is not UTF-8; save it as UTF-8")
 
 

@@ -55,7 +55,7 @@ def main() -> None:
         write_texts(file, args.texts)
         start = time.perf_counter()
         read = dataset.read(file, args.mask_prompt)
-        number = len(read)
+        number = len(read.rows)
         texts = dataset.render_rows(read, tokenizer, args.mask_prompt)
         examples = tokenizing.tokenize(texts, tokenizer, add_eos=True, max_length=2048)
         seconds = time.perf_counter() - start
