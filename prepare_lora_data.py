@@ -441,7 +441,7 @@ def main() -> None:
     begin_process()
     args = parse_arguments()
     with raising_signals("nothing was written"):
-        sys.exit(errors.run_and_report_errors(partial(run, args), "the output"))
+        sys.exit(errors.run_and_report_errors(partial(run, args)))
 
 
 if __name__ == "__main__":

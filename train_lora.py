@@ -134,7 +134,7 @@ def main() -> None:
         with distributed.join() if shares_work else nullcontext(ALONE) as group:
             run(config, group)
 
-    sys.exit(run_and_report_errors(run_together, "the run"))
+    sys.exit(run_and_report_errors(run_together))
 
 
 # --- The run ------------------------------------------------------------------------------------

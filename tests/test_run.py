@@ -341,13 +341,6 @@ def test_a_name_too_long_for_what_is_beside_it_is_reported_before_training(
     assert error.startswith("error: the adapter file ")
 
 
-def test_a_link_to_itself_is_an_error(call: Run, args: list[object], tmp_path: Path) -> None:
-    (tmp_path / "a.npz").symlink_to("a.npz")
-    for phase in ("--train", "--test"):
-        ended = call(*args[:4], "--adapter-file", tmp_path / "a.npz", phase)
-        one_error(ended, "a loop of links")
-
-
 # --- Streams ------------------------------------------------------------------------------------
 
 

@@ -10,14 +10,9 @@ import sys
 def unsupported_reason(python, system, machine, release):
     """The reason why MLX cannot be installed, "" where it can.
 
-    Args:
-        python: version of Python, such as (3, 12).
-        system, machine: as `platform` calls them: "Darwin", "Linux"; "arm64", "x86_64".
-        release: version of macOS, or under Linux of glibc, such as (2, 35); () without glibc.
+    `release` is the version of macOS, or under Linux of glibc, as numbers; () without glibc.
     """
     version = ".".join(map(str, release))
-    if system not in ("Darwin", "Linux"):
-        return "macOS or Linux is needed; on Windows, WSL2 is one (`wsl --install`)"
     if not (3, 11) <= python[:2] <= (3, 14):
         this = "Python 3.11 to 3.14 is needed, and this is {}.{}".format(*python)
         return this + "; make PYTHON=python3.12 picks another"
@@ -25,8 +20,6 @@ def unsupported_reason(python, system, machine, release):
         return "Apple silicon is needed, and a Python for it; this one is for " + machine
     if system == "Darwin" and release < (14,):
         return "macOS 14 or newer is needed, and this is " + version
-    if system == "Linux" and machine not in ("x86_64", "aarch64"):
-        return "MLX is for x86_64 and aarch64 under Linux, and this is " + machine
     if system == "Linux" and release < (2, 35):
         return "glibc 2.35 or newer is needed, and this Linux has " + (version or "another libc")
     return ""

@@ -30,8 +30,7 @@ class Interrupted(KeyboardInterrupt):
 def one_line(text: str) -> str:
     """A text in one line of at most 600 characters; those that cannot be seen as in Python: \\n."""
     text = re.sub(r"\S{251,}", lambda word: elide(word[0], 250), text)
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in elide(text, 600))
-    return elide(text, 600)
+    return elide("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), 600)
 
 
 def elide(text: str, length: int) -> str:
@@ -68,7 +67,6 @@ SLOW = 10.0  # seconds
 
 @contextmanager
 def hint_if_slow(message: str) -> Iterator[None]:
-    """Print a hint where the block takes long."""
     timer = threading.Timer(SLOW, hint, [message])
     timer.daemon = True
     timer.start()
@@ -78,35 +76,32 @@ def hint_if_slow(message: str) -> Iterator[None]:
         timer.cancel()
 
 
-def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
-    """Run; returns the exit status: 2 after an error that the user can put right, told in one line.
-
-    Args:
-        subject: what an OSError that names no file is about.
-    """
+def run_and_report_errors(run: Callable[[], None]) -> int:
+    """Run; returns the exit status: 2 after an error that the user can put right."""
     try:
         run()
         sys.stdout.flush()
     except (UserError, OSError, KeyboardInterrupt) as error:
-        return report(error, subject)
+        return report(error)
     return 0
 
 
-def report(error: BaseException, subject: str) -> int:
+def report(error: BaseException) -> int:
     """Print the line that tells what ended a run; returns the exit status."""
-    print(describe(error, subject), file=sys.stderr)
+    print(describe(error), file=sys.stderr)
     if isinstance(error, KeyboardInterrupt):
         return 128 + getattr(error, "signal", signal.SIGINT)
     return 2
 
 
-def describe(error: BaseException, subject: str) -> str:
+def describe(error: BaseException) -> str:
     if isinstance(error, Interrupted):
         return f"interrupted: {one_line(error.outcome)}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, OSError):
-        return f"error: {one_line(str(error.filename or subject))}: {error.strerror or error}"
+        file = f"{one_line(str(error.filename))}: " if error.filename else ""
+        return f"error: {file}{error.strerror or error}"
     return f"error: {error if isinstance(error, UserError) else one_line(repr(error))}"
 
 
@@ -120,5 +115,5 @@ def report_uncaught(kind: type, error: BaseException, trace: TracebackType | Non
     elif isinstance(error, ImportError):  # such as that of MLX for CUDA where there is no GPU
         error = UserError(f"{first_line(error)}; see README.md for what to install where")
     if isinstance(error, (UserError, OSError, KeyboardInterrupt)):
-        sys.exit(report(error, "the start"))
+        sys.exit(report(error))
     traceback.print_exception(error, file=sys.__stderr__)

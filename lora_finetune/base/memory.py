@@ -15,8 +15,6 @@ from lora_finetune.base.errors import UserError, first_line
 import mlx.core as mx
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-# --- How much there is --------------------------------------------------------------------------
-
 processes_here = 1  # of this run, which share the memory of this machine
 
 
@@ -35,10 +33,9 @@ def available() -> int:
 
 
 def machine_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may take of the machine's memory: all, or what its container may.
+    """Bytes of the machine's memory, or what a container (cgroups v1 and v2) may take of it.
 
-    On Linux those are the limits of its cgroups (v1 and v2) and their ancestors. In a container,
-    what is mounted may begin at its own group, so that the limit is at the top.
+    In a container, what is mounted may begin at its own group, so that the limit is at the top.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     own, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
@@ -69,10 +66,8 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
     """How many texts a step can take at once in `limit` bytes, up to `most`; 0 if not even one.
 
     Some systems kill a process that runs out of memory. So before several texts are tried, their
-    memory is extrapolated from one, and where that might be too much from one and two.
-
-    Args:
-        step: does a step on so many of the longest texts.
+    memory is extrapolated from one, and where that might be too much from one and two. `step` does
+    a step on so many of the longest texts.
     """
     base = mx.get_active_memory()
 
@@ -127,24 +122,21 @@ def is_lacking(error: BaseException) -> bool:
 
 @contextmanager
 def device_errors(advice: str) -> Iterator[None]:
-    """Turn an error of MLX or its device in the middle of a computation into a DeviceError.
-
-    Args:
-        advice: what the user can do for a smaller computation.
-    """
+    """Turn an error of MLX or its device into a DeviceError, with advice for less computation."""
     try:
         yield
     except FAILURES as error:
         release(error)
         why = f"({first_line(error):.200})"
-        message = f"the computation failed {why}; try again, and if it fails again, {advice}"
-        if TOO_LONG.search(str(error)):
+        if is_lacking(error):
+            message = f"out of memory {why}; {advice}, or close other programs"
+        elif TOO_LONG.search(str(error)):
             message = (
                 f"the system stopped a computation that kept the display waiting {why}; {advice}, "
                 "or leave the display off meanwhile (on a Mac, under caffeinate -s)"
             )
-        if is_lacking(error):
-            message = f"out of memory {why}; {advice}, or close other programs"
+        else:
+            message = f"the computation failed {why}; try again, and if it fails again, {advice}"
         raise DeviceError(message) from error
 
 
