@@ -199,7 +199,7 @@ def read_requests(this: Run) -> tuple[list[str], list[export.Export]]:
     config = this.config
     if not this.group.is_first:
         return [], []
-    exports = [export.Export(form, Path(folder)) for form, folder in config.export or []]
+    exports = [(form, Path(folder)) for form, folder in config.export or []]
     export.check_folders(exports)
     return prompts.read(config.prompt or []), exports
 

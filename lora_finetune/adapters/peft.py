@@ -41,8 +41,7 @@ def read(
 ) -> dict[str, np.ndarray]:
     """The arrays of an adapter as mlx-lm names and shapes them, for scale 20.
 
-    Raises:
-        UserError: it is more than LoRA, or its scale is not known.
+    Raises UserError where it is more than LoRA, and other errors where its scale is not known.
     """
     where, found = file.with_name("adapter_config.json"), {}
     start = str(config.get("init_lora_weights")).lower()
@@ -57,10 +56,7 @@ def read(
             raise UserError(f"{file} holds {name}, which is not of plain LoRA; only that is read")
         path, which = match[1], match[2].lower()
         if which == "b":
-            try:
-                array = array * np.float32(scale(path, array.shape[1], config) / models.SCALE)
-            except (KeyError, IndexError, TypeError, AttributeError, re.error):
-                raise UserError(f"{where} is not as PEFT writes it; copy it again") from None
+            array = array * np.float32(scale(path, array.shape[1], config) / models.SCALE)
         found[f"{path}.lora_{which}"] = array.T
     return found
 
@@ -77,9 +73,7 @@ def module_names(model: nn.Module, base: Path) -> dict[str, str]:
     """The names of transformers' modules, which PEFT adapts, by the paths of the adapted layers.
 
     Where transformers has no such model in its own code, these are the names of the checkpoint.
-
-    Raises:
-        ValueError: they are not known, or LoRA has no effect there.
+    Raises ValueError where they are not known, or LoRA has no effect there.
     """
     paths, model_type = models.lora_modules(model), read_object(base / "config.json")["model_type"]
     if unused := [path for path in paths if is_unused(model_type, path)]:
@@ -94,11 +88,7 @@ def module_names(model: nn.Module, base: Path) -> dict[str, str]:
 
 
 def write(folder: Path, adapter: Adapter, base: str) -> None:
-    """Write an adapter whose paths are the names of transformers' modules.
-
-    Args:
-        base: the name of the model.
-    """
+    """Write an adapter of the model named `base`, by the names of transformers' modules."""
     arrays, adapter = {}, of_one_rank(adapter)
     for path, (a, b) in adapter.items():
         arrays[f"base_model.model.{path}.lora_A.weight"] = a.T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import tempfile
 import unicodedata
@@ -17,13 +18,16 @@ from lora_finetune.base.errors import UserError
 
 def real_file(file: Path) -> Path:
     """The file that a path means: behind links, and in either Unicode form of its name."""
-    if file.is_symlink():
-        resolved = Path(os.path.realpath(file))
-        # The hub's cache links to files without an ending, which tells what they are.
-        file = resolved if resolved.suffix or file.suffix == ".npz" else file
+    if file.suffix == ".npz":  # the hub's cache links .safetensors to files without the ending
+        file = Path(os.path.realpath(file)) if file.is_symlink() else file
     if file.exists():
         return file
     return next((f for f in file.parent.glob("*") if nfc(f.name) == nfc(file.name)), file)
+
+
+def write_json(file: Path, content: dict) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def nfc(text: str) -> str:
