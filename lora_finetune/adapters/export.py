@@ -48,12 +48,8 @@ def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
 def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) -> None:
     """Write each form into its folder, whole or not at all. The model is of no use afterwards.
 
-    Args:
-        base: the folder of the model.
-        name: of the model for other tools: its repository, or the path of its folder.
-
-    Raises:
-        UserError: it cannot be written, or a merged model does not do what the adapted one does.
+    `name` is the model's for other tools: its repository, or the path of its folder, `base`.
+    Raises UserError where a form cannot be written.
     """
     forms = {form for form, _ in exports}
     adapter, layers = whole_pairs(model), models.layer_paths(model)

@@ -31,11 +31,7 @@ def find_adapter(path: Path) -> Path:
 def read_adapter(file: Path) -> Adapter:
     """Read an .npz file, or a .safetensors file of mlx-lm or PEFT with its adapter_config.json.
 
-    Returns:
-        For each adapted path, first layer first, A (d_in, r) and B (r, d_out), for scale 20.
-
-    Raises:
-        UserError: no such file, not a whole one, not pairs of matrices, or not plain LoRA.
+    Raises UserError: no such file, not a whole one, not pairs of matrices, or not plain LoRA.
     """
     if not file.is_file():
         raise UserError(f"there is no adapter file {file}; name one that a run has saved")
@@ -57,14 +53,9 @@ def adapt(
 ) -> None:  # fmt: skip
     """Put LoRA into a model: where the adapter read from `source` has it, or in the last layers.
 
-    With both an adapter and `lora_layers`, what the adapter lacks of those layers starts fresh.
-
-    Args:
-        rank: of what starts fresh; by default that of the adapter, else 8.
-        scale: what the adapter is for.
-
-    Raises:
-        UserError: the adapter is not for this model, or reaches outside those layers.
+    With both an adapter, for this scale, and `lora_layers`, what it lacks of those layers starts
+    fresh, with this rank (default: the adapter's, else 8). Raises UserError where the adapter is
+    not for this model, or reaches outside those layers.
     """
     adapter = placed(source, adapter, model)
     ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}

@@ -12,13 +12,8 @@ from lora_finetune.adapters.npz import Adapter
 from lora_finetune.base.errors import UserError, abbreviated
 from lora_finetune.base.files import write_json
 from lora_finetune.mlx_patches.loading import as_loaded, can_merge, float_type, load_as_stored
+from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.files import read_object, text_settings
-from lora_finetune.model_folder.transformers_names import (
-    MODEL_TYPES,
-    ONE_WAY,
-    checkpoint_name,
-    is_written_by_mlx,
-)
 from lora_finetune.model_folder.weights import read_weights
 
 import mlx.core as mx
@@ -52,7 +47,7 @@ def is_converted(base: Path) -> bool:
     """Whether a base has other arrays than transformers saves: it is quantized, or of MLX."""
     settings = text_settings(read_object(base / "config.json"))
     is_quantized = any(name.startswith("quantization") and value for name, value in settings)
-    return is_quantized or is_written_by_mlx(base)
+    return is_quantized or transformers_names.is_written_by_mlx(base)
 
 
 def sample_logits(model: nn.Module) -> np.ndarray:
@@ -72,15 +67,9 @@ def write(
     """Write a whole model with the adapter in its weights.
 
     The base is loaded again as it is in its files. Only the adapted layers change: where they were
-    quantized, they are dequantized. Names and layouts are those of the base's files, or, where
-    `dequantize` asks for them, those of transformers.
-
-    Args:
-        expected: the `sample_logits` of the adapted model.
-        dequantize: whether the other layers are dequantized too.
-
-    Raises:
-        UserError: the merged model does something else.
+    quantized, they are dequantized. With `dequantize` all layers are, and names and layouts are
+    those of transformers. Raises UserError where the merged model does something else than the
+    adapted one, whose `sample_logits` are `expected`.
     """
     model, used, _ = load_as_stored(base)
     loading.adapt(model, adapter, base, None)
@@ -135,7 +124,7 @@ def write_weights(folder: Path, weights: Arrays, written_by: str) -> None:
 def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: bool) -> Arrays:
     """The weights of a merged model as MLX has it; dequantized, as transformers has it.
 
-    Its configuration is written; `used` is that of the base in mlx-lm's words.
+    Its configuration is written; `used` has the quantization that mlx-lm found in the base.
     """
     layers = {path: module.merged() for path, module in models.lora_modules(model).items()}
     model.update_modules(tree_unflatten(list(layers.items())))
@@ -185,8 +174,9 @@ def in_checkpoint(base: Path, model: nn.Module) -> Arrays:
     model_type = config["model_type"]
     if left := [path for path, module in model.named_modules() if "scales" in module]:
         raise ValueError(f"mlx-lm cannot dequantize {abbreviated(left)}")
+    known = set(transformers_names.MODEL_TYPES) - transformers_names.ONE_WAY
     # Of a model with a text_config, mlx-lm reads only the language model.
-    if "text_config" in config or model_type not in set(MODEL_TYPES) - ONE_WAY:
+    if "text_config" in config or model_type not in known:
         raise ValueError(f"how transformers has the weights of {model_type} models is not known")
     zeros = {name: mx.zeros_like(array) for name, array in weights.items()}
     again = as_loaded(base, moved_arrays(model_type, zeros))
@@ -201,7 +191,7 @@ def moved_arrays(model_type: str, weights: Arrays) -> Arrays:
     """Weights as in a checkpoint: experts one by one, kernels of convolutions last."""
     found = {}
     for name, array in weights.items():
-        there = checkpoint_name(model_type, name)
+        there = transformers_names.checkpoint_name(model_type, name)
         if array.ndim == 3 and (expert := re.fullmatch(r"(.*\.experts)(\.\w+\.weight)", there)):
             found |= {f"{expert[1]}.{n}{expert[2]}": each for n, each in enumerate(array)}
         elif model_type == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", there):

@@ -15,13 +15,8 @@ import models
 from lora_finetune.adapters.mlx_lm import of_one_rank, write_files
 from lora_finetune.adapters.npz import Adapter
 from lora_finetune.base.errors import UserError, abbreviated, hint
+from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.files import read_object
-from lora_finetune.model_folder.transformers_names import (
-    MODEL_TYPES,
-    is_unused,
-    is_written_by_mlx,
-    module_name,
-)
 from lora_finetune.model_folder.weights import read_weights
 
 import mlx.nn as nn
@@ -43,13 +38,13 @@ def read(
 
     Raises UserError where it is more than LoRA, and other errors where its scale is not known.
     """
-    where, found = file.with_name("adapter_config.json"), {}
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(CHANGES_BASE):
         raise UserError(
-            f"{where} has init_lora_weights {start!r}, for which PEFT changed the base weights; "
-            "convert it to plain LoRA there (path_initial_model_for_weight_conversion)"
+            f"{file}: for its init_lora_weights, {start!r}, PEFT changed the base weights; convert "
+            "it to plain LoRA there (path_initial_model_for_weight_conversion)"
         )
+    found = {}
     for name, array in arrays.items():
         match = NAME.fullmatch(name)
         if not match:
@@ -76,11 +71,11 @@ def module_names(model: nn.Module, base: Path) -> dict[str, str]:
     Raises ValueError where they are not known, or LoRA has no effect there.
     """
     paths, model_type = models.lora_modules(model), read_object(base / "config.json")["model_type"]
-    if unused := [path for path in paths if is_unused(model_type, path)]:
+    if unused := [p for p in paths if transformers_names.is_unused(model_type, p)]:
         raise ValueError(f"in PEFT LoRA of {unused[0]} has no effect: transformers never calls it")
-    if model_type in MODEL_TYPES:
-        return {path: module_name(model_type, path) for path in paths}
-    arrays = {} if is_written_by_mlx(base) else read_weights(base)
+    if model_type in transformers_names.MODEL_TYPES:
+        return {path: transformers_names.module_name(model_type, path) for path in paths}
+    arrays = {} if transformers_names.is_written_by_mlx(base) else read_weights(base)
     for path in paths:
         if f"{path}.weight" not in arrays:
             raise ValueError(f"it is not known what transformers calls {path} of {model_type}")

@@ -95,10 +95,9 @@ def report(error: BaseException) -> int:
 
 
 def describe(error: BaseException) -> str:
-    if isinstance(error, Interrupted):
-        return f"interrupted: {one_line(error.outcome)}"
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        outcome = f": {error.outcome}" if isinstance(error, Interrupted) else ""
+        return f"interrupted{one_line(outcome)}"
     if isinstance(error, OSError):
         file = f"{one_line(str(error.filename))}: " if error.filename else ""
         return f"error: {file}{error.strerror or error}"

@@ -20,33 +20,23 @@ def load_fast_blas() -> str | None:
     """Load a BLAS in place of the slow one in the mlx-cpu wheel; returns its file or name.
 
     The dynamic linker gives libmlx the first `cblas_sgemm` in the process, so a library that was
-    loaded globally before it wins.
+    loaded globally before it wins. That of the wheel ngsolve-openblas looks for libgfortran.so.5
+    in its own folder but does not bring it. NumPy's wheel does, under a name with a hash; a folder
+    of links puts the two side by side while they are loaded.
     """
-    if wheel := load_openblas_wheel():
-        return wheel
+    wheel = package_files("ngsolve_openblas", "libopenblas*.so")
+    with suppress(OSError), tempfile.TemporaryDirectory() as folder:
+        for file in [*wheel, *package_files("numpy", "../numpy.libs/lib*")]:
+            name = "libgfortran.so.5" if file.name.startswith("libgfortran") else file.name
+            Path(folder, name).symlink_to(file.resolve())
+        for file in wheel:
+            ctypes.CDLL(f"{folder}/{file.name}", mode=ctypes.RTLD_GLOBAL)
+            return str(file)
     for folder in (f"{sys.prefix}/lib/", ""):  # conda's or the mkl wheel's, then the system's
         for name in BLAS_NAMES:
             with suppress(OSError):
                 ctypes.CDLL(folder + name, mode=ctypes.RTLD_GLOBAL)
                 return folder + name
-    return None
-
-
-def load_openblas_wheel() -> str | None:
-    """Load the OpenBLAS of the wheel ngsolve-openblas, which requirements.txt names.
-
-    It looks for libgfortran.so.5 in its own folder but does not bring it. NumPy's wheel does,
-    under a name with a hash; a folder of links puts the two side by side while they are loaded.
-    """
-    openblas = package_files("ngsolve_openblas", "libopenblas*.so")
-    if not openblas:
-        return None
-    with suppress(OSError), tempfile.TemporaryDirectory() as folder:
-        for file in [*openblas, *package_files("numpy", "../numpy.libs/lib*")]:
-            name = "libgfortran.so.5" if file.name.startswith("libgfortran") else file.name
-            Path(folder, name).symlink_to(file.resolve())
-        ctypes.CDLL(f"{folder}/{openblas[0].name}", mode=ctypes.RTLD_GLOBAL)
-        return str(openblas[0])
     return None
 
 

