@@ -79,7 +79,7 @@ def write(
     if converted:
         weights = rebuilt(folder, base, model, used, dequantize)
     else:
-        weights = changed_arrays(base, model)
+        weights = changed_arrays(base, adapter)
     model.clear()  # so that each array is freed when it is written
     write_weights(folder, weights, "mlx" if converted and not dequantize else "pt")
     distance = np.square(sample_logits(models.load(folder)[0]) - expected).mean(axis=-1)
@@ -142,17 +142,15 @@ def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: 
 # --- Names and layouts --------------------------------------------------------------------------
 
 
-def changed_arrays(base: Path, model: nn.Module) -> Arrays:
-    """The arrays in a base's files with the updates of an adapted model.
+def changed_arrays(base: Path, adapter: Adapter) -> Arrays:
+    """The arrays in a base's files with the updates of an adapter.
 
     mlx-lm renames, turns, joins and splits arrays when it loads them (`sanitize`). The way back is
     the gradient of that with the updates as cotangents, since numbers are only put elsewhere. Sums
     are made in float32 and rounded once, to the type of the array.
     """
-    updates, arrays = {}, read_weights(base)
-    for path, module in models.lora_modules(model).items():
-        a, b = module.pair()
-        updates[path] = models.SCALE * (a @ b).T
+    updates = {p: models.SCALE * (mx.array(a) @ mx.array(b)).T for p, (a, b) in adapter.items()}
+    arrays = read_weights(base)
     names = [name for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)]
     wide = [arrays[name].astype(mx.float32) for name in names]
 

@@ -37,8 +37,7 @@ def write(folder: Path, adapter: Adapter, layers: list[str], base: str) -> None:
 
     mlx-lm adapts the modules of certain names in the last layers.
     """
-    adapter = of_one_rank(adapter)
-    rank = next(iter(adapter.values()))[0].shape[1]
+    adapter, rank = of_one_rank(adapter)
     starts = [f"{layer}." for layer in layers]
     keys = {path.removeprefix(next(filter(path.startswith, starts), "")) for path in adapter}
     adapted = [n for n, start in enumerate(starts) if any(p.startswith(start) for p in adapter)]
@@ -57,13 +56,13 @@ def write(folder: Path, adapter: Adapter, layers: list[str], base: str) -> None:
     write_files(folder / FILE, named(adapter), "mlx", config)
 
 
-def of_one_rank(adapter: Adapter) -> Adapter:
-    """The same updates, all of the highest rank among them: the others get rows of zeros."""
-    rank = max(a.shape[1] for a, _ in adapter.values())
-    return {
-        path: (np.pad(a, ((0, 0), (0, rank - len(b)))), np.pad(b, ((0, rank - len(b)), (0, 0))))
-        for path, (a, b) in adapter.items()
-    }
+def of_one_rank(adapter: Adapter) -> tuple[Adapter, int]:
+    """The same updates, all of the highest rank, and that: the others get rows of zeros."""
+    padded, rank = {}, max(a.shape[1] for a, _ in adapter.values())
+    for path, (a, b) in adapter.items():
+        zeros = (0, rank - len(b))
+        padded[path] = np.pad(a, ((0, 0), zeros)), np.pad(b, (zeros, (0, 0)))
+    return padded, rank
 
 
 def write_files(

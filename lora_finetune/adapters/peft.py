@@ -84,7 +84,8 @@ def module_names(model: nn.Module, base: Path) -> dict[str, str]:
 
 def write(folder: Path, adapter: Adapter, base: str) -> None:
     """Write an adapter of the model named `base`, by the names of transformers' modules."""
-    arrays, adapter = {}, of_one_rank(adapter)
+    adapter, rank = of_one_rank(adapter)
+    arrays = {}
     for path, (a, b) in adapter.items():
         arrays[f"base_model.model.{path}.lora_A.weight"] = a.T
         arrays[f"base_model.model.{path}.lora_B.weight"] = b.T
@@ -95,7 +96,6 @@ def write(folder: Path, adapter: Adapter, base: str) -> None:
             f"PEFT takes the routers ({abbreviated(routers)}) as target_parameters; other tools, "
             "and versions of transformers that name them otherwise, may leave them out"
         )
-    rank = next(iter(adapter.values()))[0].shape[1]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -76,24 +76,6 @@ def hint_if_slow(message: str) -> Iterator[None]:
         timer.cancel()
 
 
-def run_and_report_errors(run: Callable[[], None]) -> int:
-    """Run; returns the exit status: 2 after an error that the user can put right."""
-    try:
-        run()
-        sys.stdout.flush()
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        return report(error)
-    return 0
-
-
-def report(error: BaseException) -> int:
-    """Print the line that tells what ended a run; returns the exit status."""
-    print(describe(error), file=sys.stderr)
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + getattr(error, "signal", signal.SIGINT)
-    return 2
-
-
 def describe(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         outcome = f": {error.outcome}" if isinstance(error, Interrupted) else ""
@@ -105,7 +87,7 @@ def describe(error: BaseException) -> str:
 
 
 def report_uncaught(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-    """`sys.excepthook`: also one line where a script's imports fail, or Ctrl-C comes meanwhile."""
+    """`sys.excepthook`: one line, and status 2, for what the user can put right."""
     if isinstance(error, ModuleNotFoundError):
         error = UserError(
             f"{error.name} is not installed for {sys.executable}; `make demo` installs all that is "
@@ -113,6 +95,9 @@ def report_uncaught(kind: type, error: BaseException, trace: TracebackType | Non
         )
     elif isinstance(error, ImportError):  # such as that of MLX for CUDA where there is no GPU
         error = UserError(f"{first_line(error)}; see README.md for what to install where")
-    if isinstance(error, (UserError, OSError, KeyboardInterrupt)):
-        sys.exit(report(error))
-    traceback.print_exception(error, file=sys.__stderr__)
+    if not isinstance(error, (UserError, OSError, KeyboardInterrupt)):
+        traceback.print_exception(error, file=sys.__stderr__)
+        return
+    print(describe(error), file=sys.stderr)
+    is_interrupt = isinstance(error, KeyboardInterrupt)
+    sys.exit(128 + getattr(error, "signal", signal.SIGINT) if is_interrupt else 2)

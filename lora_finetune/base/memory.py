@@ -48,16 +48,13 @@ def machine_memory(root: Path = Path("/")) -> int:
     return min(limits)
 
 
-SMALL_CACHE = 32 * 2**20  # bytes, MLX's own default on a CPU
-
-
 def set_limits(limit: int) -> None:
     """Set MLX's memory, cache and (Metal) wired limits, in bytes."""
     mx.set_memory_limit(min(limit, mx.get_memory_limit()))
-    # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
-    # On a CPU the C library does that, of any size, and better.
-    on_cpu = mx.default_device() == mx.cpu
-    mx.set_cache_limit(min(limit // 8, SMALL_CACHE) if on_cpu else limit // 8)
+    # A GPU's freed buffers are kept to use again; over batches of many shapes they would fill the
+    # memory. On a CPU MLX keeps 32 MB, and the C library more, of any size.
+    if mx.default_device() == mx.gpu:
+        mx.set_cache_limit(limit // 8)
     maybe_set_recommended_wired_limit()  # where there is Metal, weights then stay in memory
 
 
