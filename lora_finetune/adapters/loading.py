@@ -29,7 +29,7 @@ def find_adapter(path: Path) -> Path:
 
 
 def read_adapter(file: Path) -> Adapter:
-    """Read an .npz file, or a .safetensors file of mlx-lm or PEFT with its adapter_config.json.
+    """An adapter, for scale 20, from an .npz file or a .safetensors file of mlx-lm or PEFT.
 
     Raises UserError: no such file, not a whole one, not pairs of matrices, or not plain LoRA.
     """
@@ -59,8 +59,9 @@ def adapt(
     """
     adapter = placed(source, adapter, model)
     ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
-    if other := next((found for found in ranks.values() if rank not in (None, found)), None):
-        raise UserError(f"{source} has rank {other}, not --lora-rank {rank}; leave that out")
+    for own in ranks.values():
+        if rank not in (None, own):
+            raise UserError(f"{source} has rank {own}, not --lora-rank {rank}; leave that out")
     if lora_layers is not None:
         ranks = with_fresh(model, ranks, source, lora_layers, rank)
     models.add_lora(model, ranks, scale)

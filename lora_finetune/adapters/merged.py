@@ -14,7 +14,7 @@ from lora_finetune.base.files import write_json
 from lora_finetune.mlx_patches.loading import as_loaded, can_merge, float_type, load_as_stored
 from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.files import read_object, text_settings
-from lora_finetune.model_folder.weights import read_weights
+from lora_finetune.model_folder.weights import Weights, read_weights
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,8 +22,6 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model
-
-Arrays = dict[str, mx.array]
 
 # How far apart rounding may bring the logits of two models with weights of these types.
 NOISE = {mx.float32: 1e-3, mx.float16: 0.02, mx.bfloat16: 0.1}
@@ -107,7 +105,7 @@ def copy_others(base: Path, folder: Path) -> None:
             shutil.copyfile(file, copy)
 
 
-def write_weights(folder: Path, weights: Arrays, written_by: str) -> None:
+def write_weights(folder: Path, weights: Weights, written_by: str) -> None:
     """Write weights in shards of at most 5 GB, with an index; the weights are used up."""
     shards = split_state_dict_into_shards_factory(
         weights,
@@ -121,7 +119,7 @@ def write_weights(folder: Path, weights: Arrays, written_by: str) -> None:
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: bool) -> Arrays:
+def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: bool) -> Weights:
     """The weights of a merged model as MLX has it; dequantized, as transformers has it.
 
     Its configuration is written; `used` has the quantization that mlx-lm found in the base.
@@ -142,7 +140,7 @@ def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: 
 # --- Names and layouts --------------------------------------------------------------------------
 
 
-def changed_arrays(base: Path, adapter: Adapter) -> Arrays:
+def changed_arrays(base: Path, adapter: Adapter) -> Weights:
     """The arrays in a base's files with the updates of an adapter.
 
     mlx-lm renames, turns, joins and splits arrays when it loads them (`sanitize`). The way back is
@@ -163,7 +161,7 @@ def changed_arrays(base: Path, adapter: Adapter) -> Arrays:
     return arrays | {n: a.astype(arrays[n].dtype) for n, a in zip(names, changed, strict=True)}
 
 
-def in_checkpoint(base: Path, model: nn.Module) -> Arrays:
+def in_checkpoint(base: Path, model: nn.Module) -> Weights:
     """The weights of a base's model by the names and in the layouts of transformers' checkpoints.
 
     Raises ValueError where they are not known.
@@ -185,7 +183,7 @@ def in_checkpoint(base: Path, model: nn.Module) -> Arrays:
     return moved_arrays(model_type, weights)
 
 
-def moved_arrays(model_type: str, weights: Arrays) -> Arrays:
+def moved_arrays(model_type: str, weights: Weights) -> Weights:
     """Weights as in a checkpoint: experts one by one, kernels of convolutions last."""
     found = {}
     for name, array in weights.items():

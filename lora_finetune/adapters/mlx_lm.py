@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from lora_finetune.adapters.npz import Adapter, named
+from lora_finetune.adapters.npz import Adapter, Arrays, named
 from lora_finetune.base.files import write_json
 
 import mlx.core as mx
@@ -16,9 +16,7 @@ import numpy as np
 FILE = "adapters.safetensors"
 
 
-def read(
-    file: Path, arrays: dict[str, np.ndarray], config: dict[str, Any]
-) -> dict[str, np.ndarray]:
+def read(file: Path, arrays: Arrays, config: dict[str, Any]) -> Arrays:
     """The arrays of an adapter for scale 20; raises LookupError or TypeError without its own."""
     scale = np.float32(config["lora_parameters"]["scale"] / models.SCALE)
     return {name: a * scale if name.endswith(".lora_b") else a for name, a in arrays.items()}
@@ -65,9 +63,7 @@ def of_one_rank(adapter: Adapter) -> tuple[Adapter, int]:
     return padded, rank
 
 
-def write_files(
-    file: Path, arrays: dict[str, np.ndarray], written_by: str, config: dict[str, Any]
-) -> None:
+def write_files(file: Path, arrays: Arrays, written_by: str, config: dict[str, Any]) -> None:
     """Write a .safetensors file, and adapter_config.json beside it."""
     arrays = {name: mx.array(array) for name, array in arrays.items()}
     mx.save_safetensors(str(file), arrays, {"format": written_by})

@@ -17,19 +17,20 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a layer -> A (d_in, r), B (r, d_out)
+Arrays = dict[str, np.ndarray]  # by name
 
 
-def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+def trainable_arrays(model: nn.Module) -> Arrays:
     return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
 
 
-def file_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+def file_arrays(model: nn.Module) -> Arrays:
     """The trainable parameters as adapter files hold them: another scale is folded into B."""
     modules = model.named_modules()
     return named({path: m.pair() for path, m in modules if isinstance(m, models.LowRank)})
 
 
-def named(adapter: Adapter) -> dict[str, np.ndarray]:
+def named(adapter: Adapter) -> Arrays:
     """The arrays of an adapter by mlx-lm's names for them; `pair_arrays` undoes it."""
     arrays = {}
     for path, (a, b) in adapter.items():
@@ -37,12 +38,12 @@ def named(adapter: Adapter) -> dict[str, np.ndarray]:
     return arrays
 
 
-def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
+def pair_arrays(file: Path, arrays: Arrays) -> Adapter:
     """The adapter in the named arrays of a file, first layer first.
 
     Raises UserError where they are not pairs of finite matrices.
     """
-    pairs: dict[str, dict[str, np.ndarray]] = {}
+    pairs: dict[str, Arrays] = {}
     for name in sorted(arrays, key=natural_order):
         path, _, which = name.rpartition(".")
         pairs.setdefault(path, {})[which] = arrays[name]
@@ -67,20 +68,20 @@ def rescaled(adapter: Adapter, old: float, new: float) -> Adapter:
     return {path: (a, b * np.float32(old / new)) for path, (a, b) in adapter.items()}
 
 
-def npz_content(arrays: dict[str, np.ndarray]) -> bytes:
+def npz_content(arrays: Arrays) -> bytes:
     """The bytes of an .npz file."""
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()
 
 
-def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(file: Path, arrays: Arrays) -> None:
     """Write an .npz file, whole or not at all."""
     with atomic_write(file) as [stream]:
         np.savez(stream, **arrays)
 
 
-def read_arrays(file: Path) -> dict[str, np.ndarray]:
+def read_arrays(file: Path) -> Arrays:
     """The arrays of an .npz or .safetensors file; nothing pickled is loaded.
 
     Raises UserError where it is not a whole file of plain arrays.

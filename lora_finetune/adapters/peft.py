@@ -13,7 +13,7 @@ from typing import Any
 
 import models
 from lora_finetune.adapters.mlx_lm import of_one_rank, write_files
-from lora_finetune.adapters.npz import Adapter
+from lora_finetune.adapters.npz import Adapter, Arrays
 from lora_finetune.base.errors import UserError, abbreviated, hint
 from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.files import read_object
@@ -31,9 +31,7 @@ NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(\.default)?\.weight")
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read(
-    file: Path, arrays: dict[str, np.ndarray], config: dict[str, Any]
-) -> dict[str, np.ndarray]:
+def read(file: Path, arrays: Arrays, config: dict[str, Any]) -> Arrays:
     """The arrays of an adapter as mlx-lm names and shapes them, for scale 20.
 
     Raises UserError where it is more than LoRA, and other errors where its scale is not known.

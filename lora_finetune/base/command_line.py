@@ -56,9 +56,7 @@ def nonempty(text: str) -> str:
     return text
 
 
-def number(
-    kind: type, least: float, below: float = math.inf, also: int | None = None
-) -> Callable[[str], float]:
+def number(kind: type, least: float, below: float = math.inf, also: int | None = None) -> Callable:
     """An argparse type: a finite number from `least` on and less than `below`, or `also`."""
 
     def parse(text: str) -> float:
