@@ -64,10 +64,10 @@ def write(
 ) -> None:
     """Write a whole model with the adapter in its weights.
 
-    The base is loaded again as it is in its files. Only the adapted layers change: where they were
-    quantized, they are dequantized. With `dequantize` all layers are, and names and layouts are
-    those of transformers. Raises UserError where the merged model does something else than the
-    adapted one, whose `sample_logits` are `expected`.
+    The base is loaded again as it is in its files, whose names and layouts are kept. Only the
+    adapted layers change: where they were quantized, they are dequantized. With `dequantize` all
+    layers are, and names and layouts are those of transformers. Raises UserError where the merged
+    model does something else than the adapted one, whose `sample_logits` are `expected`.
     """
     model, used, _ = load_as_stored(base)
     loading.adapt(model, adapter, base, None)

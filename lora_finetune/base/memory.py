@@ -61,9 +61,8 @@ def set_limits(limit: int) -> None:
 def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
     """How many texts a step can take at once in `limit` bytes, up to `most`; 0 if not even one.
 
-    Some systems kill a process that runs out of memory. So before several texts are tried, their
-    memory is extrapolated from one, and where that might be too much from one and two. `step` does
-    a step on so many of the longest texts.
+    Some systems kill a process that runs out of memory. So before many texts are tried, their
+    memory is extrapolated from one and two. `step` does a step on so many of the longest texts.
     """
     base = mx.get_active_memory()
 
@@ -81,13 +80,11 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
 
     if (one := peak(1)) > limit:
         return 0
-    expected, number = base + (one - base) * most, most
-    if expected <= limit / 2:  # far from the limit, the time is saved
+    if most == 1 or base + (one - base) * most <= limit / 2:  # far from the limit, time is saved
         return most
-    if most > 1 and expected > limit:
-        if (two := peak(2)) > limit:
-            return 1
-        number = min(most, 2 + int((limit - two) // max(1, two - one)))
+    if (two := peak(2)) > limit:
+        return 1
+    number = min(most, 2 + int((limit - two) // max(1, two - one)))
     while number > 2 and peak(number) > limit:
         number -= -(-number // 8)
     return number
