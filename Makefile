@@ -31,10 +31,13 @@ bench: .venv/installed
 
 # pip's own lines go to a file, and are shown where it fails.
 INSTALL = { $(BIN)/pip install --disable-pip-version-check -r $(1) >.venv/install.log 2>&1 \
-	|| { cat .venv/install.log; exit 1; }; }
+	|| { cat .venv/install.log; echo "README.md says for which systems this is" >&2; exit 1; }; }
+
+CHECK = import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else \
+	"error: Python 3.11 to 3.14 is needed, and this is %d.%d; make PYTHON=python3.12 picks another" % v)
 
 .venv/installed: requirements.txt
-	@$(PYTHON) lora_finetune/base/check_platform.py
+	@$(PYTHON) -c '$(CHECK)'
 	@echo "Making .venv and installing MLX and what else requirements.txt names; takes a minute or more"
 	@$(PYTHON) -m venv .venv
 	@$(call INSTALL,requirements.txt)

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +20,6 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from lora_finetune.base import errors
 from lora_finetune.base.command_line import Parser, in_project, nonempty, number, whole_number
 from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
 from lora_finetune.base.files import atomic_write, nfc
@@ -393,7 +391,7 @@ def main() -> None:
     begin_process()
     args = parse_arguments()
     with raising_signals("nothing was written"):
-        sys.exit(errors.run_and_report_errors(partial(run, args), "the output"))
+        run(args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,13 +27,7 @@ from lora_finetune.base.command_line import (
     scale_number,
     whole_number,
 )
-from lora_finetune.base.errors import (
-    Interrupted,
-    UserError,
-    first_line,
-    run_and_report_errors,
-    warn,
-)
+from lora_finetune.base.errors import Interrupted, UserError, first_line, warn
 from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import patches, rope
@@ -129,12 +122,8 @@ def main() -> None:
     shares_work = config.train or config.test
     if not shares_work and process_rank() > 0:
         return
-
-    def run_together() -> None:
-        with distributed.join() if shares_work else nullcontext(ALONE) as group:
-            run(config, group)
-
-    sys.exit(run_and_report_errors(run_together, "the run"))
+    with distributed.join() if shares_work else nullcontext(ALONE) as group:
+        run(config, group)
 
 
 # --- The run ------------------------------------------------------------------------------------
@@ -199,7 +188,7 @@ def read_requests(this: Run) -> tuple[list[str], list[export.Export]]:
     config = this.config
     if not this.group.is_first:
         return [], []
-    exports = [export.Export(form, Path(folder)) for form, folder in config.export or []]
+    exports = [(form, Path(folder)) for form, folder in config.export or []]
     export.check_folders(exports)
     return prompts.read(config.prompt or []), exports
 

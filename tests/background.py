@@ -66,7 +66,22 @@ def run(
     if wait_at_end:
         distributed.WAIT_AT_END = wait_at_end
     sys.argv = [str(ROOT / "train_lora.py"), *args]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit(run_script(sys.argv[0]))
+
+
+def run_script(file: str) -> int:
+    """Run a script as Python does, which gives to `sys.excepthook` what ends it."""
+    try:
+        runpy.run_path(file, run_name="__main__")
+    except SystemExit as ended:
+        return ended.code or 0
+    except BaseException as error:
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit as ended:
+            return ended.code
+        return 1
+    return 0
 
 
 def slow_down(seconds: float) -> None:

@@ -6,7 +6,6 @@ import gc
 import hashlib
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import kernels  # noqa: E402
 import tiny  # noqa: E402
+from background import run_script  # noqa: E402
 from lora_finetune.base import linux_cpu  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
@@ -111,11 +111,10 @@ def call(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(sys, "argv", argv)
         for name in ("stdout", "stderr"):  # which the program replaces
             monkeypatch.setattr(sys, name, getattr(sys, name))
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(argv[0], run_name="__main__")
-        if ended.value.code or mx.default_device() == mx.gpu:
+        status = run_script(argv[0])
+        if status or mx.default_device() == mx.gpu:
             gc.collect()  # or a run that failed would keep its lock and its memory
-        return without_outcome(Ended(argv, ended.value.code, *capfdbinary.readouterr()))
+        return without_outcome(Ended(argv, status, *capfdbinary.readouterr()))
 
     return call
 

@@ -1,4 +1,4 @@
-"""Machines that are not as usual: nothing can be written, Windows, what MLX is not made for."""
+"""Machines that are not as usual: nothing can be written, Windows, an old Python."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 import tiny
 from conftest import PERPLEXITY, ROOT, Run, one_error
 from lora_finetune.base import files
-from lora_finetune.base.check_platform import unsupported_reason
 
 import datasets
 import mlx.core as mx
@@ -114,41 +113,14 @@ def test_windows_is_referred_to_wsl2(run: Run, script: str, args: list[str]) -> 
     one_error(run(*args, script=script, python=("-c", ON_WINDOWS)), "Windows", "WSL2")
 
 
-@pytest.mark.parametrize(
-    ("machine", "mentions"),
-    [
-        (((3, 11), "Darwin", "arm64", (14, 5)), []),
-        (((3, 14), "Darwin", "arm64", (26, 0, 1)), []),
-        (((3, 12), "Linux", "x86_64", (2, 35)), []),
-        (((3, 13), "Linux", "aarch64", (2, 41)), []),
-        (((3, 10), "Linux", "x86_64", (2, 35)), ["Python 3.11 to 3.14", "3.10"]),
-        (((3, 15), "Darwin", "arm64", (26, 0)), ["Python 3.11 to 3.14", "3.15"]),
-        (((2, 7), "Linux", "x86_64", (2, 35)), ["Python 3.11 to 3.14", "2.7"]),
-        (((3, 12), "Darwin", "x86_64", (14, 5)), ["Apple silicon", "x86_64"]),
-        (((3, 12), "Darwin", "arm64", (13, 7)), ["macOS 14", "13.7"]),
-        (((3, 12), "Linux", "x86_64", (2, 34)), ["glibc 2.35", "2.34"]),
-        (((3, 12), "Linux", "x86_64", ()), ["glibc 2.35"]),  # Alpine
-        (((3, 12), "Linux", "riscv64", (2, 41)), ["x86_64", "riscv64"]),
-        (((3, 12), "Windows", "AMD64", ()), ["WSL2"]),
-        (((3, 12), "FreeBSD", "amd64", ()), ["macOS or Linux"]),
-    ],
-)
-def test_what_mlx_cannot_be_installed_on_is_named(machine: tuple, mentions: list[str]) -> None:
-    message = unsupported_reason(*machine)
-    assert bool(message) == bool(mentions), message
-    assert all(mention in message for mention in mentions)
-
-
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 def test_make_names_what_is_missing_before_it_installs_anything(tmp_path: Path) -> None:
     """With a Python that says it is 3.10."""
-    for file in ("Makefile", "requirements.txt", "lora_finetune/base/check_platform.py"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, tmp_path / file)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
     old = tmp_path / "python3.10"
-    code = "import runpy, sys; sys.version_info = (3, 10, 4); sys.argv = sys.argv[1:]; "
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+    code = "import sys; sys.version_info = (3, 10, 4); $2"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
     old.chmod(0o755)
     # As typed, and not as a part of the `make test` that may have started these tests.
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}

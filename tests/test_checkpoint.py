@@ -225,7 +225,7 @@ def test_a_signal_that_was_ignored_stays_so() -> None:
     """As nohup has it."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with signals.StopSignals() as stop:
+        with signals.hearing_stops() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.1)
             assert stop.signal is None

@@ -354,7 +354,7 @@ BAD_FILES = {
     "a byte changed": WHOLE[:5000] + bytes([WHOLE[5000] ^ 1]) + WHOLE[5001:],
     "a safetensors file": b"\x02\0\0\0\0\0\0\0{}",
 }
-NOT_WHOLE = "is not a whole .npz file of plain arrays"
+NOT_WHOLE = "is not a whole .npz or .safetensors file of plain arrays"
 NOT_A_PAIR = f"{FIRST} is not a pair of matrices (d_in, r) and (r, d_out)"
 
 

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import resource
-import runpy
 import shutil
 import sys
 import tempfile
@@ -173,11 +172,7 @@ def run_command(case: Case) -> int:
     data = str(file.parent) if file.suffix == ".jsonl" else "texts"
     common = ["--model", "model", "--data", data]
     sys.argv = [str(ROOT / "train_lora.py"), *common, *commands[case.command]]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as ended:
-        return ended.code
-    raise AssertionError("the program did not exit")
+    return background.run_script(sys.argv[0])
 
 
 def commands_of(file: str) -> list[list[str]]:

@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 import prepare_lora_data
+from background import run_script
 from conftest import ROOT, Ended, Run, listing, one_error
 from lora_finetune.texts import dataset
 from lora_finetune.texts.sources import find_files
@@ -56,9 +56,8 @@ def prepare(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.Monke
     def prepare(source: Path, output: Path, *args: object) -> Ended:
         argv = [SCRIPT, "--source", source, "--output", output, *WIDE, *args]
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return Ended(argv, ended.value.code, *(out.decode() for out in capfdbinary.readouterr()))
+        status = run_script(str(SCRIPT))
+        return Ended(argv, status, *(out.decode() for out in capfdbinary.readouterr()))
 
     return prepare
 

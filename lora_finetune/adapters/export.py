@@ -2,65 +2,45 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import models
 from lora_finetune.adapters import merged, mlx_lm, npz, peft
 from lora_finetune.base.errors import UserError, hint
+from lora_finetune.base.files import whole_folder
 from lora_finetune.base.signals import raising_signals
 from lora_finetune.model_folder.transformers_names import is_written_by_mlx
 
 import mlx.nn as nn
 import numpy as np
 
+Export = tuple[str, Path]  # one of these forms, and the folder to be made for it
 
-class Export(NamedTuple):
-    """A form (mlx-lm, peft, merged or merged-float), and the folder to be made for it."""
-
-    form: str
-    folder: Path
+CHECKS = {
+    "mlx-lm": mlx_lm.check,
+    "peft": peft.module_names,
+    "merged": merged.check,
+    "merged-float": merged.check_float,
+}
 
 
 def check_folders(exports: list[Export]) -> None:
-    """Make each folder, so that one named twice is noticed too, and remove them again.
-
-    Raises:
-        UserError: one is there already, or cannot be made.
-    """
-    made: list[Path] = []
-    try:
-        for _, folder in exports:
+    """Raise UserError where a folder is there already or cannot be made."""
+    for _, folder in exports:
+        try:
             folder.mkdir()
-            made.append(folder)
-    except OSError as error:
-        raise UserError(
-            f"--export: the folder {folder} cannot be made: {error.strerror}; name a new one"
-        ) from None
-    finally:
-        for folder in reversed(made):
             folder.rmdir()
+        except OSError as error:
+            raise UserError(
+                f"--export: the folder {folder} cannot be made: {error.strerror}; name a new one"
+            ) from None
 
 
 def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
-    """Raise UserError where a form cannot hold the adapter of a model.
-
-    Args:
-        base: the folder of the model.
-    """
-    checks = {
-        "mlx-lm": mlx_lm.check,
-        "peft": peft.module_names,
-        "merged": merged.check,
-        "merged-float": merged.check_float,
-    }
+    """Raise UserError where a form cannot hold the adapter of a model, whose folder is `base`."""
     for form, _ in exports:
         try:
-            checks[form](model, base)
+            CHECKS[form](model, base)
         except ValueError as error:
             raise UserError(f"--export {form}: {error}; take another form") from None
 
@@ -68,17 +48,11 @@ def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
 def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) -> None:
     """Write each form into its folder, whole or not at all. The model is of no use afterwards.
 
-    Args:
-        model: with its adapter.
-        base: the folder of the model.
-        name: of the model for other tools: its repository, or the path of its folder.
-
-    Raises:
-        UserError: it cannot be written, or a merged model does not do what the adapted one does.
+    `name` is the model's for other tools: its repository, or the path of its folder, `base`.
+    Raises UserError where a form cannot be written.
     """
     forms = {form for form, _ in exports}
-    adapter = whole_pairs(model)
-    layers = models.layer_paths(model)
+    adapter, layers = whole_pairs(model), models.layer_paths(model)
     names = peft.module_names(model, base) if "peft" in forms else {}
     if names and is_written_by_mlx(base):
         hint(f"in PEFT take the original model in the place of {name}, which has MLX's layout")
@@ -99,18 +73,3 @@ def whole_pairs(model: nn.Module) -> npz.Adapter:
     """A and B of each adapted layer for scale 20, of fused projections as one."""
     modules = models.lora_modules(model)
     return {path: tuple(map(np.array, module.pair())) for path, module in modules.items()}
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder, which gets its name when all is written in it, or vanishes."""
-    made = folder.with_name(f".export.{secrets.token_hex(4)}")
-    try:
-        made.mkdir()
-        yield made
-        made.rename(folder)
-    except (OSError, RuntimeError) as error:  # MLX's are RuntimeErrors
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"the folder {folder} cannot be written: {why}") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import models
@@ -18,66 +19,49 @@ import numpy as np
 
 
 def find_adapter(path: Path) -> Path:
-    """The adapter file that a path means: itself, or the one in a folder of mlx-lm or PEFT.
-
-    Raises:
-        UserError: a folder without one; names the files that might be meant.
-    """
+    """The adapter file that a path means: itself, or the one in a folder of mlx-lm or PEFT."""
     if not path.is_dir():
         return path
     for name in (mlx_lm.FILE, peft.FILE):
         if (path / name).is_file():
             return path / name
-    files = sorted(file.name for file in path.iterdir() if file.suffix in (".npz", ".safetensors"))
-    name_one = f"name one of its files: {', '.join(files)}" if files else "it holds no adapter file"
-    raise UserError(f"{path} is a folder without {mlx_lm.FILE}; {name_one}")
+    raise UserError(f"{path} is a folder without {mlx_lm.FILE}; name the file of an adapter")
 
 
 def read_adapter(file: Path) -> Adapter:
-    """Read an .npz file, or a .safetensors file of mlx-lm or PEFT with its adapter_config.json.
+    """An adapter, for scale 20, from an .npz file or a .safetensors file of mlx-lm or PEFT.
 
-    Returns:
-        For each adapted path, first layer first, A (d_in, r) and B (r, d_out), for scale 20.
-
-    Raises:
-        UserError: no such file, not a whole one, not pairs of matrices, or not plain LoRA.
+    Raises UserError: no such file, not a whole one, not pairs of matrices, or not plain LoRA.
     """
     if not file.is_file():
         raise UserError(f"there is no adapter file {file}; name one that a run has saved")
     arrays = npz.read_arrays(file)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error
         if file.suffix == ".safetensors":
-            config = file.with_name("adapter_config.json")
-            if not config.is_file():
-                raise UserError(f"there is no {config.name} beside {file}, which tells its scale")
             form = peft if any(name.startswith("base_model.") for name in arrays) else mlx_lm
-            arrays = form.read(file, arrays, read_object(config))
+            config = file.with_name("adapter_config.json")
+            try:
+                arrays = form.read(file, arrays, read_object(config))
+            except (LookupError, TypeError, AttributeError, ArithmeticError, re.error):
+                raise UserError(f"{config} does not tell the scale; copy it again") from None
         return npz.pair_arrays(file, arrays)
 
 
 def adapt(
-    model: nn.Module,
-    adapter: Adapter,
-    source: Path | None,
-    lora_layers: int | None,
-    rank: int | None = None,
-    scale: float = models.SCALE,
-) -> None:
+    model: nn.Module, adapter: Adapter, source: Path | None, lora_layers: int | None,
+    rank: int | None = None, scale: float = models.SCALE,
+) -> None:  # fmt: skip
     """Put LoRA into a model: where the adapter read from `source` has it, or in the last layers.
 
-    With both an adapter and `lora_layers`, what the adapter lacks of those layers starts fresh.
-
-    Args:
-        rank: of what starts fresh; by default that of the adapter, else 8.
-        scale: what the adapter is for.
-
-    Raises:
-        UserError: the adapter is not for this model, or reaches outside those layers.
+    With both an adapter, for this scale, and `lora_layers`, what it lacks of those layers starts
+    fresh, with this rank (default: the adapter's, else 8). Raises UserError where the adapter is
+    not for this model, or reaches outside those layers.
     """
     adapter = placed(source, adapter, model)
     ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
-    if other := next((found for found in ranks.values() if rank not in (None, found)), None):
-        raise UserError(f"{source} has rank {other}, not --lora-rank {rank}; leave that out")
+    for own in ranks.values():
+        if rank not in (None, own):
+            raise UserError(f"{source} has rank {own}, not --lora-rank {rank}; leave that out")
     if lora_layers is not None:
         ranks = with_fresh(model, ranks, source, lora_layers, rank)
     models.add_lora(model, ranks, scale)
@@ -107,11 +91,7 @@ def with_fresh(
 
 
 def placed(file: Path, adapter: Adapter, model: nn.Module) -> Adapter:
-    """The adapter by the paths of a model, where it has transformers' names for them.
-
-    Raises:
-        UserError: some of it has no place in the model; names the first few.
-    """
+    """The adapter by the paths of a model; raises UserError where some of it has none there."""
     shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
     shapes |= dict([*attention_projections(model), *router_projections(model)])
     if not adapter.keys() <= shapes.keys():
@@ -121,18 +101,16 @@ def placed(file: Path, adapter: Adapter, model: nn.Module) -> Adapter:
         if path not in shapes:
             wrong.append(f"there is no linear layer {path}")
         elif (b.shape[1], a.shape[0]) != shapes[path]:
-            wrong.append(
-                f"{path} maps {shapes[path][1]} to {shapes[path][0]} numbers, "
-                f"its A and B {a.shape[0]} to {b.shape[1]}"
-            )
+            d_out, d_in = shapes[path]
+            its = f"its A and B {a.shape[0]} to {b.shape[1]}"
+            wrong.append(f"{path} maps {d_in} to {d_out} numbers, {its}")
     if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{file} is not for this model: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"{file} is not for this model: {'; '.join(wrong[:3])}")
     return adapter
 
 
 def under_our_names(adapter: Adapter, paths: list[str]) -> Adapter:
-    """The adapter by some of the paths, if a type of model has its names for them."""
+    """The adapter by some of the paths, if transformers has its names for them in some model."""
     for model_type in MODEL_TYPES:
         for name_of in (module_name, checkpoint_name):
             names = name_of(model_type, "\n".join(paths)).split("\n")

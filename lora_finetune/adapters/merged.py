@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -11,15 +10,11 @@ import models
 from lora_finetune.adapters import loading
 from lora_finetune.adapters.npz import Adapter
 from lora_finetune.base.errors import UserError, abbreviated
+from lora_finetune.base.files import write_json
 from lora_finetune.mlx_patches.loading import as_loaded, can_merge, float_type, load_as_stored
+from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.files import read_object, text_settings
-from lora_finetune.model_folder.transformers_names import (
-    MODEL_TYPES,
-    ONE_WAY,
-    checkpoint_name,
-    is_written_by_mlx,
-)
-from lora_finetune.model_folder.weights import read_weights
+from lora_finetune.model_folder.weights import Weights, read_weights
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +23,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
-Arrays = dict[str, mx.array]
+# How far apart rounding may bring the logits of two models with weights of these types.
+NOISE = {mx.float32: 1e-3, mx.float16: 0.02, mx.bfloat16: 0.1}
 
 
 def check(model: nn.Module, base: Path) -> None:
@@ -49,7 +45,15 @@ def is_converted(base: Path) -> bool:
     """Whether a base has other arrays than transformers saves: it is quantized, or of MLX."""
     settings = text_settings(read_object(base / "config.json"))
     is_quantized = any(name.startswith("quantization") and value for name, value in settings)
-    return is_quantized or is_written_by_mlx(base)
+    return is_quantized or transformers_names.is_written_by_mlx(base)
+
+
+def sample_logits(model: nn.Module) -> np.ndarray:
+    """The logits for some tokens less their mean, (tokens, vocabulary), float32."""
+    model.eval()
+    logits = model(mx.arange(1, 17)[None])[0].astype(mx.float32)
+    logits = mx.where(mx.isfinite(logits), logits, 0)  # some are −∞, for tokens that never come
+    return np.array(logits - logits.mean(axis=-1, keepdims=True))
 
 
 # --- Writing ------------------------------------------------------------------------------------
@@ -60,16 +64,10 @@ def write(
 ) -> None:
     """Write a whole model with the adapter in its weights.
 
-    The base is loaded again as it is in its files. Only the adapted layers change: where they were
-    quantized, they are dequantized. Names and layouts are those of the base's files, or, where
-    `dequantize` asks for them, those of transformers.
-
-    Args:
-        expected: the `sample_logits` of the adapted model.
-        dequantize: whether the other layers are dequantized too.
-
-    Raises:
-        UserError: the merged model does something else.
+    The base is loaded again as it is in its files, whose names and layouts are kept. Only the
+    adapted layers change: where they were quantized, they are dequantized. With `dequantize` all
+    layers are, and names and layouts are those of transformers. Raises UserError where the merged
+    model does something else than the adapted one, whose `sample_logits` are `expected`.
     """
     model, used, _ = load_as_stored(base)
     loading.adapt(model, adapter, base, None)
@@ -79,10 +77,12 @@ def write(
     if converted:
         weights = rebuilt(folder, base, model, used, dequantize)
     else:
-        weights = changed_arrays(base, model)
+        weights = changed_arrays(base, adapter)
     model.clear()  # so that each array is freed when it is written
     write_weights(folder, weights, "mlx" if converted and not dequantize else "pt")
-    error = difference(sample_logits(models.load(folder)[0]), expected)
+    distance = np.square(sample_logits(models.load(folder)[0]) - expected).mean(axis=-1)
+    # The median over the tokens, for some of which a router may choose another expert.
+    error = float(np.sqrt(np.median(distance / np.square(expected).mean(axis=-1))))
     if not error <= noise:
         raise UserError(
             "the merged model does not do what the adapted one does (its logits differ by "
@@ -94,19 +94,18 @@ def write(
 # other kinds, which a pickle may be, and no programs.
 KEPT = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.tiktoken")
 KEPT += ("LICENSE*", "README.md")
-NOT_KEPT = ("hf_quant_config.json", "*.index.json")  # of the weights
 
 
 def copy_others(base: Path, folder: Path) -> None:
-    """Copy the files of a base that are neither weights nor programs."""
+    """Copy the files of a base that are neither weights, nor tell of them, nor programs."""
     for file in {file for pattern in KEPT for file in base.glob(pattern)}:
-        if not any(map(file.match, NOT_KEPT)):
+        if not file.name.endswith((".index.json", "hf_quant_config.json")):
             copy = folder / file.relative_to(base)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
 
 
-def write_weights(folder: Path, weights: Arrays, written_by: str) -> None:
+def write_weights(folder: Path, weights: Weights, written_by: str) -> None:
     """Write weights in shards of at most 5 GB, with an index; the weights are used up."""
     shards = split_state_dict_into_shards_factory(
         weights,
@@ -117,17 +116,13 @@ def write_weights(folder: Path, weights: Arrays, written_by: str) -> None:
         shard = {name: weights.pop(name) for name in names}
         mx.save_safetensors(str(folder / file), shard, {"format": written_by})
     index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-    file = folder / "model.safetensors.index.json"
-    file.write_text(json.dumps(index, indent=2), encoding="utf-8")
+    write_json(folder / "model.safetensors.index.json", index)
 
 
-def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: bool) -> Arrays:
+def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: bool) -> Weights:
     """The weights of a merged model as MLX has it; dequantized, as transformers has it.
 
-    Its configuration is written.
-
-    Args:
-        used: the configuration of the base in mlx-lm's words.
+    Its configuration is written; `used` has the quantization that mlx-lm found in the base.
     """
     layers = {path: module.merged() for path, module in models.lora_modules(model).items()}
     model.update_modules(tree_unflatten(list(layers.items())))
@@ -136,7 +131,7 @@ def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: 
     if "quantization" in used and not dequantize:
         quantization = used["quantization"] | dict.fromkeys(layers, False)
         config |= {"quantization": quantization, "quantization_config": quantization}
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    write_json(folder / "config.json", config)
     if dequantize:
         return in_checkpoint(base, dequantize_model(model))
     return dict(tree_flatten(model.parameters()))
@@ -145,17 +140,15 @@ def rebuilt(folder: Path, base: Path, model: nn.Module, used: dict, dequantize: 
 # --- Names and layouts --------------------------------------------------------------------------
 
 
-def changed_arrays(base: Path, model: nn.Module) -> Arrays:
-    """The arrays in a base's files with the updates of an adapted model.
+def changed_arrays(base: Path, adapter: Adapter) -> Weights:
+    """The arrays in a base's files with the updates of an adapter.
 
     mlx-lm renames, turns, joins and splits arrays when it loads them (`sanitize`). The way back is
     the gradient of that with the updates as cotangents, since numbers are only put elsewhere. Sums
     are made in float32 and rounded once, to the type of the array.
     """
-    updates, arrays = {}, read_weights(base)
-    for path, module in models.lora_modules(model).items():
-        a, b = module.pair()
-        updates[path] = models.SCALE * (a @ b).T
+    updates = {p: models.SCALE * (mx.array(a) @ mx.array(b)).T for p, (a, b) in adapter.items()}
+    arrays = read_weights(base)
     names = [name for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)]
     wide = [arrays[name].astype(mx.float32) for name in names]
 
@@ -168,38 +161,33 @@ def changed_arrays(base: Path, model: nn.Module) -> Arrays:
     return arrays | {n: a.astype(arrays[n].dtype) for n, a in zip(names, changed, strict=True)}
 
 
-def in_checkpoint(base: Path, model: nn.Module) -> Arrays:
+def in_checkpoint(base: Path, model: nn.Module) -> Weights:
     """The weights of a base's model by the names and in the layouts of transformers' checkpoints.
 
-    Raises:
-        ValueError: they are not known.
+    Raises ValueError where they are not known.
     """
     config, weights = read_object(base / "config.json"), dict(tree_flatten(model.parameters()))
     model_type = config["model_type"]
-    if "text_config" in config:
-        raise ValueError(
-            f"mlx-lm reads only the language model of {base}, and transformers wants the rest too"
-        )
     if left := [path for path, module in model.named_modules() if "scales" in module]:
         raise ValueError(f"mlx-lm cannot dequantize {abbreviated(left)}")
-    if model_type not in set(MODEL_TYPES) - ONE_WAY:
+    known = set(transformers_names.MODEL_TYPES) - transformers_names.ONE_WAY
+    # Of a model with a text_config, mlx-lm reads only the language model.
+    if "text_config" in config or model_type not in known:
         raise ValueError(f"how transformers has the weights of {model_type} models is not known")
     zeros = {name: mx.zeros_like(array) for name, array in weights.items()}
     again = as_loaded(base, moved_arrays(model_type, zeros))
-    if wrong := [
-        name for name in zeros if name not in again or again[name].shape != zeros[name].shape
-    ]:
+    if wrong := [n for n in zeros if n not in again or again[n].shape != zeros[n].shape]:
         raise ValueError(f"how transformers has {abbreviated(wrong)} of {base} is not known")
     # What is not 0 then, mlx-lm adds itself: 1 to some norms.
     weights = {name: a - again[name] if a.ndim == 1 else a for name, a in weights.items()}
     return moved_arrays(model_type, weights)
 
 
-def moved_arrays(model_type: str, weights: Arrays) -> Arrays:
+def moved_arrays(model_type: str, weights: Weights) -> Weights:
     """Weights as in a checkpoint: experts one by one, kernels of convolutions last."""
     found = {}
     for name, array in weights.items():
-        there = checkpoint_name(model_type, name)
+        there = transformers_names.checkpoint_name(model_type, name)
         if array.ndim == 3 and (expert := re.fullmatch(r"(.*\.experts)(\.\w+\.weight)", there)):
             found |= {f"{expert[1]}.{n}{expert[2]}": each for n, each in enumerate(array)}
         elif model_type == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", there):
@@ -217,28 +205,3 @@ def moved_arrays(model_type: str, weights: Arrays) -> Arrays:
             both = mx.concatenate([found.pop(name).swapaxes(1, 2), values], axis=1)
             found[name.replace(".embed_q.", ".kv_b_proj.")] = both.flatten(0, 1)
     return found
-
-
-# --- What it does -------------------------------------------------------------------------------
-
-SAMPLE = mx.arange(1, 17)[None]  # tokens to compare two models on
-
-# How far apart rounding may bring the logits of two models with weights of these types.
-NOISE = {mx.float32: 1e-3, mx.float16: 0.02, mx.bfloat16: 0.1}
-
-
-def sample_logits(model: nn.Module) -> np.ndarray:
-    """The logits for SAMPLE less their mean, (tokens, vocabulary), float32."""
-    model.eval()
-    logits = model(SAMPLE)[0].astype(mx.float32)
-    logits = mx.where(mx.isfinite(logits), logits, 0)  # some are −∞, for tokens that never come
-    return np.array(logits - logits.mean(axis=-1, keepdims=True))
-
-
-def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """How far logits are from others, relative to the spread of these.
-
-    The median over the tokens, for some of which a router may choose another expert.
-    """
-    distance = np.square(found - expected).mean(axis=-1) / np.square(expected).mean(axis=-1)
-    return float(np.sqrt(np.median(distance)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import models
-from lora_finetune.adapters.npz import Adapter, named
-from lora_finetune.base.errors import UserError
+from lora_finetune.adapters.npz import Adapter, Arrays, named
+from lora_finetune.base.files import write_json
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,17 +16,9 @@ import numpy as np
 FILE = "adapters.safetensors"
 
 
-def read(
-    file: Path, arrays: dict[str, np.ndarray], config: dict[str, Any]
-) -> dict[str, np.ndarray]:
-    """The arrays of an adapter for scale 20; raises UserError where its own is not known."""
-    try:
-        scale = np.float32(config["lora_parameters"]["scale"] / models.SCALE)
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{file.with_name('adapter_config.json')} names no scale under lora_parameters, as "
-            "mlx-lm's does; copy it again"
-        ) from None
+def read(file: Path, arrays: Arrays, config: dict[str, Any]) -> Arrays:
+    """The arrays of an adapter for scale 20; raises LookupError or TypeError without its own."""
+    scale = np.float32(config["lora_parameters"]["scale"] / models.SCALE)
     return {name: a * scale if name.endswith(".lora_b") else a for name, a in arrays.items()}
 
 
@@ -40,14 +31,11 @@ def check(model: nn.Module, base: Path) -> None:
 
 
 def write(folder: Path, adapter: Adapter, layers: list[str], base: str) -> None:
-    """Write an adapter; mlx-lm adapts the modules of certain names in the last layers.
+    """Write an adapter of the model named `base`, with layers at these paths, first to last.
 
-    Args:
-        layers: the paths of all layers of the model.
-        base: the name of the model.
+    mlx-lm adapts the modules of certain names in the last layers.
     """
-    adapter = of_one_rank(adapter)
-    rank = next(iter(adapter.values()))[0].shape[1]
+    adapter, rank = of_one_rank(adapter)
     starts = [f"{layer}." for layer in layers]
     keys = {path.removeprefix(next(filter(path.startswith, starts), "")) for path in adapter}
     adapted = [n for n, start in enumerate(starts) if any(p.startswith(start) for p in adapter)]
@@ -66,20 +54,17 @@ def write(folder: Path, adapter: Adapter, layers: list[str], base: str) -> None:
     write_files(folder / FILE, named(adapter), "mlx", config)
 
 
-def of_one_rank(adapter: Adapter) -> Adapter:
-    """The same updates, all of the highest rank among them: the others get rows of zeros."""
-    rank = max(a.shape[1] for a, _ in adapter.values())
-    return {
-        path: (np.pad(a, ((0, 0), (0, rank - len(b)))), np.pad(b, ((0, rank - len(b)), (0, 0))))
-        for path, (a, b) in adapter.items()
-    }
+def of_one_rank(adapter: Adapter) -> tuple[Adapter, int]:
+    """The same updates, all of the highest rank, and that: the others get rows of zeros."""
+    padded, rank = {}, max(a.shape[1] for a, _ in adapter.values())
+    for path, (a, b) in adapter.items():
+        zeros = (0, rank - len(b))
+        padded[path] = np.pad(a, ((0, 0), zeros)), np.pad(b, (zeros, (0, 0)))
+    return padded, rank
 
 
-def write_files(
-    file: Path, arrays: dict[str, np.ndarray], written_by: str, config: dict[str, Any]
-) -> None:
-    """Write a .safetensors file, and the configuration beside it."""
+def write_files(file: Path, arrays: Arrays, written_by: str, config: dict[str, Any]) -> None:
+    """Write a .safetensors file, and adapter_config.json beside it."""
     arrays = {name: mx.array(array) for name, array in arrays.items()}
     mx.save_safetensors(str(file), arrays, {"format": written_by})
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    file.with_name("adapter_config.json").write_text(text, encoding="utf-8")
+    write_json(file.with_name("adapter_config.json"), config)

@@ -17,34 +17,33 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a layer -> A (d_in, r), B (r, d_out)
+Arrays = dict[str, np.ndarray]  # by name
 
 
-def trainable_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+def trainable_arrays(model: nn.Module) -> Arrays:
     return {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
 
 
-def file_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+def file_arrays(model: nn.Module) -> Arrays:
     """The trainable parameters as adapter files hold them: another scale is folded into B."""
     modules = model.named_modules()
     return named({path: m.pair() for path, m in modules if isinstance(m, models.LowRank)})
 
 
-def named(adapter: Adapter) -> dict[str, np.ndarray]:
+def named(adapter: Adapter) -> Arrays:
     """The arrays of an adapter by mlx-lm's names for them; `pair_arrays` undoes it."""
-    return {
-        f"{path}.{name}": np.array(array)
-        for path, pair in adapter.items()
-        for name, array in zip(("lora_a", "lora_b"), pair, strict=True)
-    }
+    arrays = {}
+    for path, (a, b) in adapter.items():
+        arrays |= {f"{path}.lora_a": np.array(a), f"{path}.lora_b": np.array(b)}
+    return arrays
 
 
-def pair_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Adapter:
+def pair_arrays(file: Path, arrays: Arrays) -> Adapter:
     """The adapter in the named arrays of a file, first layer first.
 
-    Raises:
-        UserError: they are not pairs of finite matrices.
+    Raises UserError where they are not pairs of finite matrices.
     """
-    pairs: dict[str, dict[str, np.ndarray]] = {}
+    pairs: dict[str, Arrays] = {}
     for name in sorted(arrays, key=natural_order):
         path, _, which = name.rpartition(".")
         pairs.setdefault(path, {})[which] = arrays[name]
@@ -69,35 +68,33 @@ def rescaled(adapter: Adapter, old: float, new: float) -> Adapter:
     return {path: (a, b * np.float32(old / new)) for path, (a, b) in adapter.items()}
 
 
-def npz_content(arrays: dict[str, np.ndarray]) -> bytes:
+def npz_content(arrays: Arrays) -> bytes:
     """The bytes of an .npz file."""
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()
 
 
-def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(file: Path, arrays: Arrays) -> None:
     """Write an .npz file, whole or not at all."""
     with atomic_write(file) as [stream]:
         np.savez(stream, **arrays)
 
 
-def read_arrays(file: Path) -> dict[str, np.ndarray]:
+def read_arrays(file: Path) -> Arrays:
     """The arrays of an .npz or .safetensors file; nothing pickled is loaded.
 
-    Raises:
-        UserError: it is not a whole file of plain arrays.
+    Raises UserError where it is not a whole file of plain arrays.
     """
     try:
-        if file.suffix != ".safetensors":
-            with warnings.catch_warnings(), np.load(file, allow_pickle=False) as archive:
-                warnings.simplefilter("ignore")  # the error is enough
-                return {name: np.asarray(array) for name, array in archive.items()}
-        arrays = {name: array.astype(mx.float32) for name, array in mx.load(str(file)).items()}
-        return {name: np.array(array) for name, array in arrays.items()}  # NumPy has no bfloat16
+        if file.suffix == ".safetensors":
+            arrays = mx.load(str(file)).items()  # in float32, since NumPy has no bfloat16
+            return {name: np.array(array.astype(mx.float32)) for name, array in arrays}
+        with warnings.catch_warnings(), np.load(file, allow_pickle=False) as archive:
+            warnings.simplefilter("ignore")  # the error is enough
+            return {name: np.asarray(array) for name, array in archive.items()}
     except Exception:  # zipfile, zlib, NumPy and MLX each raise in their own way on a damaged file
-        kind = file.suffix if file.suffix == ".safetensors" else ".npz"
         raise UserError(
-            f"{file} is not a whole {kind} file of plain arrays; copy it again (`git lfs pull` "
-            "does where it is a Git LFS pointer)"
+            f"{file} is not a whole .npz or .safetensors file of plain arrays; copy it again (`git "
+            "lfs pull` does where it is a Git LFS pointer)"
         ) from None

@@ -13,15 +13,10 @@ from typing import Any
 
 import models
 from lora_finetune.adapters.mlx_lm import of_one_rank, write_files
-from lora_finetune.adapters.npz import Adapter
+from lora_finetune.adapters.npz import Adapter, Arrays
 from lora_finetune.base.errors import UserError, abbreviated, hint
+from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.files import read_object
-from lora_finetune.model_folder.transformers_names import (
-    MODEL_TYPES,
-    is_unused,
-    is_written_by_mlx,
-    module_name,
-)
 from lora_finetune.model_folder.weights import read_weights
 
 import mlx.nn as nn
@@ -36,31 +31,25 @@ NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(\.default)?\.weight")
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read(
-    file: Path, arrays: dict[str, np.ndarray], config: dict[str, Any]
-) -> dict[str, np.ndarray]:
+def read(file: Path, arrays: Arrays, config: dict[str, Any]) -> Arrays:
     """The arrays of an adapter as mlx-lm names and shapes them, for scale 20.
 
-    Raises:
-        UserError: it is more than LoRA, or its scale is not known.
+    Raises UserError where it is more than LoRA, and other errors where its scale is not known.
     """
-    where, found = file.with_name("adapter_config.json"), {}
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(CHANGES_BASE):
         raise UserError(
-            f"{where} has init_lora_weights {start!r}, for which PEFT changed the base weights; "
-            "convert it to plain LoRA there (path_initial_model_for_weight_conversion)"
+            f"{file}: for its init_lora_weights, {start!r}, PEFT changed the base weights; convert "
+            "it to plain LoRA there (path_initial_model_for_weight_conversion)"
         )
+    found = {}
     for name, array in arrays.items():
         match = NAME.fullmatch(name)
         if not match:
             raise UserError(f"{file} holds {name}, which is not of plain LoRA; only that is read")
         path, which = match[1], match[2].lower()
         if which == "b":
-            try:
-                array = array * np.float32(scale(path, array.shape[1], config) / models.SCALE)
-            except (KeyError, IndexError, TypeError, AttributeError, re.error):
-                raise UserError(f"{where} is not as PEFT writes it; copy it again") from None
+            array = array * np.float32(scale(path, array.shape[1], config) / models.SCALE)
         found[f"{path}.lora_{which}"] = array.T
     return found
 
@@ -77,16 +66,14 @@ def module_names(model: nn.Module, base: Path) -> dict[str, str]:
     """The names of transformers' modules, which PEFT adapts, by the paths of the adapted layers.
 
     Where transformers has no such model in its own code, these are the names of the checkpoint.
-
-    Raises:
-        ValueError: they are not known, or LoRA has no effect there.
+    Raises ValueError where they are not known, or LoRA has no effect there.
     """
     paths, model_type = models.lora_modules(model), read_object(base / "config.json")["model_type"]
-    if unused := [path for path in paths if is_unused(model_type, path)]:
+    if unused := [p for p in paths if transformers_names.is_unused(model_type, p)]:
         raise ValueError(f"in PEFT LoRA of {unused[0]} has no effect: transformers never calls it")
-    if model_type in MODEL_TYPES:
-        return {path: module_name(model_type, path) for path in paths}
-    arrays = {} if is_written_by_mlx(base) else read_weights(base)
+    if model_type in transformers_names.MODEL_TYPES:
+        return {path: transformers_names.module_name(model_type, path) for path in paths}
+    arrays = {} if transformers_names.is_written_by_mlx(base) else read_weights(base)
     for path in paths:
         if f"{path}.weight" not in arrays:
             raise ValueError(f"it is not known what transformers calls {path} of {model_type}")
@@ -94,12 +81,9 @@ def module_names(model: nn.Module, base: Path) -> dict[str, str]:
 
 
 def write(folder: Path, adapter: Adapter, base: str) -> None:
-    """Write an adapter whose paths are the names of transformers' modules.
-
-    Args:
-        base: the name of the model.
-    """
-    arrays, adapter = {}, of_one_rank(adapter)
+    """Write an adapter of the model named `base`, by the names of transformers' modules."""
+    adapter, rank = of_one_rank(adapter)
+    arrays = {}
     for path, (a, b) in adapter.items():
         arrays[f"base_model.model.{path}.lora_A.weight"] = a.T
         arrays[f"base_model.model.{path}.lora_B.weight"] = b.T
@@ -110,7 +94,6 @@ def write(folder: Path, adapter: Adapter, base: str) -> None:
             f"PEFT takes the routers ({abbreviated(routers)}) as target_parameters; other tools, "
             "and versions of transformers that name them otherwise, may leave them out"
         )
-    rank = next(iter(adapter.values()))[0].shape[1]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

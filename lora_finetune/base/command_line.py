@@ -16,10 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all errors of these programs.
-
-    The set `typed` among the arguments names those with a value that were typed, not defaults.
-    """
+    """An argument parser with errors in one line; `typed` names the flags whose value was typed."""
 
     def __init__(self, **options):
         layout = partial(argparse.HelpFormatter, max_help_position=30, width=100)
@@ -29,11 +26,11 @@ class Parser(argparse.ArgumentParser):
         self.group = self
 
     def section(self, title: str) -> None:
-        """Begin a section of flags, to which those that are added belong from now on."""
+        """Begin a section of flags in the help."""
         self.group = self.add_argument_group(title)
 
     def add(self, names: str, type: Callable, default: object, help: str, **options) -> None:
-        """Add a flag with a value; its help tells the default, if it has one."""
+        """Add a flag with a value, whose help tells the default."""
         help += "" if default is None else " (default: %(default)s)"
         if "choices" not in options:
             options.setdefault("metavar", "TEXT" if type is nonempty else "N")
@@ -59,9 +56,7 @@ def nonempty(text: str) -> str:
     return text
 
 
-def number(
-    kind: type, least: float, below: float = math.inf, also: int | None = None
-) -> Callable[[str], float]:
+def number(kind: type, least: float, below: float = math.inf, also: int | None = None) -> Callable:
     """An argparse type: a finite number from `least` on and less than `below`, or `also`."""
 
     def parse(text: str) -> float:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -30,8 +30,7 @@ class Interrupted(KeyboardInterrupt):
 def one_line(text: str) -> str:
     """A text in one line of at most 600 characters; those that cannot be seen as in Python: \\n."""
     text = re.sub(r"\S{251,}", lambda word: elide(word[0], 250), text)
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in elide(text, 600))
-    return elide(text, 600)
+    return elide("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), 600)
 
 
 def elide(text: str, length: int) -> str:
@@ -68,7 +67,6 @@ SLOW = 10.0  # seconds
 
 @contextmanager
 def hint_if_slow(message: str) -> Iterator[None]:
-    """Print a hint where the block takes long."""
     timer = threading.Timer(SLOW, hint, [message])
     timer.daemon = True
     timer.start()
@@ -78,40 +76,18 @@ def hint_if_slow(message: str) -> Iterator[None]:
         timer.cancel()
 
 
-def run_and_report_errors(run: Callable[[], None], subject: str) -> int:
-    """Run; returns the exit status: 2 after an error that the user can put right, told in one line.
-
-    Args:
-        subject: what an OSError that names no file is about.
-    """
-    try:
-        run()
-        sys.stdout.flush()
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        return report(error, subject)
-    return 0
-
-
-def report(error: BaseException, subject: str) -> int:
-    """Print the line that tells what ended a run; returns the exit status."""
-    print(describe(error, subject), file=sys.stderr)
+def describe(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return 128 + getattr(error, "signal", signal.SIGINT)
-    return 2
-
-
-def describe(error: BaseException, subject: str) -> str:
-    if isinstance(error, Interrupted):
-        return f"interrupted: {one_line(error.outcome)}"
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        outcome = f": {error.outcome}" if isinstance(error, Interrupted) else ""
+        return f"interrupted{one_line(outcome)}"
     if isinstance(error, OSError):
-        return f"error: {one_line(str(error.filename or subject))}: {error.strerror or error}"
+        file = f"{one_line(str(error.filename))}: " if error.filename else ""
+        return f"error: {file}{error.strerror or error}"
     return f"error: {error if isinstance(error, UserError) else one_line(repr(error))}"
 
 
 def report_uncaught(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-    """`sys.excepthook`: also one line where a script's imports fail, or Ctrl-C comes meanwhile."""
+    """`sys.excepthook`: one line, and status 2, for what the user can put right."""
     if isinstance(error, ModuleNotFoundError):
         error = UserError(
             f"{error.name} is not installed for {sys.executable}; `make demo` installs all that is "
@@ -119,6 +95,9 @@ def report_uncaught(kind: type, error: BaseException, trace: TracebackType | Non
         )
     elif isinstance(error, ImportError):  # such as that of MLX for CUDA where there is no GPU
         error = UserError(f"{first_line(error)}; see README.md for what to install where")
-    if isinstance(error, (UserError, OSError, KeyboardInterrupt)):
-        sys.exit(report(error, "the start"))
-    traceback.print_exception(error, file=sys.__stderr__)
+    if not isinstance(error, (UserError, OSError, KeyboardInterrupt)):
+        traceback.print_exception(error, file=sys.__stderr__)
+        return
+    print(describe(error), file=sys.stderr)
+    is_interrupt = isinstance(error, KeyboardInterrupt)
+    sys.exit(128 + getattr(error, "signal", signal.SIGINT) if is_interrupt else 2)

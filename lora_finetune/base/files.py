@@ -1,10 +1,12 @@
-"""The file that a path means, and atomic writing: a temporary file is renamed when it is whole."""
+"""The file that a path means, and writing that leaves a whole file or folder, or none."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,16 +18,16 @@ from lora_finetune.base.errors import UserError
 
 def real_file(file: Path) -> Path:
     """The file that a path means: behind links, and in either Unicode form of its name."""
-    if file.is_symlink():
-        try:
-            resolved = file.resolve()
-        except (RuntimeError, OSError):
-            raise UserError(f"{file} is a loop of links") from None
-        # The hub's cache links to files without an ending, which tells what they are.
-        file = resolved if resolved.suffix or file.suffix == ".npz" else file
+    if file.suffix == ".npz":  # the hub's cache links .safetensors to files without the ending
+        file = Path(os.path.realpath(file)) if file.is_symlink() else file
     if file.exists():
         return file
     return next((f for f in file.parent.glob("*") if nfc(f.name) == nfc(file.name)), file)
+
+
+def write_json(file: Path, content: dict) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def nfc(text: str) -> str:
@@ -45,12 +47,10 @@ def file_checksum(file: Path) -> str | None:
 def atomic_write(*files: Path) -> Iterator[list[BinaryIO]]:
     """A stream for each file; together they take the files' places when all is written, or vanish.
 
-    Where a file is a link, what it leads to is replaced.
-
-    Raises:
-        UserError: they cannot be written: a full disk, a folder that has gone.
+    Where a file is a link, what it leads to is replaced. Raises UserError where they cannot be
+    written: a full disk, a folder that has gone.
     """
-    files = tuple(file.resolve() if file.is_symlink() else file for file in files)
+    files = tuple(Path(os.path.realpath(file)) if file.is_symlink() else file for file in files)
     temporary = [file.with_name(file.name + ".part") for file in files]
     try:
         with ExitStack() as stack:
@@ -75,3 +75,20 @@ def flush_to_disk(stream: BinaryIO) -> None:
         fcntl.fcntl(stream.fileno(), fcntl.F_FULLFSYNC)
     except (AttributeError, OSError):  # not a Mac, or a file system without it
         os.fsync(stream.fileno())
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder, which gets its name when all is written in it, or vanishes.
+
+    Raises UserError where it cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as work:
+            made = Path(work, "made")  # unlike `work`, others may read it
+            made.mkdir()
+            yield made
+            made.rename(folder)
+    except (OSError, RuntimeError) as error:  # MLX's are RuntimeErrors
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"the folder {folder} cannot be written: {why}") from error

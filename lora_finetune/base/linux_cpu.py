@@ -17,16 +17,21 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 
 
 def load_fast_blas() -> str | None:
-    """Load a BLAS that serves MLX's `cblas_sgemm` in place of the slow one in the mlx-cpu wheel.
+    """Load a BLAS in place of the slow one in the mlx-cpu wheel; returns its file or name.
 
     The dynamic linker gives libmlx the first `cblas_sgemm` in the process, so a library that was
-    loaded globally before it wins.
-
-    Returns:
-        The library that was loaded, or None where none was found.
+    loaded globally before it wins. That of the wheel ngsolve-openblas looks for libgfortran.so.5
+    in its own folder but does not bring it. NumPy's wheel does, under a name with a hash; a folder
+    of links puts the two side by side while they are loaded.
     """
-    if wheel := _load_openblas_wheel():
-        return wheel
+    wheel = package_files("ngsolve_openblas", "libopenblas*.so")
+    with suppress(OSError), tempfile.TemporaryDirectory() as folder:
+        for file in [*wheel, *package_files("numpy", "../numpy.libs/lib*")]:
+            name = "libgfortran.so.5" if file.name.startswith("libgfortran") else file.name
+            Path(folder, name).symlink_to(file.resolve())
+        for file in wheel:
+            ctypes.CDLL(f"{folder}/{file.name}", mode=ctypes.RTLD_GLOBAL)
+            return str(file)
     for folder in (f"{sys.prefix}/lib/", ""):  # conda's or the mkl wheel's, then the system's
         for name in BLAS_NAMES:
             with suppress(OSError):
@@ -35,25 +40,7 @@ def load_fast_blas() -> str | None:
     return None
 
 
-def _load_openblas_wheel() -> str | None:
-    """Load the OpenBLAS of the wheel ngsolve-openblas, which requirements.txt names.
-
-    It looks for libgfortran.so.5 in its own folder but does not bring it. NumPy's wheel does,
-    under a name with a hash; a folder of links puts the two side by side while they are loaded.
-    """
-    openblas = _package_files("ngsolve_openblas", "libopenblas*.so")
-    if not openblas:
-        return None
-    with suppress(OSError), tempfile.TemporaryDirectory() as folder:
-        for file in [*openblas, *_package_files("numpy", "../numpy.libs/lib*")]:
-            name = "libgfortran.so.5" if file.name.startswith("libgfortran") else file.name
-            Path(folder, name).symlink_to(file.resolve())
-        ctypes.CDLL(f"{folder}/{openblas[0].name}", mode=ctypes.RTLD_GLOBAL)
-        return str(openblas[0])
-    return None
-
-
-def _package_files(package: str, pattern: str) -> list[Path]:
+def package_files(package: str, pattern: str) -> list[Path]:
     """The files that match beside a package's `__init__.py`; the package is not imported."""
     spec = importlib.util.find_spec(package)
     return sorted(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
@@ -82,8 +69,8 @@ def prepare() -> None:
 def can_compile() -> bool:
     """Whether `mx.compile` works; where it fails it is turned off, as a CPU is hardly slower then.
 
-    MLX has its C++ compiled in the folder of temporary files, if there is a compiler, and loads it
-    from there: neither may be allowed.
+    If there is a C++ compiler, MLX writes to the folder of temporary files and loads from there:
+    neither may be allowed.
     """
     import mlx.core as mx  # not above: the BLAS has to be loaded before it
 

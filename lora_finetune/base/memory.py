@@ -15,8 +15,6 @@ from lora_finetune.base.errors import UserError, first_line
 import mlx.core as mx
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-# --- How much there is --------------------------------------------------------------------------
-
 processes_here = 1  # of this run, which share the memory of this machine
 
 
@@ -24,8 +22,7 @@ def available() -> int:
     """Bytes that a run may take on MLX's default device, what it holds already included.
 
     With Metal that is the recommended working set: beyond it a Mac swaps, and dies instead of
-    raising an error. With CUDA it is what is free, and each process has a GPU of its own. A CPU
-    shares the machine's memory.
+    raising an error. With CUDA each process has a GPU of its own.
     """
     device = mx.device_info()
     recommended = device.get("max_recommended_working_set_size")
@@ -35,10 +32,9 @@ def available() -> int:
 
 
 def machine_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may take of the machine's memory: all, or what its container may.
+    """Bytes of the machine's memory, or what a container (cgroups v1 and v2) may take of it.
 
-    On Linux those are the limits of its cgroups (v1 and v2) and their ancestors. In a container,
-    what is mounted may begin at its own group, so that the limit is at the top.
+    In a container, what is mounted may begin at its own group, so that the limit is at the top.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     own, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
@@ -52,27 +48,21 @@ def machine_memory(root: Path = Path("/")) -> int:
     return min(limits)
 
 
-SMALL_CACHE = 32 * 2**20  # bytes, MLX's own default on a CPU
-
-
 def set_limits(limit: int) -> None:
     """Set MLX's memory, cache and (Metal) wired limits, in bytes."""
     mx.set_memory_limit(min(limit, mx.get_memory_limit()))
-    # MLX keeps freed buffers to use again; over batches of many shapes they would fill the memory.
-    # On a CPU the C library does that, of any size, and better.
-    on_cpu = mx.default_device() == mx.cpu
-    mx.set_cache_limit(min(limit // 8, SMALL_CACHE) if on_cpu else limit // 8)
+    # A GPU's freed buffers are kept to use again; over batches of many shapes they would fill the
+    # memory. On a CPU MLX keeps 32 MB, and the C library more, of any size.
+    if mx.default_device() == mx.gpu:
+        mx.set_cache_limit(limit // 8)
     maybe_set_recommended_wired_limit()  # where there is Metal, weights then stay in memory
 
 
 def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
     """How many texts a step can take at once in `limit` bytes, up to `most`; 0 if not even one.
 
-    Some systems kill a process that runs out of memory. So before several texts are tried, their
-    memory is extrapolated from one, and where that might be too much from one and two.
-
-    Args:
-        step: does a step on so many of the longest texts.
+    Some systems kill a process that runs out of memory. So before many texts are tried, their
+    memory is extrapolated from one and two. `step` does a step on so many of the longest texts.
     """
     base = mx.get_active_memory()
 
@@ -90,13 +80,11 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
 
     if (one := peak(1)) > limit:
         return 0
-    expected, number = base + (one - base) * most, most
-    if expected <= limit / 2:  # far from the limit, the time is saved
+    if most == 1 or base + (one - base) * most <= limit / 2:  # far from the limit, time is saved
         return most
-    if most > 1 and expected > limit:
-        if (two := peak(2)) > limit:
-            return 1
-        number = min(most, 2 + int((limit - two) // max(1, two - one)))
+    if (two := peak(2)) > limit:
+        return 1
+    number = min(most, 2 + int((limit - two) // max(1, two - one)))
     while number > 2 and peak(number) > limit:
         number -= -(-number // 8)
     return number
@@ -127,24 +115,21 @@ def is_lacking(error: BaseException) -> bool:
 
 @contextmanager
 def device_errors(advice: str) -> Iterator[None]:
-    """Turn an error of MLX or its device in the middle of a computation into a DeviceError.
-
-    Args:
-        advice: what the user can do for a smaller computation.
-    """
+    """Turn an error of MLX or its device into a DeviceError, with advice for less computation."""
     try:
         yield
     except FAILURES as error:
         release(error)
         why = f"({first_line(error):.200})"
-        message = f"the computation failed {why}; try again, and if it fails again, {advice}"
-        if TOO_LONG.search(str(error)):
+        if is_lacking(error):
+            message = f"out of memory {why}; {advice}, or close other programs"
+        elif TOO_LONG.search(str(error)):
             message = (
                 f"the system stopped a computation that kept the display waiting {why}; {advice}, "
                 "or leave the display off meanwhile (on a Mac, under caffeinate -s)"
             )
-        if is_lacking(error):
-            message = f"out of memory {why}; {advice}, or close other programs"
+        else:
+            message = f"the computation failed {why}; try again, and if it fails again, {advice}"
         raise DeviceError(message) from error
 
 

@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lora_finetune.base.errors import Interrupted
 
@@ -56,6 +56,21 @@ def process_rank() -> int:
     return next((int(number) for number in numbers if number.isdecimal()), 0)
 
 
+STOPS = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def handled(numbers: tuple[int, ...], handler: Callable) -> Iterator[None]:
+    """Handle those signals that are not ignored, as under nohup."""
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    earlier = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, before in earlier.items():
+            signal.signal(number, before)
+
+
 @contextmanager
 def raising_signals(outcome: str) -> Iterator[None]:
     """Raise Interrupted at SIGTERM and SIGHUP, so that what is half done is undone."""
@@ -63,55 +78,41 @@ def raising_signals(outcome: str) -> Iterator[None]:
     def interrupt(number: int, _: object) -> NoReturn:
         raise Interrupted(number, outcome)
 
-    handlers = handle([signal.SIGTERM, signal.SIGHUP], interrupt)
-    try:
+    with handled(STOPS, interrupt):
         yield
-    finally:
-        restore(handlers)
 
 
-def handle(numbers: Iterable[int], handler: Callable) -> dict[int, Any]:
-    """Handle those signals that are not ignored, as under nohup; returns the earlier handlers."""
-    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
-
-
-def restore(handlers: dict[int, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-class StopSignals:
-    """A context in which SIGINT, SIGTERM and SIGHUP request a stop; a second SIGINT exits at once.
-
-    A thread waits for them, since MLX keeps the main one busy for as long as a step takes.
-    """
+class Stop:
+    """Whether a signal has asked for a stop, and which."""
 
     signal: int | None = None
 
-    def __enter__(self) -> StopSignals:
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        self.handlers = handle(numbers, lambda *_: None)
-        signal.set_wakeup_fd(self.writer)
-        threading.Thread(target=self.watch, daemon=True).start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(-1)
-        restore(self.handlers)
-        os.close(self.writer)
+@contextmanager
+def hearing_stops() -> Iterator[Stop]:
+    """SIGINT, SIGTERM and SIGHUP ask for a stop; a second SIGINT exits at once.
 
-    def watch(self) -> None:
-        while received := os.read(self.reader, 1):
-            if received[0] not in self.handlers:
-                continue
-            if self.signal and received[0] == signal.SIGINT:
+    A thread waits for them, since MLX keeps the main one busy for as long as a step takes.
+    """
+    stop, numbers, (reader, writer) = Stop(), (signal.SIGINT, *STOPS), os.pipe()
+
+    def watch() -> None:
+        while received := os.read(reader, 1):
+            if stop.signal and received[0] == signal.SIGINT:
                 print("\ninterrupted", file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGINT)
-            if not self.signal:
-                self.signal = received[0]
+            if not stop.signal and received[0] in numbers:
+                stop.signal = received[0]
                 words = "stopping after this iteration; Ctrl-C again stops at once"
                 tqdm.write(words, file=sys.stderr)
-        os.close(self.reader)
+        os.close(reader)
+
+    os.set_blocking(writer, False)  # as set_wakeup_fd wants it
+    threading.Thread(target=watch, daemon=True).start()
+    with handled(numbers, lambda *_: None):
+        signal.set_wakeup_fd(writer)
+        try:
+            yield stop
+        finally:
+            signal.set_wakeup_fd(-1)
+            os.close(writer)

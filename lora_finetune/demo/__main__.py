@@ -7,13 +7,11 @@ import shlex
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import models
 from lora_finetune.adapters import loading
 from lora_finetune.base.command_line import ROOT
 from lora_finetune.demo import demo_model
-from lora_finetune.run import checkpoint
 from lora_finetune.texts import dataset
 
 import mlx.nn as nn
@@ -23,11 +21,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 QUESTION, MEANING = "물은 몇 도에서 끓습니까?", "At what temperature does water boil?"
 ADAPTER = "lora_finetune/demo.npz"
 # 32 questions, in 10 epochs: most of the answers are learnt, in two minutes on two cores.
-TRAINING = [
-    *("train_lora.py", "--train", "--data", "data/demo", "--adapter-file", ADAPTER),
-    *("--batch-size", "4", "--iters", "80", "--learning-rate", "4e-4", "--mask-prompt"),
-    *("--steps-per-eval", "20", "--steps-per-report", "10"),
-]
+TRAINING = f"""train_lora.py --train --data data/demo --adapter-file {ADAPTER} --batch-size 4
+--iters 80 --learning-rate 4e-4 --mask-prompt --steps-per-eval 20 --steps-per-report 10""".split()
 
 
 def ask(model: nn.Module, tokenizer: TokenizerWrapper) -> str:
@@ -48,12 +43,11 @@ def main() -> None:
     if status := training.wait():
         sys.exit(status)
 
-    file = ROOT / ADAPTER
-    loading.adapt(model, loading.read_adapter(file), file, None)
+    loading.adapt(model, loading.read_adapter(ROOT / ADAPTER), ROOT / ADAPTER, None)
     print(
         f"\nQuestion  {QUESTION}  ({MEANING}; in other words than in the training texts)"
         f"\nBefore    {before}\nAfter     {ask(model, tokenizer)}"
-        f"\nPicture   {checkpoint.run_folder(Path(ADAPTER)) / 'losses.png'}: the losses"
+        "\nPicture   lora_finetune/demo.run/losses.png: the losses"
         '\nNext      the commands above, or your own text: "Your own data" in README.md'
     )
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from lora_finetune.base.errors import Interrupted, UserError, describe, first_line, hint
 from lora_finetune.base.memory import DeviceError
-from lora_finetune.base.signals import RANKS, StopSignals, handle, process_rank
+from lora_finetune.base.signals import RANKS, STOPS, Stop, hearing_stops, process_rank
 
 import mlx.core as mx
 import numpy as np
@@ -44,7 +44,7 @@ class Group:
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
         self.hosts = [platform.node()]  # of each process
-        self.stop: StopSignals | None = None  # hears signals in training and in a test
+        self.stop: Stop | None = None  # hears signals in training and in a test
         self.agreed_signal = 0  # that all have been told of
         self.is_told = False  # whether all know that the run ends
         self.is_over = True  # whether there is nothing more to exchange
@@ -194,7 +194,7 @@ class Group:
     @contextmanager
     def hear_stops(self) -> Iterator[None]:
         """A block in which signals ask for a stop, which `check_stop` raises."""
-        with StopSignals() as self.stop:
+        with hearing_stops() as self.stop:
             yield
         self.stop = None
 
@@ -217,8 +217,9 @@ class Group:
 
         The first prints its error, as without others; another one where that tells something new.
         """
-        handle([signal.SIGTERM, signal.SIGHUP], signal.SIG_IGN)  # by which launchers end the rest
-        line, prints = describe(error, "the run"), not self.is_told
+        for number in STOPS:  # by which launchers end the rest
+            signal.signal(number, signal.SIG_IGN)
+        line, prints = describe(error), not self.is_told
         if not self.is_first:
             line = line.replace(": ", f": process {self.rank} (on {platform.node()}): ", 1)
         with suppress(LostError):
