@@ -168,17 +168,6 @@ def test_a_batch_holds_its_texts_from_the_left_and_what_of_them_counts(
         assert not row[real:].any()
 
 
-@given(LENGTHS, BATCH_SIZES, SEEDS)
-def test_the_share_of_padding_is_that_of_the_first_epoch(
-    lengths: np.ndarray, batch_size: int, seed: int
-) -> None:
-    examples = make_examples(lengths)
-    batches = batching.training_batches(examples, batch_size, seed, 0)
-    widths = [next(batches)[0][0][:, :-1] for _ in range(math.ceil(len(lengths) / batch_size))]
-    share = batching.padding_share(lengths, batch_size, seed)
-    assert share == pytest.approx(1 - sum(lengths - 1) / sum(inputs.size for inputs in widths))
-
-
 @pytest.mark.parametrize(("device", "multiple", "share"), [(mx.cpu, 8, 16), (mx.gpu, 32, 4)])
 def test_padding_adds_less_than_a_step_and_at_most_a_share(
     monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType, multiple: int, share: int

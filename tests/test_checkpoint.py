@@ -472,8 +472,8 @@ def test_an_explicit_start_wins_over_the_state(call: Run, args: list[object], co
         ("7", "Saved"),
     ]
     # Adam's moments are those of the state all the same.
-    step = checkpoint.read_state(Path("b.npz")).optimizer["step"]
-    assert step == ITERS + 2
+    before, after = (checkpoint.read_state(Path(name)).optimizer for name in ("a.npz", "b.npz"))
+    assert all((after[n] >= 0.99 * before[n]).all() for n in before if n.endswith(".v"))
 
 
 def test_what_has_changed_since_is_reported_in_one_line(

@@ -123,15 +123,6 @@ def split_batch(rows: np.ndarray, number: int) -> list[np.ndarray]:
     return np.array_split(rows, min(number, len(rows))) if len(rows) else []
 
 
-def padding_share(
-    lengths: np.ndarray, batch_size: int, seed: int, max_inputs: float = math.inf
-) -> float:
-    """The fraction of the model's inputs in the first epoch that is padding."""
-    batches = epoch_batches(lengths, batch_size, seed, 0)
-    inputs = sum(len(rows) * (padded_width(lengths[rows], max_inputs) - 1) for rows in batches)
-    return 1 - (lengths - 1).sum() / inputs
-
-
 def evaluation_batches(
     examples: Examples, batch_size: int, num_batches: int, micro_batches: int = 1
 ) -> list[np.ndarray]:
