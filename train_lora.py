@@ -171,8 +171,8 @@ def run_phases(config: Config, group: Group) -> None:
     if config.train:
         run.settings |= identity | {LEARNT_FORMAT: prompts.learnt_format(files["train"], tokenizer)}
     else:
-        run.settings = checkpoint.settings_of(run.adapter)
-        checkpoint.warn_of_other_model(run.adapter, run.settings, identity)
+        run.settings = run.start.settings
+        checkpoint.warn_of_changes(run.adapter, run.settings, identity)
     asked = encode_prompts(run, texts, tokenizer, limits)
     examples = read_examples(config, files, tokenizer, limits)
     prompts.warn_beyond_context(examples, asked, context_length(folder))
@@ -357,7 +357,6 @@ def validate(run: Run, model: nn.Module, loss: Loss, examples: batching.Examples
 def stop_early(run: Run) -> None:
     """Say that training ends for lack of better losses, after a last report."""
     progress = run.progress
-    progress.stopped_early = run.iters
     if progress.steps:
         report.report_training(run)
     report.print_line(

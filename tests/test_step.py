@@ -161,6 +161,4 @@ def test_a_whole_run_ends_in_the_same_files_with_steps_begun_ahead(
 def losses_in(log: Path) -> list[tuple]:
     """Of each report the iteration and the losses, without the times."""
     entries = map(json.loads, log.read_text().splitlines())
-    return [
-        tuple(map(entry.get, ("iter", "train_loss", "val_loss", "tokens"))) for entry in entries
-    ]
+    return [tuple(map(entry.get, ("iter", "train_loss", "val_loss"))) for entry in entries]

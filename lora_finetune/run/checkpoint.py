@@ -38,12 +38,9 @@ class Progress:
         finished: whether all that was due at it is done: report, validation, save.
         total, tokens, steps, seconds: sums since the last training report; `total` is the loss in
             nats over all target tokens.
-        trained_tokens, trained_seconds: sums since the first iteration.
         validated: the iteration of the last validation, -1 before the first.
-        first_loss, last_loss: of the first and the last validation.
-        best_loss, best_iteration: of the validation with the lowest loss.
+        first_loss, last_loss, best_loss: of validations.
         not_improved: validations in a row, the last included, whose loss was not the lowest.
-        stopped_early: the iterations to go to when early stopping ended training; else 0.
         micro_batches: how many each batch is computed in, for its memory.
         has_room: whether the states of frozen layers, if any, can be kept for later epochs.
         log_lines: how many the log had.
@@ -55,15 +52,12 @@ class Progress:
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
-    trained_tokens: int = 0
-    trained_seconds: float = 0.0
     validated: int = -1
     first_loss: float = math.inf
     last_loss: float = math.inf
     best_loss: float = math.inf
     best_iteration: int = 0
     not_improved: int = 0
-    stopped_early: int = 0
     micro_batches: int = 1
     has_room: bool = True
     log_lines: int = 0
@@ -75,8 +69,6 @@ class Progress:
         self.tokens += tokens
         self.steps += 1
         self.seconds += seconds
-        self.trained_tokens += tokens
-        self.trained_seconds += seconds
 
     def add_validation(self, loss: float) -> bool:
         """Count a validation after the last iteration; returns whether it is the best so far."""
@@ -186,16 +178,15 @@ class Start(NamedTuple):
 
     Attributes:
         source: its file, None for a fresh one.
-        state: of the run to resume, None where there is none.
+        settings: of the run that it is of, as far as they are known.
+        state: of that run, None where it cannot be resumed.
     """
 
     source: Path | None
     adapter: npz.Adapter
     scale: float
+    settings: dict[str, Any]
     state: State | None = None
-
-
-FRESH = Start(None, {}, models.SCALE)
 
 
 def read_start(adapter_file: Path, scale: float | None) -> Start:
@@ -213,39 +204,19 @@ def read_start(adapter_file: Path, scale: float | None) -> Start:
     trained = settings.get("--lora-scale", models.SCALE)
     scale = scale or trained
     if state:
-        return Start(source, npz.rescaled(state.adapter, trained, scale), scale, state)
-    adapter = loading.read_adapter(source)
-    return Start(source, npz.rescaled(adapter, models.SCALE, scale), scale)
+        adapter = npz.rescaled(state.adapter, trained, scale)
+    else:
+        adapter = npz.rescaled(loading.read_adapter(source), models.SCALE, scale)
+    return Start(source, adapter, scale, settings, state)
 
 
-def warn_of_changes(start: Start, settings: dict[str, Any]) -> bool:
-    """Warn where the state of the run to resume is missing, or was of other settings.
-
-    Returns:
-        Whether a setting has changed.
-    """
-    source, state = start.source, start.state
-    if not state:
-        warn(f"{source} has no training state beside it, so Adam starts with fresh moments")
-        warn_of_other_model(source, settings_of(source), settings)
-        return False
+def warn_of_changes(source: Path, saved: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Warn of settings that have changed since an adapter was saved; returns whether any has."""
     changed = [
-        f"{name} ({state.settings[name]!r:.50}, now {value})" if name[:2] == "--" else name
+        f"{name} ({saved[name]!r:.50}, now {value})" if name[:2] == "--" else name
         for name, value in settings.items()
-        if state.settings.get(name, value) != value
+        if saved.get(name, value) != value
     ]
     if changed:
-        warn(
-            f"since {source} was saved, these have changed: {', '.join(changed)}; with "
-            "--start-iter 0 training begins anew from its adapter"
-        )
+        warn(f"since {source} was saved, these have changed: {', '.join(changed)}")
     return bool(changed)
-
-
-def warn_of_other_model(source: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Warn where the saved settings of an adapter tell that it was trained on another model."""
-    names = [name for name in settings if name.startswith("the model")]
-    if other := [name for name in names if saved.get(name, settings[name]) != settings[name]]:
-        differs = ", ".join(name.removeprefix("the model's ") for name in other)
-        differs = differs.replace("the model", "weights")
-        warn(f"{source} was trained on a different model (its {differs} differ)")

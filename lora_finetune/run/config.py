@@ -51,7 +51,7 @@ class Config:
     steps_per_report: int = field(metadata=TRAINING)
     steps_per_eval: int = field(metadata=TRAINING)
     save_every: int = field(metadata=TRAINING)
-    patience: int | None = field(metadata=TRAINING)
+    patience: int | None
     start_iter: int | None
     test_batches: int
     prompt: list[str] | None

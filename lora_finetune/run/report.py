@@ -9,7 +9,6 @@ from typing import Any
 
 from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.base.files import atomic_write
-from lora_finetune.run.checkpoint import Progress
 from lora_finetune.run.config import command
 from lora_finetune.run.run import Run
 
@@ -37,7 +36,7 @@ def report_training(run: Run) -> None:
         f"It/sec {numbers['it_per_sec']:.3f}, Tokens/sec {numbers['tokens_per_sec']:.3f}, "
         f"Peak mem {numbers['peak_mem_gb']:.3f} GB"
     )
-    run.add_to_log({"iter": progress.iteration} | numbers | {"tokens": progress.trained_tokens})
+    run.add_to_log({"iter": progress.iteration} | numbers)
     progress.total, progress.tokens, progress.steps, progress.seconds = 0.0, 0, 0, 0.0
 
 
@@ -101,22 +100,10 @@ def print_outcome(run: Run) -> None:
     names = (run.adapter.with_suffix(f".merged{number or ''}") for number in count())
     merged = next(name for name in names if not name.exists())
     lines = [
-        summary(progress),
+        f"Validation loss {progress.first_loss:.3f} before, {progress.last_loss:.3f} after, "
+        f"{progress.best_loss:.3f} at best (iteration {progress.best_iteration})",
         f"Ask it:    {command(use | {'--prompt': '안녕하세요?'})}",
         f"Go on:     {config.command_to_go_on(run.adapter)}",
         f"Export it: {command(use | {'--export': ['merged', merged]})}",
     ]
     print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
-def summary(progress: Progress) -> str:
-    """A run in one line: its validation losses, iterations, tokens and time."""
-    minutes, seconds = divmod(round(progress.trained_seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    time = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-    return (
-        f"Validation loss {progress.first_loss:.3f} before, {progress.last_loss:.3f} after, "
-        f"{progress.best_loss:.3f} at best (iteration {progress.best_iteration}); "
-        f"{progress.iteration} iterations, {progress.trained_tokens:,} tokens, "
-        f"{time.removeprefix('0 min ')} of training."
-    )

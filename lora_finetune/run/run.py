@@ -15,16 +15,17 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
+import models
 from lora_finetune.adapters import loading, npz
 from lora_finetune.base.command_line import ROOT
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write, file_checksum, real_file
 from lora_finetune.run.checkpoint import (
-    FRESH,
     Progress,
     Start,
     read_start,
     run_folder,
+    settings_of,
     warn_of_changes,
     write_state,
 )
@@ -103,7 +104,9 @@ class Run:
         source, state = self.start.source, self.start.state
         if self.group.is_first:
             self.lock()
-        if source and warn_of_changes(self.start, self.settings):
+        if source and not state:
+            warn(f"{source} has no training state beside it, so Adam starts with fresh moments")
+        if source and warn_of_changes(source, self.start.settings, self.settings):
             self.progress = Progress(self.progress.iteration)  # its losses are not comparable
         if not self.group.is_first:
             return
@@ -226,28 +229,23 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
         if not adapter.exists():
             raise UserError(f"there is no adapter file {adapter}; --train makes one")
         source = loading.find_adapter(adapter)
-        start = Start(source, loading.read_adapter(source), FRESH.scale)
-        return Run(source, start, config, group)
+        adapter = loading.read_adapter(source)
+        return Run(source, Start(source, adapter, models.SCALE, settings_of(source)), config, group)
     if resumed := config.resume_adapter_file:
         start = read_start(real_file(Path(resumed)), config.lora_scale)
     else:
-        start = FRESH._replace(scale=config.lora_scale or FRESH.scale)
+        start = Start(None, {}, config.lora_scale or models.SCALE, {})
     run = Run(adapter, start, config, group)
     run.check()
     if config.start_iter not in (None, run.progress.iteration):
         run.progress = Progress(config.start_iter)
-    progress = run.progress
-    per_epoch = math.ceil(len(files["train"]) / config.batch_size)
+    done, per_epoch = run.progress.iteration, math.ceil(len(files["train"]) / config.batch_size)
     run.iters = config.iters or config.epochs * per_epoch
-    if progress.iteration > run.iters or (progress.iteration == run.iters and not start.state):
+    if done > run.iters or (done == run.iters and not start.state):
         raise UserError(
-            f"iteration {progress.iteration} of {run.iters} is done already (--start-iter, or the "
-            "run to resume); raise --epochs or --iters, or begin anew from its adapter with "
-            "--start-iter 0"
+            f"iteration {done} of {run.iters} is done already (--start-iter, or the run to "
+            "resume); raise --epochs or --iters, or begin anew from its adapter with --start-iter 0"
         )
-    if progress.stopped_early and run.iters > progress.stopped_early:
-        progress.not_improved = 0  # with more iterations, patience begins anew
-    progress.stopped_early = 0
     run.settings = config.flags("result") | {"--lora-scale": start.scale}
     run.settings |= {files[split].path.name: files[split].checksum for split in ("train", "valid")}
     return run

@@ -78,11 +78,7 @@ class Group:
     # --- What they exchange
 
     def gather(self, number: float = 0.0, count: int = 0) -> list[tuple[float, int]]:
-        """A number and a count of each process, by rank, to the precision of float32.
-
-        Raises:
-            LostError: another process has failed or gone.
-        """
+        """A number and a count of each process, in float32, by rank; raises LostError."""
         if self.size == 1:
             return [(number, count)]
         asked = self.stop and self.stop.signal
@@ -152,14 +148,7 @@ class Group:
     # --- What they agree on
 
     def compare(self, values: dict[str, object]) -> None:
-        """See that all look at the same thing: at the same values, by names to report them under.
-
-        Raises:
-            UserError: a value differs; says which, and where.
-            LostError: another process has failed or gone.
-        """
-        if self.size == 1:
-            return
+        """Raise UserError where values, by names to report them under, differ among processes."""
         mine = {name: str(value) for name, value in values.items()}
         first, *others = map(json.loads, self.gather_texts(json.dumps(mine)))
         for rank, other in enumerate(others, 1):
@@ -233,11 +222,7 @@ ALONE = Group()
 
 @contextmanager
 def join() -> Iterator[Group]:
-    """The group of this run's processes; whatever ends one of them in it ends all.
-
-    Raises:
-        UserError: the others were not found.
-    """
+    """The group of this run's processes; whatever ends one of them in it ends all."""
     group = Group()
     if not is_launched():
         yield group
