@@ -151,15 +151,11 @@ SMALLER_BATCHES = "lower --batch-size, --max-seq-length or --lora-layers"
 def run_phases(config: Config, group: Group) -> None:
     """Check, load, adapt, read, train, test, generate, export; raises UserError or OSError.
 
-    What is wrong without a model is told before one is fetched. Several processes share all up to
-    the test; the first does the rest.
+    Several processes share all up to the test; the first does the rest.
     """
     files = read_files(config)
     run = open_run(config, files, group)
-    exports = [export.Export(form, Path(folder)) for form, folder in config.export or []]
-    texts = prompts.read(config.prompt or []) if group.is_first else []
-    if group.is_first:
-        export.check_folders(exports)
+    texts, exports = read_requests(config) if group.is_first else ([], [])
 
     prepare_device(group)
     folder, model, tokenizer = load(config, group)
@@ -171,7 +167,6 @@ def run_phases(config: Config, group: Group) -> None:
     if config.train:
         run.settings |= identity | {LEARNT_FORMAT: prompts.learnt_format(files["train"], tokenizer)}
     else:
-        run.settings = run.start.settings
         checkpoint.warn_of_changes(run.adapter, run.settings, identity)
     asked = encode_prompts(run, texts, tokenizer, limits)
     examples = read_examples(config, files, tokenizer, limits)
@@ -199,6 +194,13 @@ def read_files(config: Config) -> Files:
     """The data files of the phases that are asked for, by their splits."""
     splits = ["train", "valid"] * config.train + ["test"] * config.test
     return {s: dataset.read(Path(config.data, f"{s}.jsonl"), config.mask_prompt) for s in splits}
+
+
+def read_requests(config: Config) -> tuple[list[str], list[export.Export]]:
+    """The prompts and the exports asked for, checked before a model is fetched for them."""
+    exports = [export.Export(form, Path(folder)) for form, folder in config.export or []]
+    export.check_folders(exports)
+    return prompts.read(config.prompt or []), exports
 
 
 def prepare_device(group: Group) -> None:
@@ -320,6 +322,7 @@ def training_loop(
             stop_early(run)
             last = True
         if last or (progress.every(config.save_every) and not progress.finished):
+            progress.finished = True
             save(run, trainer, last)
         group.check_stop()
         if last:
@@ -365,10 +368,9 @@ def stop_early(run: Run) -> None:
     )
 
 
-def save(run: Run, trainer: Trainer, last: bool) -> None:
-    """Save the adapter and the state of the run, all that was due at this iteration done."""
+def save(run: Run, trainer: Trainer, last: bool = False) -> None:
+    """Save the adapter and the state of the run, and say so."""
     progress = run.progress
-    progress.finished = True
     run.save(trainer.model, trainer.named_moments())
     line = f"Iter {progress.iteration}: Saved adapter weights to {run.adapter}."
     if last and run.best.is_file():
@@ -410,8 +412,7 @@ def save_unfinished(run: Run, trainer: Trainer, first: int) -> str:
     if iteration == first:
         return "nothing new was saved"
     try:
-        run.save(trainer.model, trainer.named_moments())
-        report.print_line(f"Iter {iteration}: Saved adapter weights to {run.adapter}.")
+        save(run, trainer)
         report.draw_losses(run)
     except Exception as error:  # a full disk, or a device that lets nothing be read any more
         return f"iteration {iteration} could not be saved: {first_line(error)}"

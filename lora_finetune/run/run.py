@@ -59,7 +59,7 @@ class Run:
         self.best, self.picture = self.folder / "best.npz", self.folder / "losses.png"
         self.log, self.log_lines = self.folder / "log.jsonl", []
         self.progress = start.state.progress if start.state else Progress()
-        self.iters, self.settings = 0, {}
+        self.iters, self.settings = 0, start.settings
         self.pending_best: dict[str, np.ndarray] = {}
         self.replaces, self.lock_stream = False, None
 
@@ -121,7 +121,7 @@ class Run:
         self.replaces = not (goes_on and in_place) and any(
             file.exists() for file in (self.adapter, self.folder / "state.npz", self.best)
         )
-        if not self.replaces:
+        if not self.replaces and (self.log_lines or self.log.exists()):
             self.write_log()  # over what a run left that never saved
 
     def write_log(self) -> None:
@@ -261,19 +261,20 @@ def must_agree(
         identity: checksums of the model, by names.
     """
     state = run.start.state
-    arrays = {"the adapter to start from": npz.trainable_arrays(model).values()}
-    arrays |= {"Adam's moments to start from": state.optimizer.values() if state else []}
-    for split, e in examples.items():
-        arrays[f"the tokens of {split}.jsonl"] = [e.tokens, e.is_target]
-    contents = {name: [a.tobytes() for a in some] for name, some in arrays.items()}
     sources = sorted([*ROOT.glob("*.py"), *(ROOT / "lora_finetune").rglob("*.py")])
-    contents["the source of this program"] = [path.read_bytes() for path in sources]
+    contents = {
+        "the adapter to start from": npz.trainable_arrays(model).values(),
+        "Adam's moments to start from": state.optimizer.values() if state else [],
+        "the source of this program": [path.read_bytes() for path in sources],
+    }
+    for split, texts in examples.items():
+        contents[f"the tokens of {split}.jsonl"] = [texts.tokens, texts.is_target]
     return {
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
         **run.config.flags(),
         **(run.settings if run.config.train else {}),
         **identity,
-        **{name: sha256(b"".join(content)).hexdigest() for name, content in contents.items()},
+        **{name: sha256(b"".join(map(bytes, held))).hexdigest() for name, held in contents.items()},
         "the run to resume": asdict(run.progress),
         "the iterations": run.iters,
     }

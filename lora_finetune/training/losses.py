@@ -67,19 +67,14 @@ def cross_entropy_in_cache(logits: mx.array, targets: mx.array) -> tuple[mx.arra
 
 
 @cross_entropy_in_cache.vjp
-def cross_entropy_vjp(
-    inputs: tuple[mx.array, mx.array],
-    cotangents: tuple[mx.array, mx.array],
-    outputs: tuple[mx.array, mx.array],
-) -> tuple[mx.array, mx.array]:
-    """(Softmax − one-hot) · cotangent."""
+def cross_entropy_vjp(inputs: tuple, cotangents: tuple, outputs: tuple) -> tuple:
+    """(Softmax − one-hot) · cotangent; and nothing to the targets."""
 
-    def gradient(
-        logits: mx.array, targets: mx.array, log_sums: mx.array, cotangent: mx.array
-    ) -> mx.array:
-        softmax = exp(logits.astype(mx.float32) - log_sums[:, None])
-        one_hot = mx.arange(logits.shape[1]) == targets[:, None]
-        return ((softmax - one_hot) * cotangent[:, None]).astype(logits.dtype)
+    def gradient(logits: mx.array, *columns: mx.array) -> mx.array:
+        targets, log_sums, cotangent = (column[:, None] for column in columns)
+        softmax = exp(logits.astype(mx.float32) - log_sums)
+        one_hot = mx.arange(logits.shape[1]) == targets
+        return ((softmax - one_hot) * cotangent).astype(logits.dtype)
 
     return in_cache(gradient, *inputs, outputs[1], cotangents[0]), mx.zeros_like(inputs[1])
 
