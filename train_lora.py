@@ -139,12 +139,10 @@ def main() -> None:
 
 # --- The run ------------------------------------------------------------------------------------
 
-# By the names of their splits.
-Files = dict[str, dataset.File]
+Files = dict[str, dataset.File]  # by the names of their splits
 Splits = dict[str, batching.Examples]
 
 LEARNT_FORMAT = "the form of the texts"  # among the settings of a run
-SMALLER_MODEL = "take a smaller or a quantized model"
 SMALLER_BATCHES = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
@@ -159,7 +157,7 @@ def run_phases(config: Config, group: Group) -> None:
 
     prepare_device(group)
     folder, model, tokenizer = load(config, group)
-    with memory.device_errors(SMALLER_MODEL):
+    with memory.device_errors("take a smaller or a quantized model"):
         limits, identity = find_limits(model), fingerprints(model, folder)
         adapt(run, model)
     export.check_forms(exports, model, folder)
@@ -430,11 +428,7 @@ def evaluate(
     model: nn.Module, loss: Loss, examples: batching.Examples, batch_size: int, num_batches: int,
     group: Group = ALONE, micro_batches: int = 1,
 ) -> float:  # fmt: skip
-    """Mean loss in nats per target token over the first batches (-1: over all examples).
-
-    Each process of a group computes its share, in micro-batches. Interrupted is raised as in
-    training.
-    """
+    """Mean loss in nats per target token over the first batches (-1: over all examples)."""
     model.eval()
     total, num_targets = 0.0, 0
     shares = micro_batches * group.size

@@ -83,14 +83,12 @@ def command(flags: dict[str, Any]) -> str:
     """A command line of this program, quoted for the shell; None and False are left out."""
     words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     for flag, value in flags.items():
-        if value is None or value is False:
-            continue
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        values = [str(value) for value in values]
-        if len(values) == 1 and values[0].startswith("-"):
-            words.append(f"{flag}={values[0]}")
-        else:
-            words += [flag, *(f"./{v}" if v.startswith("-") else v for v in values)]
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list):  # --export, whose folder may begin with a dash
+            words += [flag, *(f"./{word}" if word.startswith("-") else word for word in value)]
+        elif value is not None and value is not False:
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return shlex.join(words)
 
 
@@ -122,12 +120,9 @@ def read_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with an error where flags do not go together."""
     if not (args.train or args.test or args.prompt or args.export):
-        parser.error(
-            "nothing to do: ask for --train, --test, --prompt or --export, or several of them"
-        )
-    for name, texts in {"prompt": args.prompt or [], "system": [args.system or ""]}.items():
-        if not all(map(is_unicode, texts)):
-            parser.error(f"argument --{name}: is not UTF-8")
+        parser.error("nothing to do: ask for --train, --test, --prompt or --export, or several")
+    if not all(map(is_unicode, [*(args.prompt or []), args.system or ""])):
+        parser.error("argument --prompt or --system: is not UTF-8")
     if args.system and not (args.prompt and args.prompt_format in ("auto", "chat")):
         parser.error("argument --system: is for a --prompt in the chat form")
     if args.resume_adapter_file and not args.train:

@@ -104,6 +104,6 @@ def print_outcome(run: Run) -> None:
         f"{progress.best_loss:.3f} at best (iteration {progress.best_iteration})",
         f"Ask it:    {command(use | {'--prompt': '안녕하세요?'})}",
         f"Go on:     {config.command_to_go_on(run.adapter)}",
-        f"Export it: {command(use | {'--export': ['merged', merged]})}",
+        f"Export it: {command(use | {'--export': ['merged', str(merged)]})}",
     ]
     print(*lines, sep="\n", file=sys.stderr, flush=True)

@@ -104,8 +104,7 @@ def all_intercepted(layers: list[nn.Module], reply: Callable[..., mx.array]) -> 
 def find(model: nn.Module) -> Prefix | None:
     """The layers of a model below the first one that is trained; None where there are none.
 
-    None too, with a warning, where the model needs more of them than their states: some
-    architectures hand keys and values of one layer to others.
+    None too, with a warning, where some architectures hand more than states to later layers.
     """
     trained = [bool(tree_flatten(layer.trainable_parameters())) for layer in model.layers]
     if not any(trained) or trained[0]:

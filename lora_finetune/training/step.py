@@ -94,8 +94,8 @@ def make_step(
     in, and over the processes, and divided by the batch's targets: memory is needed for one
     micro-batch only, and the sum is the same to rounding.
 
-    Adam is MLX's own as it comes, without bias correction, as in mlx-examples and mlx_lm.lora: the
-    default learning rate and recipes for MLX are made for it.
+    Adam is MLX's own as it comes, without bias correction: the default learning rate and recipes
+    for MLX are made for it.
     """
     gradients_of, adam = make_gradients(model, loss), optim.Adam(learning_rate)
 
