@@ -150,20 +150,20 @@ class Run:
         if not self.group.is_first:
             return
         self.progress.log_lines = len(self.log_lines)
-        replaced = None
-        if self.replaces:
+        replaces = self.replaces
+        if replaces:
             self.keep_earlier()
-        else:
-            replaced = file_checksum(self.adapter)
         content = write_state(
-            self.folder / "state.npz", replaced, model, optimizer, self.progress, self.settings,
-            self.pending_best,
+            self.folder / "state.npz", file_checksum(self.adapter), model, optimizer,
+            self.progress, self.settings, self.pending_best,
         )  # fmt: skip
-        if replaced is None:
-            self.adapter.unlink(missing_ok=True)  # an earlier run's, to which the state is foreign
         self.save_best()
         with atomic_write(self.adapter) as [stream]:
             stream.write(content)
+        if (
+            replaces
+        ):  # once more, or the earlier adapter, if put back, would be taken for this run's
+            self.save(model, optimizer)
 
     def save_best(self) -> bool:
         """Write the best adapter, if there is one that is not written yet; returns whether."""
