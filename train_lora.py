@@ -123,58 +123,58 @@ def main() -> None:
     if not shares_work and process_rank() > 0:
         return
     with distributed.join() if shares_work else nullcontext(ALONE) as group:
-        run(config, group)
+        run_phases(config, group)
 
 
 # --- The run ------------------------------------------------------------------------------------
 
+Files = dict[str, dataset.File]  # by the names of their splits
+Splits = dict[str, batching.Examples]
 
-def run(config: Config, group: Group) -> None:
+LEARNT_FORMAT = "the form of the texts"  # among the settings of a run
+SMALLER_BATCHES = "lower --batch-size, --max-seq-length or --lora-layers"
+
+
+def run_phases(config: Config, group: Group) -> None:
     """Check, load, adapt, read, train, test, generate, export; raises UserError or OSError.
 
-    What is wrong without a model is told before one is fetched. Several processes share all up to
-    the test; the first does the rest.
+    Several processes share all up to the test; the first does the rest.
     """
     files = read_files(config)
-    this = open_run(config, files, group)
-    texts, exports = read_requests(this)
+    run = open_run(config, files, group)
+    texts, exports = read_requests(config) if group.is_first else ([], [])
 
     prepare_device(group)
     folder, model, tokenizer = load(config, group)
-    limits, identity = describe_model(model, folder)
-
-    adapt(this, model)
+    with memory.device_errors("take a smaller or a quantized model"):
+        limits, identity = find_limits(model), fingerprints(model, folder)
+        adapt(run, model)
     export.check_forms(exports, model, folder)
 
-    settle_settings(this, files, tokenizer, identity)
-    asked = encode_prompts(this, texts, tokenizer, limits)
+    if config.train:
+        run.settings |= identity | {LEARNT_FORMAT: prompts.learnt_format(files["train"], tokenizer)}
+    else:
+        checkpoint.warn_of_changes(run.adapter, run.settings, identity)
+    asked = encode_prompts(run, texts, tokenizer, limits)
     examples = read_examples(config, files, tokenizer, limits)
     prompts.warn_beyond_context(examples, asked, context_length(folder))
-    if not config.train:
-        checkpoint.warn_of_other_model(this.adapter, this.settings, identity)
     if group.size > 1:
-        group.compare(must_agree(this, model, examples, identity))
+        group.compare(must_agree(run, model, examples, identity))
 
     plain = config.plain or disagrees_on_metal(examples, model)
     with nullcontext() if plain else patches.applied():
         loss = losses.make_loss(model, plain) if files else None
         if config.train:
-            train(this, model, loss, examples)
+            train(run, model, loss, examples)
         if config.test:
-            test(this, model, loss, examples["test"])
+            test(run, model, loss, examples["test"])
     group.leave()
 
     if group.is_first:
         generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
         export.write_all(exports, model, folder, public_name(config.model, folder))
-        report.print_outcome(this)
-
-
-LEARNT_FORMAT = "the form of the texts"  # among the settings of a run
-
-# By the names of their splits.
-Files = dict[str, dataset.File]
-Splits = dict[str, batching.Examples]
+        if config.train:
+            report.print_outcome(run)
 
 
 def read_files(config: Config) -> Files:
@@ -183,11 +183,8 @@ def read_files(config: Config) -> Files:
     return {s: dataset.read(Path(config.data, f"{s}.jsonl"), config.mask_prompt) for s in splits}
 
 
-def read_requests(this: Run) -> tuple[list[str], list[export.Export]]:
-    """The prompts to generate after, and the exports to write; none but in the first process."""
-    config = this.config
-    if not this.group.is_first:
-        return [], []
+def read_requests(config: Config) -> tuple[list[str], list[export.Export]]:
+    """The prompts and the exports asked for, checked before a model is fetched for them."""
     exports = [(form, Path(folder)) for form, folder in config.export or []]
     export.check_folders(exports)
     return prompts.read(config.prompt or []), exports
@@ -195,7 +192,7 @@ def read_requests(this: Run) -> tuple[list[str], list[export.Export]]:
 
 def prepare_device(group: Group) -> None:
     """Let MLX, and on a CPU the libraries below it, take what there is, and no more."""
-    memory.processes_here = len(group.here)
+    memory.processes_here = group.processes_here
     if mx.default_device() == mx.cpu:
         linux_cpu.prepare()
         linux_cpu.can_compile()  # if MLX cannot, this turns it off
@@ -204,44 +201,26 @@ def prepare_device(group: Group) -> None:
 
 def load(config: Config, group: Group) -> tuple[Path, nn.Module, TokenizerWrapper]:
     """The folder of the model, which is fetched if need be, the model and its tokenizer."""
-    with group.first_here():
+    with group.first_ahead():
         folder = find_model(config.model or str(demo_model.fetch()))
     print("Loading pretrained model", flush=True)
     return folder, *models.load(folder)
 
 
-def describe_model(model: nn.Module, folder: Path) -> tuple[Limits, dict[str, str]]:
-    """The limits of a model, and checksums that tell it from others."""
-    with memory.device_errors("take a smaller or a quantized model"):
-        return find_limits(model), fingerprints(model, folder)
-
-
-def adapt(this: Run, model: nn.Module) -> None:
+def adapt(run: Run, model: nn.Module) -> None:
     """Put LoRA into the model, with the adapter to start from."""
     print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
-    config, start = this.config, this.start
+    config, start = run.config, run.start
     mx.random.seed(config.seed)
     layers = config.lora_layers if config.train else None
-    with memory.device_errors("take a smaller or a quantized model"):
-        loading.adapt(model, start.adapter, start.source, layers, config.lora_rank, start.scale)
+    loading.adapt(model, start.adapter, start.source, layers, config.lora_rank, start.scale)
     print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
 
 
-def settle_settings(
-    this: Run, files: Files, tokenizer: TokenizerWrapper, identity: dict[str, str]
-) -> None:
-    """Complete the settings of a run, or read those of the adapter's."""
-    if this.config.train:
-        learnt = prompts.learnt_format(files["train"], tokenizer)
-        this.settings |= identity | {LEARNT_FORMAT: learnt}
-    else:
-        this.settings = checkpoint.settings_of(this.adapter)
-
-
 def encode_prompts(
-    this: Run, texts: list[str], tokenizer: TokenizerWrapper, limits: Limits
+    run: Run, texts: list[str], tokenizer: TokenizerWrapper, limits: Limits
 ) -> list[prompts.Prompt]:
-    config, learnt = this.config, this.settings.get(LEARNT_FORMAT)
+    config, learnt = run.config, run.settings.get(LEARNT_FORMAT)
     form, system, most = config.prompt_format, config.system, config.max_tokens
     return prompts.encode(texts, form, learnt, system, tokenizer, most, limits)
 
@@ -270,7 +249,7 @@ def disagrees_on_metal(examples: Splits, model: nn.Module) -> bool:
 # --- Training -----------------------------------------------------------------------------------
 
 
-def train(this: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
+def train(run: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
     """Train to the last iteration, or to the one at which a signal asks for a stop.
 
     Raises:
@@ -278,126 +257,122 @@ def train(this: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
             device failed, or another process; the last whole iteration is saved.
         Interrupted: a signal asked for a stop; the last whole iteration is saved.
     """
-    config, group = this.config, this.group
-    this.begin()
-    report.print_data(examples["train"])
+    config, group, texts = run.config, run.group, examples["train"]
+    run.begin()
+    longest, cut = texts.lengths.max(), texts.num_truncated
+    size = f"{len(texts)} examples, {len(texts.tokens)} tokens, longest {longest}, {cut} cut"
+    print(f"Training: {size}", flush=True)
     if prefix := frozen_prefix.find(model):
         loss = prefix.loss(loss)
-        examples = {
-            split: frozen_prefix.WithStates(prefix, examples[split]) for split in ("train", "valid")
-        }
+        examples = {s: frozen_prefix.WithStates(prefix, examples[s]) for s in ("train", "valid")}
     model.train()  # before the step is traced: some layers have kernels without a gradient else
-    moments = this.start.state.optimizer if this.start.state else {}
+    moments = run.start.state.optimizer if run.start.state else {}
     trainer = Trainer(model, loss, config.learning_rate, moments, group)
-    with saved_on_failure(this, trainer), memory.device_errors(MEMORY_ADVICE):
-        rows, progress = -(-config.batch_size // group.size), this.progress
+    with saved_on_failure(run, trainer), memory.device_errors(SMALLER_BATCHES):
+        rows, progress = -(-config.batch_size // group.size), run.progress
         progress.micro_batches = training_step.fit_memory(
             model, loss, examples["train"], rows, progress.micro_batches, group
         )
         if prefix:
-            frozen_prefix.keep_states(examples, this)
-        training_loop(this, model, loss, examples, trainer)
-    report.draw_losses(this)
-
-
-MEMORY_ADVICE = "lower --batch-size, --max-seq-length or --lora-layers"
+            frozen_prefix.keep_states(examples, run)
+        training_loop(run, model, loss, examples, trainer)
+    report.draw_losses(run)
 
 
 def training_loop(
-    this: Run, model: nn.Module, loss: Loss, examples: Splits, trainer: Trainer
+    run: Run, model: nn.Module, loss: Loss, examples: Splits, trainer: Trainer
 ) -> None:
     """Step after step to the last iteration; once in a while report, validate and save.
 
     A resumed run begins with what was left undone at the iteration at which it was stopped.
     """
-    config, progress, group = this.config, this.progress, this.group
+    config, progress, group = run.config, run.progress, run.group
     batches = batching.training_batches(
         examples["train"], config.batch_size, config.seed, progress.iteration,
         progress.micro_batches, group.rank, group.size,
     )  # fmt: skip
-    steps = trainer.steps(batches, ahead=partial(may_begin_next, this))
-    bar = tqdm(desc="Training", initial=progress.iteration, total=this.iters, disable=None)
-    for iteration in range(progress.iteration, this.iters + 1):
-        last = iteration == this.iters
+    steps = trainer.steps(batches, ahead=partial(may_begin_next, run))
+    bar = tqdm(desc="Training", initial=progress.iteration, total=run.iters, disable=None)
+    for iteration in range(progress.iteration, run.iters + 1):
+        last = iteration == run.iters
         if iteration > progress.iteration:
             progress.add(*next(steps))  # raises where it is not finite
             bar.update()
             group.check_stop()
         if progress.steps and (last or progress.every(config.steps_per_report)):
-            report.report_training(this)
+            report.report_training(run)
         due = progress.validated < 0 or last or progress.every(config.steps_per_eval)
         if due and progress.validated != iteration:
-            validate(this, model, loss, examples["valid"])
+            validate(run, model, loss, examples["valid"])
         if config.patience and progress.not_improved >= config.patience and not last:
-            last = stop_early(this)
+            stop_early(run)
+            last = True
         if last or (progress.every(config.save_every) and not progress.finished):
-            save(this, trainer)
+            progress.finished = True
+            save(run, trainer, last)
         group.check_stop()
         if last:
             break
     bar.close()
 
 
-def may_begin_next(this: Run) -> bool:
+def may_begin_next(run: Run) -> bool:
     """Whether nothing is due after the present step, nor does it wait in its middle."""
-    config, progress, following = this.config, this.progress, this.progress.iteration + 1
+    config, progress, following = run.config, run.progress, run.progress.iteration + 1
     every = config.steps_per_report, config.steps_per_eval, config.save_every
-    is_due = following == this.iters or any(following % number == 0 for number in every)
-    is_whole = this.group.size == progress.micro_batches == 1
+    is_due = following == run.iters or any(following % number == 0 for number in every)
+    is_whole = run.group.size == progress.micro_batches == 1
     return training_step.AHEAD and is_whole and not is_due
 
 
-def validate(this: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
+def validate(run: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
     """Report the validation loss, and keep the adapter if it is the best so far.
 
     The validation before the first step is reported with the number of that step.
     """
-    progress, start = this.progress, time.perf_counter()
-    batches = this.config.batch_size, this.config.val_batches
-    mean = evaluate(model, loss, examples, *batches, this.group, progress.micro_batches)
+    progress, start = run.progress, time.perf_counter()
+    batches = run.config.batch_size, run.config.val_batches
+    mean = evaluate(model, loss, examples, *batches, run.group, progress.micro_batches)
     model.train()
     took = time.perf_counter() - start
     training_step.check_finite(mean, "the validation loss")
     iteration = progress.iteration + (progress.validated < 0)
     report.print_line(f"Iter {iteration}: Val loss {mean:.3f}, Val took {took:.3f}s")
-    this.add_to_log({"iter": iteration, "val_loss": mean})
+    run.add_to_log({"iter": iteration, "val_loss": mean})
     if progress.add_validation(mean):
-        this.keep_best(model)
+        run.keep_best(model)
 
 
-def stop_early(this: Run) -> bool:
-    """End training for lack of better losses, with a last report; returns True."""
-    progress = this.progress
-    progress.stopped_early = this.iters
+def stop_early(run: Run) -> None:
+    """Say that training ends for lack of better losses, after a last report."""
+    progress = run.progress
     if progress.steps:
-        report.report_training(this)
+        report.report_training(run)
     report.print_line(
         f"Iter {progress.iteration}: Training ends, since the validation loss did not improve in "
         f"{progress.not_improved} validations after iteration {progress.best_iteration}."
     )
-    return True
 
 
-def save(this: Run, trainer: Trainer) -> None:
-    """Save the adapter and the state of the run, all that was due at this iteration done."""
-    progress = this.progress
-    progress.finished = True
-    this.save(trainer.model, trainer.named_state())
-    line = f"Iter {progress.iteration}: Saved adapter weights to {this.adapter}."
-    if this.is_at_end() and this.best.is_file():
+def save(run: Run, trainer: Trainer, last: bool = False) -> None:
+    """Save the adapter and the state of the run, and say so."""
+    progress = run.progress
+    run.save(trainer.model, trainer.named_moments())
+    line = f"Iter {progress.iteration}: Saved adapter weights to {run.adapter}."
+    if last and run.best.is_file():
         line += f" The best is of iteration {progress.best_iteration} "
-        line += f"(validation {progress.best_loss:.3f}), in {this.best}."
+        line += f"(validation {progress.best_loss:.3f}), in {run.best}."
     report.print_line(line)
 
 
 @contextmanager
-def saved_on_failure(this: Run, trainer: Trainer) -> Iterator[None]:
+def saved_on_failure(run: Run, trainer: Trainer) -> Iterator[None]:
     """While it lasts, whatever ends training saves the last whole iteration first.
 
     After a loss that is not finite only the best adapter is saved: those before it may be bad too.
     """
-    save_now = partial(save_unfinished, this, trainer, this.progress.iteration)
-    with this.group.hear_stops():  # during the save too
+    save_now = partial(save_unfinished, run, trainer, run.progress.iteration)
+    with run.group.hear_stops():  # during the save too
         try:
             yield
         except Interrupted as interrupted:
@@ -406,36 +381,31 @@ def saved_on_failure(this: Run, trainer: Trainer) -> Iterator[None]:
             why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
             raise UserError(f"{why}; {save_now()}") from error
         except NotFiniteError as error:
-            at, best = this.progress.iteration, this.progress.best_iteration
-            kept = f"the best adapter, of iteration {best}, is {this.best}"
-            if not (best > 0 and this.save_best()):
-                kept = f"what {this.adapter} held before is still there"
+            at, best = run.progress.iteration, run.progress.best_iteration
+            kept = f"what {run.adapter} held before is still there"
+            if best > 0 and run.save_best():
+                kept = f"the best adapter, of iteration {best}, is {run.best}"
             raise UserError(
                 f"{error} after iteration {at}; a lower --learning-rate may help, and {kept}"
             ) from None
 
 
-def save_unfinished(this: Run, trainer: Trainer, first: int) -> str:
-    """Save the last whole iteration of a run that ends early; returns the words that say so.
-
-    Args:
-        first: the iteration that it started from.
-    """
-    iteration = this.progress.iteration
-    if not this.writes:
+def save_unfinished(run: Run, trainer: Trainer, first: int) -> str:
+    """Save the last whole iteration after the `first`, and return the words that say so."""
+    iteration = run.progress.iteration
+    if not run.group.is_first:
         return "process 0 saves what there is, if it has not gone"
     if iteration == first:
         return "nothing new was saved"
     try:
-        this.save(trainer.model, trainer.named_state())
-        report.print_line(f"Iter {iteration}: Saved adapter weights to {this.adapter}.")
-        report.draw_losses(this)
+        save(run, trainer)
+        report.draw_losses(run)
     except Exception as error:  # a full disk, or a device that lets nothing be read any more
         return f"iteration {iteration} could not be saved: {first_line(error)}"
-    without = "" if this.config.start_iter is None else " and without --start-iter"
+    without = "" if run.config.start_iter is None else " and without --start-iter"
     return (
         f"iteration {iteration} is saved; the same command with "
-        f"--resume-adapter-file {this.adapter}{without} goes on"
+        f"--resume-adapter-file {run.adapter}{without} goes on"
     )
 
 
@@ -446,24 +416,17 @@ def evaluate(
     model: nn.Module, loss: Loss, examples: batching.Examples, batch_size: int, num_batches: int,
     group: Group = ALONE, micro_batches: int = 1,
 ) -> float:  # fmt: skip
-    """Mean loss in nats per target token over the first batches (-1: over all examples).
-
-    Args:
-        group: the processes that the batches are shared out among.
-        micro_batches: how many each of them computes its share of a batch in.
-
-    Raises:
-        Interrupted: a signal asked for a stop.
-    """
+    """Mean loss in nats per target token over the first batches (-1: over all examples)."""
     model.eval()
     total, num_targets = 0.0, 0
-    pieces = micro_batches * group.size
-    batches = batching.evaluation_batches(examples, batch_size, num_batches, pieces)
-    for rows in tqdm(group.deal(batches), "Evaluating", leave=False, disable=None):
+    shares = micro_batches * group.size
+    batches = batching.evaluation_batches(examples, batch_size, num_batches, shares)
+    starts = range(0, len(batches), group.size)  # of rounds, in which each process has one
+    for start in tqdm(starts, "Evaluating", leave=False, disable=None):
         group.check_stop()
         own = (0.0, 0)
-        if rows is not None:
-            batch = map(mx.array, examples.batch(rows))
+        if start + group.rank < len(batches):
+            batch = map(mx.array, examples.batch(batches[start + group.rank]))
             own = (n.item() for n in rope.by_length(loss)(model, *batch))
         for batch_total, number in group.gather(*own):
             total += batch_total
@@ -471,16 +434,15 @@ def evaluate(
     return total / max(num_targets, 1)
 
 
-def test(this: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
+def test(run: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
     """Report the loss and the perplexity on the test set."""
-    config, group = this.config, this.group
+    config, group = run.config, run.group
     print("Testing", flush=True)
-    stops = group.hear_stops() if group.size > 1 else nullcontext()  # one alone ends at once
-    with memory.device_errors("lower --batch-size or --max-seq-length"), stops:
+    with memory.device_errors("lower --batch-size or --max-seq-length"), group.hear_stops():
         mean = evaluate(model, loss, examples, config.batch_size, config.test_batches, group)
     perplexity = math.exp(mean) if mean < 700 else math.inf
     report.print_line(f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}.")
-    this.add_to_log({"test_loss": mean, "test_ppl": perplexity})
+    run.add_to_log({"test_loss": mean, "test_ppl": perplexity})
 
 
 if __name__ == "__main__":

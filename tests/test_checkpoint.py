@@ -472,8 +472,8 @@ def test_an_explicit_start_wins_over_the_state(call: Run, args: list[object], co
         ("7", "Saved"),
     ]
     # Adam's moments are those of the state all the same.
-    step = checkpoint.read_state(Path("b.npz")).optimizer["step"]
-    assert step == ITERS + 2
+    before, after = (checkpoint.read_state(Path(name)).optimizer for name in ("a.npz", "b.npz"))
+    assert all((after[n] >= 0.99 * before[n]).all() for n in before if n.endswith(".v"))
 
 
 def test_what_has_changed_since_is_reported_in_one_line(
@@ -493,7 +493,7 @@ def test_what_has_changed_since_is_reported_in_one_line(
     assert ended.returncode == 0
     assert ended.stderr == (
         "warning: since a.npz was saved, these have changed: --batch-size (4, now 8), train.jsonl, "
-        "the model's config.json; with --start-iter 0 training begins anew from its adapter\n"
+        "the model's config.json\n"
         "warning: the earlier run of a.npz is kept as a.previous-1.npz and a.previous-1.run\n"
     )
     assert "Iter 24: Val loss" in ended.stdout

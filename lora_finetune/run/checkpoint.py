@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from typing import Any, NamedTuple
 import models
 from lora_finetune.adapters import loading, npz
 from lora_finetune.base.errors import UserError, warn
-from lora_finetune.base.files import atomic_write, file_checksum
+from lora_finetune.base.files import file_checksum
 
+import mlx.nn as nn
 import numpy as np
 
 
@@ -22,10 +24,6 @@ def run_folder(adapter_file: Path) -> Path:
     if adapter_file.name == "best.npz" and adapter_file.parent.suffix == ".run":
         return adapter_file.parent
     return adapter_file.with_suffix(".run")
-
-
-def state_file(adapter_file: Path) -> Path:
-    return run_folder(adapter_file) / "state.npz"
 
 
 # --- Progress -----------------------------------------------------------------------------------
@@ -40,12 +38,9 @@ class Progress:
         finished: whether all that was due at it is done: report, validation, save.
         total, tokens, steps, seconds: sums since the last training report; `total` is the loss in
             nats over all target tokens.
-        trained_tokens, trained_seconds: sums since the first iteration.
         validated: the iteration of the last validation, -1 before the first.
-        first_loss, last_loss: of the first and the last validation.
-        best_loss, best_iteration: of the validation with the lowest loss.
+        first_loss, last_loss, best_loss: of validations.
         not_improved: validations in a row, the last included, whose loss was not the lowest.
-        stopped_early: the iterations to go to when early stopping ended training; else 0.
         micro_batches: how many each batch is computed in, for its memory.
         has_room: whether the states of frozen layers, if any, can be kept for later epochs.
         log_lines: how many the log had.
@@ -57,15 +52,12 @@ class Progress:
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
-    trained_tokens: int = 0
-    trained_seconds: float = 0.0
     validated: int = -1
     first_loss: float = math.inf
     last_loss: float = math.inf
     best_loss: float = math.inf
     best_iteration: int = 0
     not_improved: int = 0
-    stopped_early: int = 0
     micro_batches: int = 1
     has_room: bool = True
     log_lines: int = 0
@@ -77,8 +69,6 @@ class Progress:
         self.tokens += tokens
         self.steps += 1
         self.seconds += seconds
-        self.trained_tokens += tokens
-        self.trained_seconds += seconds
 
     def add_validation(self, loss: float) -> bool:
         """Count a validation after the last iteration; returns whether it is the best so far."""
@@ -94,16 +84,6 @@ class Progress:
     def every(self, number: int) -> bool:
         return self.iteration % number == 0
 
-    def reset_sums(self) -> None:
-        self.total, self.tokens, self.steps, self.seconds = 0.0, 0, 0, 0.0
-
-    def reset_losses(self) -> None:
-        """Keep only the iteration: earlier losses are not comparable."""
-        self.reset_sums()
-        self.finished, self.validated = True, -1
-        self.first_loss = self.last_loss = self.best_loss = math.inf
-        self.best_iteration = self.not_improved = self.stopped_early = 0
-
 
 # --- The state ----------------------------------------------------------------------------------
 
@@ -114,10 +94,8 @@ class State(NamedTuple):
     Attributes:
         adapter: A and B of each adapted path, for the scale of training.
         optimizer: Adam's moments and step, by MLX's names.
-        progress: how far the run has come.
         settings: what its result depends on, by the names to report each under.
         best: arrays of the best adapter where this save was to write its file; else empty.
-        is_ahead: whether the save was cut short, so that the adapter file is of the one before.
     """
 
     adapter: npz.Adapter
@@ -125,11 +103,10 @@ class State(NamedTuple):
     progress: Progress
     settings: dict[str, Any]
     best: dict[str, np.ndarray]
-    is_ahead: bool
 
 
 def write_state(
-    file: Path, replaced: str | None, model: Any, optimizer: dict, progress: Progress,
+    file: Path, replaced: str | None, model: nn.Module, optimizer: dict, progress: Progress,
     settings: dict[str, Any], best: dict[str, np.ndarray],
 ) -> bytes:  # fmt: skip
     """Write the state of a run, which holds its adapter too: this one replacement is its save.
@@ -151,32 +128,29 @@ def write_state(
     arrays |= {f"best.{name}": array for name, array in best.items()}
     arrays |= {f"optimizer.{name}": np.array(array) for name, array in optimizer.items()}
     arrays["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
-    with atomic_write(file) as [stream]:
-        np.savez(stream, **arrays)
+    npz.write_arrays(file, arrays)
     return content
 
 
 def read_state(adapter_file: Path) -> State | None:
-    """The state that belongs to an adapter file, None where there is none.
+    """The state that belongs to an adapter file, or is a save ahead of it; None without one.
 
     Raises:
         UserError: the state file is damaged.
     """
-    file = state_file(adapter_file)
+    file = run_folder(adapter_file) / "state.npz"
     if not file.is_file():
         return None
     try:
         arrays = npz.read_arrays(file)
         notes = json.loads(arrays.pop("notes").tobytes())
-        checksum = file_checksum(adapter_file)
-        if checksum not in (notes["adapter"], notes["replaced"]):
+        if file_checksum(adapter_file) not in (notes["adapter"], notes["replaced"]):
             return None
         optimizer, best = pop_prefix(arrays, "optimizer."), pop_prefix(arrays, "best.")
-        adapter, is_ahead = npz.pair_arrays(file, arrays), checksum != notes["adapter"]
-        progress, settings = Progress(**notes["progress"]), notes["settings"]
+        adapter, progress = npz.pair_arrays(file, arrays), Progress(**notes["progress"])
+        return State(adapter, optimizer, progress, notes["settings"], best)
     except (UserError, KeyError, ValueError, TypeError):
         raise UserError(f"{file} is damaged; delete it to resume with fresh Adam moments") from None
-    return State(adapter, optimizer, progress, settings, best, is_ahead)
 
 
 def pop_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -187,14 +161,13 @@ def pop_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
 
 def settings_of(adapter_file: Path) -> dict[str, Any]:
     """The settings of the run that an adapter, or best adapter, is of; {} where no state tells."""
-    try:
-        if run_folder(adapter_file) == adapter_file.parent:  # its best adapter
-            arrays = npz.read_arrays(state_file(adapter_file))
-            return json.loads(arrays["notes"].tobytes())["settings"]
-        state = read_state(adapter_file)
-    except (UserError, OSError):
-        return {}
-    return state.settings if state else {}
+    folder = run_folder(adapter_file)
+    if folder == adapter_file.parent:  # its best adapter
+        adapter_file = folder.with_suffix(".npz")
+    with suppress(UserError, OSError):
+        if state := read_state(adapter_file):
+            return state.settings
+    return {}
 
 
 # --- Where a run starts -------------------------------------------------------------------------
@@ -205,18 +178,15 @@ class Start(NamedTuple):
 
     Attributes:
         source: its file, None for a fresh one.
-        adapter: its A's and B's.
-        scale: of LoRA.
-        state: of the run to resume, None where there is none.
+        settings: of the run that it is of, as far as they are known.
+        state: of that run, None where it cannot be resumed.
     """
 
     source: Path | None
     adapter: npz.Adapter
     scale: float
+    settings: dict[str, Any]
     state: State | None = None
-
-
-FRESH = Start(None, {}, models.SCALE)
 
 
 def read_start(adapter_file: Path, scale: float | None) -> Start:
@@ -233,42 +203,20 @@ def read_start(adapter_file: Path, scale: float | None) -> Start:
     settings = state.settings if state else settings_of(source)
     trained = settings.get("--lora-scale", models.SCALE)
     scale = scale or trained
-    adapter = state.adapter if state else loading.read_adapter(source)
-    before = trained if state else models.SCALE
-    return Start(source, npz.rescaled(adapter, before, scale), scale, state)
+    if state:
+        adapter = npz.rescaled(state.adapter, trained, scale)
+    else:
+        adapter = npz.rescaled(loading.read_adapter(source), models.SCALE, scale)
+    return Start(source, adapter, scale, settings, state)
 
 
-def warn_of_changes(start: Start, settings: dict[str, Any]) -> bool:
-    """Warn where the state of the run to resume is missing, or was of other settings.
-
-    Returns:
-        Whether a setting has changed.
-    """
-    source, state = start.source, start.state
-    if not state:
-        warn(f"{source} has no training state beside it, so Adam starts with fresh moments")
-        warn_of_other_model(source, settings_of(source), settings)
-        return False
-    if state.is_ahead:
-        at = state.progress.iteration
-        warn(f"the last save of {source} was cut short; its state, of iteration {at}, is used")
+def warn_of_changes(source: Path, saved: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Warn of settings that have changed since an adapter was saved; returns whether any has."""
     changed = [
-        f"{name} ({state.settings[name]!r:.50}, now {value})" if name[:2] == "--" else name
+        f"{name} ({saved[name]!r:.50}, now {value})" if name[:2] == "--" else name
         for name, value in settings.items()
-        if state.settings.get(name, value) != value
+        if saved.get(name, value) != value
     ]
     if changed:
-        warn(
-            f"since {source} was saved, these have changed: {', '.join(changed)}; with "
-            "--start-iter 0 training begins anew from its adapter"
-        )
+        warn(f"since {source} was saved, these have changed: {', '.join(changed)}")
     return bool(changed)
-
-
-def warn_of_other_model(source: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Warn where the saved settings of an adapter tell that it was trained on another model."""
-    names = [name for name in settings if name.startswith("the model")]
-    if other := [name for name in names if saved.get(name, settings[name]) != settings[name]]:
-        differs = ", ".join(name.removeprefix("the model's ") for name in other)
-        differs = differs.replace("the model", "weights")
-        warn(f"{source} was trained on a different model (its {differs} differ)")

@@ -16,24 +16,9 @@ FORMS = ("mlx-lm", "peft", "merged", "merged-float")  # of --export
 PROMPT_FORMATS = ("auto", "raw", "chat", "qa")
 
 
-def result() -> Any:
-    """A flag that changes the result of training: compared when a run is resumed."""
-    return field(metadata={"result": True, "training": True})
-
-
-def training() -> Any:
-    """A flag of training that leaves its result alone, or that the adapter's file tells anew."""
-    return field(metadata={"training": True})
-
-
-def path() -> Any:
-    """Where something of training is: may differ between the machines of one run."""
-    return field(metadata={"training": True, "own": True})
-
-
-def own() -> Any:
-    """A flag of generation and export, which the first process does alone."""
-    return field(metadata={"own": True})
+# Marks of flags: those that change the result of training, which a resumed run compares, and those
+# that the command to go on repeats.
+RESULT, TRAINING = {"result": True, "training": True}, {"training": True}
 
 
 @dataclass(frozen=True)
@@ -46,51 +31,48 @@ class Config:
 
     train: bool
     test: bool
-    model: str | None = path()
-    data: str = path()
-    adapter_file: str = path()
-    resume_adapter_file: str | None = own()
-    add_eos_token: int = result()
-    seed: int = result()
-    batch_size: int = result()
-    learning_rate: float = result()
-    val_batches: int = result()
-    max_seq_length: int = result()
-    mask_prompt: bool = result()
-    lora_scale: float | None = result()
-    plain: bool = result()
-    lora_layers: int | None = training()
-    lora_rank: int | None = training()
-    epochs: int = training()
-    iters: int | None = training()
-    steps_per_report: int = training()
-    steps_per_eval: int = training()
-    save_every: int = training()
-    patience: int | None = training()
+    model: str | None = field(metadata=TRAINING)
+    data: str = field(metadata=TRAINING)
+    adapter_file: str = field(metadata=TRAINING)
+    resume_adapter_file: str | None
+    add_eos_token: int = field(metadata=RESULT)
+    seed: int = field(metadata=RESULT)
+    batch_size: int = field(metadata=RESULT)
+    learning_rate: float = field(metadata=RESULT)
+    val_batches: int = field(metadata=RESULT)
+    max_seq_length: int = field(metadata=RESULT)
+    mask_prompt: bool = field(metadata=RESULT)
+    lora_scale: float | None = field(metadata=RESULT)
+    plain: bool = field(metadata=RESULT)
+    lora_layers: int | None = field(metadata=TRAINING)
+    lora_rank: int | None = field(metadata=TRAINING)
+    epochs: int = field(metadata=TRAINING)
+    iters: int | None = field(metadata=TRAINING)
+    steps_per_report: int = field(metadata=TRAINING)
+    steps_per_eval: int = field(metadata=TRAINING)
+    save_every: int = field(metadata=TRAINING)
+    patience: int | None
     start_iter: int | None
     test_batches: int
-    prompt: list[str] | None = own()
-    prompt_format: str = own()
-    system: str | None = own()
-    max_tokens: int = own()
-    temp: float = own()
-    export: list[list[str]] | None = own()
-    typed: frozenset[str] = own()
+    prompt: list[str] | None
+    prompt_format: str
+    system: str | None
+    max_tokens: int
+    temp: float
+    export: list[list[str]] | None
+    typed: frozenset[str]
 
-    def flags(self, mark: str, marked: bool = True) -> dict[str, Any]:
-        """The flags of which `mark` ("result", "training", "own") is true, or is not."""
-        names = [f.name for f in fields(self) if f.metadata.get(mark, False) == marked]
-        return {flag_name(name): getattr(self, name) for name in names}
+    def flags(self, mark: str = "") -> dict[str, Any]:
+        """All flags, or those with a mark, "result" or "training"."""
+        marked = [f.name for f in fields(self) if f.name != "typed" and mark in ("", *f.metadata)]
+        return {flag_name(name): getattr(self, name) for name in marked}
 
     def command_to_go_on(self, adapter: str) -> str:
         """The command line that trains this adapter for twice as long."""
-        flags = {n: v for n, v in self.flags("training").items() if self.is_typed(n)}
+        typed = {flag_name(name) for name in self.typed}
+        flags = {n: v for n, v in self.flags("training").items() if n in typed or v is True}
         length = {"--iters": 2 * self.iters} if self.iters else {"--epochs": 2 * self.epochs}
         return command({"--train": True} | flags | length | {"--resume-adapter-file": adapter})
-
-    def is_typed(self, flag: str) -> bool:
-        name = flag.removeprefix("--").replace("-", "_")
-        return name in self.typed or getattr(self, name) is True
 
 
 def flag_name(name: str) -> str:
@@ -101,14 +83,12 @@ def command(flags: dict[str, Any]) -> str:
     """A command line of this program, quoted for the shell; None and False are left out."""
     words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     for flag, value in flags.items():
-        if value is None or value is False:
-            continue
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        values = [str(value) for value in values]
-        if len(values) == 1 and values[0].startswith("-"):
-            words.append(f"{flag}={values[0]}")
-        else:
-            words += [flag, *(f"./{v}" if v.startswith("-") else v for v in values)]
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list):  # --export, whose folder may begin with a dash
+            words += [flag, *(f"./{word}" if word.startswith("-") else word for word in value)]
+        elif value is not None and value is not False:
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return shlex.join(words)
 
 
@@ -140,14 +120,9 @@ def read_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with an error where flags do not go together."""
     if not (args.train or args.test or args.prompt or args.export):
-        parser.error(
-            "nothing to do: ask for --train, --test, --prompt or --export, or several of them"
-        )
-    for name, texts in {"prompt": args.prompt or [], "system": [args.system or ""]}.items():
-        if not all(map(is_unicode, texts)):
-            parser.error(f"argument --{name}: is not UTF-8")
-    if args.prompt and args.prompt.count("-") > 1:
-        parser.error("argument --prompt: - can be given once")
+        parser.error("nothing to do: ask for --train, --test, --prompt or --export, or several")
+    if not all(map(is_unicode, [*(args.prompt or []), args.system or ""])):
+        parser.error("argument --prompt or --system: is not UTF-8")
     if args.system and not (args.prompt and args.prompt_format in ("auto", "chat")):
         parser.error("argument --system: is for a --prompt in the chat form")
     if args.resume_adapter_file and not args.train:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 
 import models
 from lora_finetune.base import memory
@@ -25,27 +24,26 @@ def generate_all(
     vocab_size: int,
 ) -> None:  # fmt: skip
     """Generate after each prompt, with LoRA in the weights where they are not quantized."""
-    with models.merged(model) if asked else nullcontext():
+    if not asked:
+        return
+    model.eval()
+    sample = make_sampler(temp=config.temp)
+    with models.merged(model):
         for prompt in asked:
-            generate(model, tokenizer, prompt, vocab_size, config.temp, config.seed)
+            print("Generating", flush=True)
+            mx.random.seed(config.seed)
+            tokenizer.eos_token_ids |= prompt.end_tokens
+            # Some models have logits for more tokens than there are.
+            generate(model, tokenizer, prompt, lambda logits: sample(logits[..., :vocab_size]))
 
 
 def generate(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    prompt: prompts.Prompt,
-    vocab_size: int,
-    temperature: float,
-    seed: int,
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: prompts.Prompt, sample: Callable
 ) -> None:
     """Print the prompt, its continuation as it is generated, and a line with tokens per second."""
-    print("Generating", flush=True)
-    model.eval()
-    mx.random.seed(seed)
-    tokenizer.eos_token_ids |= prompt.end_tokens
     print(prompt.text, end="", flush=True)
     tokens, begun, before_space = [], False, tokenizer.decode(prompt.tokens) + " "
-    for response in stream(model, tokenizer, prompt, vocab_size, temperature):
+    for response in stream(model, tokenizer, prompt, sample):
         text = response.text
         tokens.append(response.token)
         if text and not begun and tokenizer.decode(prompt.tokens + tokens).startswith(before_space):
@@ -59,25 +57,15 @@ def generate(
 
 
 def stream(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    prompt: prompts.Prompt,
-    vocab_size: int,
-    temperature: float,
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: prompts.Prompt, sample: Callable
 ) -> Iterator[GenerationResponse]:
-    """The continuation of a prompt; raises UserError at a token that the tokenizer lacks.
-
-    Args:
-        vocab_size: some models have logits for more tokens, which never come.
-    """
-    sample = make_sampler(temp=temperature)
+    """The continuation of a prompt; raises UserError at a token that the tokenizer lacks."""
+    advice = memory.device_errors("shorten the prompt or lower --max-tokens")
     try:
-        advice = memory.device_errors("shorten the prompt or lower --max-tokens")
         with advice, rope.text_lengths(len(prompt.tokens)):
             yield from stream_generate(
-                model, tokenizer, prompt.tokens, max_tokens=prompt.max_tokens,
-                sampler=lambda log_probabilities: sample(log_probabilities[..., :vocab_size]),
-            )  # fmt: skip
+                model, tokenizer, prompt.tokens, max_tokens=prompt.max_tokens, sampler=sample
+            )
     except (TypeError, IndexError) as error:  # mlx-lm's, by the kind of its detokenizer
         raise UserError(
             "the model generated a token that its tokenizer does not have; download both again"

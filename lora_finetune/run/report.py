@@ -9,13 +9,10 @@ from typing import Any
 
 from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.base.files import atomic_write
-from lora_finetune.run.checkpoint import Progress
 from lora_finetune.run.config import command
 from lora_finetune.run.run import Run
-from lora_finetune.texts import batching
 
 import mlx.core as mx
-import numpy as np
 from tqdm import tqdm
 
 
@@ -23,15 +20,6 @@ def print_line(line: str) -> None:
     """Print a line at once, above the progress bar if there is one."""
     tqdm.write(line)
     sys.stdout.flush()
-
-
-def print_data(training: batching.Examples) -> None:
-    """Print the size of the training set."""
-    print(
-        f"Training: {len(training)} examples, {len(training.tokens)} tokens, longest",
-        f"{training.lengths.max()}, {training.num_truncated} cut",
-        flush=True,
-    )
 
 
 def report_training(run: Run) -> None:
@@ -48,23 +36,22 @@ def report_training(run: Run) -> None:
         f"It/sec {numbers['it_per_sec']:.3f}, Tokens/sec {numbers['tokens_per_sec']:.3f}, "
         f"Peak mem {numbers['peak_mem_gb']:.3f} GB"
     )
-    run.add_to_log({"iter": progress.iteration} | numbers | {"tokens": progress.trained_tokens})
-    progress.reset_sums()
+    run.add_to_log({"iter": progress.iteration} | numbers)
+    progress.total, progress.tokens, progress.steps, progress.seconds = 0.0, 0, 0, 0.0
 
 
 # --- The picture --------------------------------------------------------------------------------
 
 
 def draw_losses(run: Run) -> None:
-    """Draw the training and validation loss of a run over its iterations, as its log has them.
+    """Draw the training and validation losses in the log of a run, from two training reports on.
 
-    Nothing is drawn of fewer than two training reports; a picture that cannot be drawn is a
-    warning.
+    A picture that cannot be drawn is a warning.
     """
-    if not run.writes or run.replaces or not run.log_lines:
+    if not run.group.is_first or run.replaces:
         return
     try:
-        entries = [entry for entry in map(json.loads, run.log_lines) if "iter" in entry]
+        entries = [json.loads(line) for line in run.log_lines]
         training = [entry for entry in entries if entry.get("train_loss") is not None]
         if len(training) < 2:
             return
@@ -81,81 +68,42 @@ def draw_losses(run: Run) -> None:
 def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> None:
     """Training as a thin line, validation dashed with points, the best marked with a star.
 
-    Told apart without colour. On the upper axis are the target tokens seen.
+    Told apart without colour.
     """
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     axes = figure.subplots()
     iterations, losses = zip(*((e["iter"], e["train_loss"]) for e in training), strict=True)
     axes.plot(iterations, losses, color="0.55", linewidth=1, label="training")
     if validation:
         # The first comes before the first step, and has its number.
-        points = [(e["iter"] - (i == 0), e["val_loss"]) for i, e in enumerate(validation)]
-        marker = "o" if len(points) <= 60 else None
-        axes.plot(
-            *zip(*points, strict=True), "--", color="black", marker=marker, markersize=4,
-            label="validation",
-        )  # fmt: skip
-        at, best = min(points, key=lambda point: point[1])
+        iterations = [e["iter"] - (i == 0) for i, e in enumerate(validation)]
+        losses = [e["val_loss"] for e in validation]
+        axes.plot(iterations, losses, "o--", color="black", markersize=4, label="validation")
+        best = min(losses)
+        at = iterations[losses.index(best)]
         label = f"best: {best:.3f} at iteration {at}"
         axes.plot(at, best, "*", color="black", markersize=14, label=label)
     axes.set_xlabel("Iteration")
     axes.set_ylabel("Loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend()
-    tokens = [0, *(entry["tokens"] for entry in training)]
-    if tokens != sorted(tokens):  # the run began anew from its middle
-        return
-    seen = axes.secondary_xaxis(
-        "top",
-        functions=(
-            lambda x: np.interp(x, [0, *iterations], tokens),
-            lambda x: np.interp(x, tokens, [0, *iterations]),
-        ),
-    )
-    seen.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    seen.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.0f}"))
-    seen.set_xlabel("Target tokens seen")
 
 
 # --- The end ------------------------------------------------------------------------------------
 
 
 def print_outcome(run: Run) -> None:
-    """Print the outcome of training, if there was any, and commands that use it or go on."""
+    """Print the outcome of training, and commands that use the adapter or go on."""
     config, progress = run.config, run.progress
-    if not config.train:
-        return
     best = run.best if run.best.is_file() else run.adapter
-    use = {"--model": config.model, "--adapter-file": run.adapter}
-    if progress.best_iteration != progress.iteration:
-        use["--adapter-file"] = best
+    ask = run.adapter if progress.best_iteration == progress.iteration else best
+    use = {"--model": config.model, "--adapter-file": ask}
     names = (run.adapter.with_suffix(f".merged{number or ''}") for number in count())
     merged = next(name for name in names if not name.exists())
     lines = [
-        summary(progress),
+        f"Validation loss {progress.first_loss:.3f} before, {progress.last_loss:.3f} after, "
+        f"{progress.best_loss:.3f} at best (iteration {progress.best_iteration})",
         f"Ask it:    {command(use | {'--prompt': '안녕하세요?'})}",
         f"Go on:     {config.command_to_go_on(run.adapter)}",
-        f"Export it: {command(use | {'--export': ['merged', merged]})}",
+        f"Export it: {command(use | {'--export': ['merged', str(merged)]})}",
     ]
     print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
-def summary(progress: Progress) -> str:
-    """A run in one line: its validation losses, iterations, tokens and time."""
-    found = [
-        f"{loss:.3f} {when}"
-        for loss, when in [
-            (progress.first_loss, "before"),
-            (progress.last_loss, "after"),
-            (progress.best_loss, f"at best (iteration {progress.best_iteration})"),
-        ]
-        if np.isfinite(loss)
-    ]
-    minutes, seconds = divmod(round(progress.trained_seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    time = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-    return (
-        f"Validation loss {', '.join(found)}; {progress.iteration} iterations, "
-        f"{progress.trained_tokens:,} tokens, {time.removeprefix('0 min ')} of training."
-    )

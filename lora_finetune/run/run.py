@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 import shutil
 import tempfile
 from contextlib import suppress
@@ -14,22 +15,23 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
+import models
 from lora_finetune.adapters import loading, npz
 from lora_finetune.base.command_line import ROOT
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import atomic_write, file_checksum, real_file
 from lora_finetune.run.checkpoint import (
-    FRESH,
     Progress,
     Start,
     read_start,
     run_folder,
+    settings_of,
     warn_of_changes,
     write_state,
 )
 from lora_finetune.run.config import Config
 from lora_finetune.texts import batching, dataset
-from lora_finetune.training.distributed import ALONE, Group
+from lora_finetune.training.distributed import Group
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,38 +42,30 @@ class Run:
     """One run: where it starts, how far it has come, and the files that it saves.
 
     A lock keeps other runs from training the same adapter. An earlier run under this name stays as
-    it is until this one first saves; then it is renamed to NAME.previous-K, all of it. Until then
-    this run keeps its log in memory.
+    it is until this one first saves, and this one's log waits in memory; then it is kept under
+    NAME.previous-K.
 
     Attributes:
-        adapter: the adapter file.
-        path: the folder, with state.npz, best.npz, log.jsonl, losses.png and lock.
-        config, group: its flags, and its processes, of which the first writes the files.
         start: the adapter to start from, and the state of the run that it is of.
-        progress: how far it has come.
         iters: the iteration to train to.
-        settings: what its result depends on, by the names to report each under.
-        log_lines: of this run, also those that wait for its first save to be written.
+        settings: what the result depends on, by the names to report each under.
         pending_best: arrays of the best adapter, to be written with the next save.
-        replaces: whether an earlier run is to be renamed first.
+        replaces: whether an earlier run is to be kept first.
     """
 
-    def __init__(
-        self, adapter: Path, start: Start = FRESH, config: Config | None = None,
-        group: Group = ALONE,
-    ):  # fmt: skip
-        self.adapter, self.path, self.writes = adapter, run_folder(adapter), group.is_first
-        self.config, self.group = config, group
-        self.best, self.picture = self.path / "best.npz", self.path / "losses.png"
-        self.log, self.log_lines = self.path / "log.jsonl", []
-        self.start, self.iters, self.settings = start, 0, {}
+    def __init__(self, adapter: Path, start: Start, config: Config, group: Group):
+        self.adapter, self.folder = adapter, run_folder(adapter)
+        self.start, self.config, self.group = start, config, group
+        self.best, self.picture = self.folder / "best.npz", self.folder / "losses.png"
+        self.log, self.log_lines = self.folder / "log.jsonl", []
         self.progress = start.state.progress if start.state else Progress()
+        self.iters, self.settings = 0, start.settings
         self.pending_best: dict[str, np.ndarray] = {}
         self.replaces, self.lock_stream = False, None
 
     def check(self) -> None:
         """Check that a run can save here; raises UserError where it cannot."""
-        if not self.writes:
+        if not self.group.is_first:
             return
         if self.adapter.is_dir():
             raise UserError(f"the adapter file {self.adapter} is a folder; give another name")
@@ -79,84 +73,69 @@ class Run:
             raise UserError(f"{self.adapter} is a file of a run; give another --adapter-file")
         try:
             with suppress(FileNotFoundError):
-                (self.renamed(99)[1] / "best.npz.part").lstat()  # raises where a name is too long
+                (self.previous(99)[1] / "best.npz.part").lstat()  # raises where a name is too long
             with tempfile.TemporaryFile(dir=self.adapter.parent):
                 pass
         except OSError as error:
             raise UserError(
                 f"the adapter file {self.adapter} cannot be written: {error.strerror}"
             ) from None
-        if (self.path / "lock").exists():  # a run that is training this adapter is told at once
+        if (self.folder / "lock").exists():  # a run that is training this adapter is told at once
             self.lock()
 
     def lock(self) -> None:
         """Take the lock, which ends with the process; raises UserError if another run has it."""
-        if self.lock_stream or not self.writes:
+        if self.lock_stream:
             return
-        self.path.mkdir(exist_ok=True)
-        self.lock_stream = (self.path / "lock").open("ab")
+        self.folder.mkdir(exist_ok=True)
+        self.lock_stream = (self.folder / "lock").open("ab")
         try:
             fcntl.flock(self.lock_stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another run is training this adapter (it writes {self.path}); wait for its end, "
-                "or give another --adapter-file"
+                f"another run is training this adapter (it writes {self.folder}); wait for its "
+                "end, or give another --adapter-file"
             ) from None
         except OSError:
             pass  # a file system without locks
 
     def begin(self) -> None:
         """Begin to train, or go on as the state tells; warn of what has changed since."""
-        self.lock()
-        start, state = self.start, self.start.state
-        changed = bool(start.source) and warn_of_changes(start, self.settings)
-        if changed:
-            self.progress.reset_losses()
-        unchanged = bool(state) and self.progress is state.progress and not changed
-        if not self.writes:
+        source, state = self.start.source, self.start.state
+        if self.group.is_first:
+            self.lock()
+        if source and not state:
+            warn(f"{source} has no training state beside it, so Adam starts with fresh moments")
+        if source and warn_of_changes(source, self.start.settings, self.settings):
+            self.progress = Progress(self.progress.iteration)  # its losses are not comparable
+        if not self.group.is_first:
             return
-        earlier = start.source and Run(start.source)
-        in_place = bool(earlier) and earlier.path.resolve() == self.path.resolve()
-        lines, iteration = earlier.read_log() if earlier else [], self.progress.iteration
-        if unchanged:  # what comes after the save will come again, but for later tests
-            saved = self.progress.log_lines
-            lines = lines[:saved] + [line for line in lines[saved:] if '"test_loss"' in line]
-            self.pending_best = state.best or (read_best(earlier.best) if not in_place else {})
-        else:
-            is_rewound = in_place and state and iteration
-            lines = [
-                line
-                for line in lines
-                if is_rewound and 0 < json.loads(line).get("iter", 0) <= iteration
-            ]
-        self.log_lines = lines
-        self.replaces = not (in_place and unchanged) and any(
-            file.exists() for file in (self.adapter, self.path / "state.npz", self.best)
+        goes_on = bool(state) and self.progress is state.progress
+        in_place = bool(source) and run_folder(source).resolve() == self.folder.resolve()
+        if goes_on:
+            self.log_lines = read_log(run_folder(source) / "log.jsonl", self.progress.log_lines)
+            self.pending_best = state.best
+            if not (state.best or in_place):
+                with suppress(UserError):  # it is not there, or damaged
+                    self.pending_best = npz.read_arrays(run_folder(source) / "best.npz")
+        self.replaces = not (goes_on and in_place) and any(
+            file.exists() for file in (self.adapter, self.folder / "state.npz", self.best)
         )
-        shutil.rmtree(self.new_path, ignore_errors=True)  # of a run that was killed
-        if not self.replaces:
-            self.rewrite_log(self.path)  # over what a run left that never saved
+        if not self.replaces and (self.log_lines or self.log.exists()):
+            self.write_log()  # over what a run left that never saved
 
-    def read_log(self) -> list[str]:
-        """The whole lines of the log; a kill may leave half of one."""
-        if not self.log.is_file():
-            return []
-        lines = self.log.read_text("utf-8", errors="replace").splitlines(keepends=True)
-        return [line for line in lines if line.startswith("{") and line.endswith("}\n")]
-
-    def rewrite_log(self, folder: Path) -> None:
-        if self.log_lines or self.log.exists():
-            with atomic_write(folder / self.log.name) as [stream]:
-                stream.write("".join(self.log_lines).encode())
+    def write_log(self) -> None:
+        with atomic_write(self.log) as [stream]:
+            stream.write("".join(self.log_lines).encode())
 
     def add_to_log(self, numbers: dict[str, float]) -> None:
         """Append an entry of numbers, in full, to the log, a JSON Lines file."""
         entry = {name: n if math.isfinite(n) else None for name, n in numbers.items()}
         self.log_lines.append(json.dumps(entry) + "\n")
-        if self.replaces or not self.writes or self.adapter.suffix != ".npz":
+        if self.replaces or not self.group.is_first or self.adapter.suffix != ".npz":
             return
         try:
-            self.path.mkdir(exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
             with self.log.open("a", encoding="utf-8") as stream:
                 stream.write(self.log_lines[-1])
         except OSError as error:
@@ -168,72 +147,71 @@ class Run:
 
     def save(self, model: nn.Module, optimizer: dict[str, mx.array]) -> None:
         """Save the run: first its state, which holds all, then what is written from it."""
-        if not self.writes:
+        if not self.group.is_first:
             return
         self.progress.log_lines = len(self.log_lines)
-        folder = self.new_path if self.replaces else self.path
-        folder.mkdir(exist_ok=True)
-        if self.replaces:
-            self.rewrite_log(folder)
-        replaced = None if self.replaces else file_checksum(self.adapter)
+        replaces = self.replaces
+        if replaces:
+            self.keep_earlier()
         content = write_state(
-            folder / "state.npz", replaced, model, optimizer, self.progress, self.settings,
-            self.pending_best,
+            self.folder / "state.npz", file_checksum(self.adapter), model, optimizer,
+            self.progress, self.settings, self.pending_best,
         )  # fmt: skip
-        self.take_place()
         self.save_best()
         with atomic_write(self.adapter) as [stream]:
             stream.write(content)
+        if (
+            replaces
+        ):  # once more, or the earlier adapter, if put back, would be taken for this run's
+            self.save(model, optimizer)
 
     def save_best(self) -> bool:
         """Write the best adapter, if there is one that is not written yet; returns whether."""
-        if not (self.writes and self.pending_best):
+        if self.replaces or not (self.group.is_first and self.pending_best):
             return False
-        self.take_place()
         npz.write_arrays(self.best, self.pending_best)
         self.pending_best = {}
         return True
 
-    def is_at_end(self) -> bool:
-        return self.progress.iteration == self.iters or self.progress.stopped_early > 0
+    def keep_earlier(self) -> None:
+        """Give the files of an earlier run second names, so that those of this one replace none.
 
-    def take_place(self) -> None:
-        """Rename an earlier run, once, and put what this one has so far in its place."""
-        if not self.replaces:
-            return
-        for adapter, folder in map(self.renamed, count(1)):
-            # Where there is only such an adapter, a kill came between these two renamings.
-            if not folder.exists() and not (adapter.exists() and self.adapter.exists()):
+        Whenever a kill comes, NAME.npz and its state belong together, and nothing is lost.
+        """
+        for adapter, folder in map(self.previous, count(1)):
+            if not (adapter.exists() or folder.exists()):
                 break
         if self.adapter.exists():
-            self.adapter.rename(adapter)
-        self.path.rename(folder)
-        if self.new_path.exists():
-            self.new_path.rename(self.path)
-        else:
-            self.path.mkdir()
-            self.rewrite_log(self.path)
+            link(self.adapter, adapter)
+        ignored = shutil.ignore_patterns("lock", "*.part")
+        shutil.copytree(self.folder, folder, copy_function=link, ignore=ignored)
+        for file in (self.best, self.picture):
+            file.unlink(missing_ok=True)
+        self.write_log()
         warn(f"the earlier run of {self.adapter} is kept as {adapter} and {folder}")
-        self.replaces, self.lock_stream = False, None
-        self.lock()
+        self.replaces = False
 
-    @property
-    def new_path(self) -> Path:
-        """The folder of the first save, until the earlier run is out of the way."""
-        return self.path.with_suffix(".run-new")
-
-    def renamed(self, number: int) -> tuple[Path, Path]:
-        """The names that an earlier run is given: of its adapter and of its folder."""
-        stem = self.adapter.with_name(f"{self.adapter.stem}.previous-{number}.npz")
-        return stem, run_folder(stem)
+    def previous(self, number: int) -> tuple[Path, Path]:
+        """The names under which an earlier run is kept: of its adapter and of its folder."""
+        adapter = self.adapter.with_name(f"{self.adapter.stem}.previous-{number}.npz")
+        return adapter, run_folder(adapter)
 
 
-def read_best(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a best adapter, none where they cannot be read."""
+def link(file: Path, name: Path) -> None:
+    """Give a file a second name; on a file system without such links, a copy has it."""
     try:
-        return npz.read_arrays(file)
-    except (UserError, OSError):
-        return {}
+        os.link(file, name)
+    except OSError:
+        shutil.copy2(file, name)
+
+
+def read_log(file: Path, saved: int) -> list[str]:
+    """The lines of a log that a save counted, and those of later tests; the others come again."""
+    if not file.is_file():
+        return []
+    lines = file.read_text("utf-8", errors="replace").splitlines(keepends=True)
+    whole = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
+    return whole[:saved] + [line for line in whole[saved:] if '"test_loss"' in line]
 
 
 def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Run:
@@ -241,7 +219,6 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
 
     Args:
         files: the data files, by their splits.
-        group: the processes of the run.
 
     Raises:
         UserError: there is no such adapter, it is damaged, a run cannot save there, or nothing is
@@ -252,28 +229,24 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
         if not adapter.exists():
             raise UserError(f"there is no adapter file {adapter}; --train makes one")
         source = loading.find_adapter(adapter)
-        start = Start(source, loading.read_adapter(source), FRESH.scale)
-        return Run(source, start, config, group)
+        adapter = loading.read_adapter(source)
+        return Run(source, Start(source, adapter, models.SCALE, settings_of(source)), config, group)
     if resumed := config.resume_adapter_file:
         start = read_start(real_file(Path(resumed)), config.lora_scale)
     else:
-        start = FRESH._replace(scale=config.lora_scale or FRESH.scale)
+        start = Start(None, {}, config.lora_scale or models.SCALE, {})
     run = Run(adapter, start, config, group)
     run.check()
     if config.start_iter not in (None, run.progress.iteration):
         run.progress = Progress(config.start_iter)
-    progress = run.progress
     per_epoch = math.ceil(len(files["train"].rows) / config.batch_size)
+    done = run.progress.iteration
     run.iters = config.iters or config.epochs * per_epoch
-    if progress.iteration > run.iters or (progress.iteration == run.iters and not start.state):
+    if done > run.iters or (done == run.iters and not start.state):
         raise UserError(
-            f"iteration {progress.iteration} of {run.iters} is done already (--start-iter, or the "
-            "run to resume); raise --epochs or --iters, or begin anew from its adapter with "
-            "--start-iter 0"
+            f"iteration {done} of {run.iters} is done already (--start-iter, or the run to "
+            "resume); raise --epochs or --iters, or begin anew from its adapter with --start-iter 0"
         )
-    if progress.stopped_early and run.iters > progress.stopped_early:
-        progress.not_improved = 0  # with more iterations, patience begins anew
-    progress.stopped_early = 0
     run.settings = config.flags("result") | {"--lora-scale": start.scale}
     run.settings |= {files[split].path.name: files[split].checksum for split in ("train", "valid")}
     return run
@@ -286,22 +259,23 @@ def must_agree(
 
     Args:
         model: with the adapter to start from.
-        identity: of the model, by names.
+        identity: checksums of the model, by names.
     """
     state = run.start.state
-    arrays = {"the adapter to start from": list(npz.trainable_arrays(model).values())}
-    arrays |= {"Adam's moments to start from": [*state.optimizer.values()] if state else []}
-    for split, e in examples.items():
-        arrays[f"the tokens of {split}.jsonl"] = [e.tokens, e.is_target]
     sources = sorted([*ROOT.glob("*.py"), *(ROOT / "lora_finetune").rglob("*.py")])
-    contents = {"the source of this program": [path.read_bytes() for path in sources]}
-    contents |= {name: [a.tobytes() for a in some] for name, some in arrays.items()}
+    contents = {
+        "the adapter to start from": npz.trainable_arrays(model).values(),
+        "Adam's moments to start from": state.optimizer.values() if state else [],
+        "the source of this program": [path.read_bytes() for path in sources],
+    }
+    for split, texts in examples.items():
+        contents[f"the tokens of {split}.jsonl"] = [texts.tokens, texts.is_target]
     return {
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
-        **run.config.flags("own", marked=False),
+        **run.config.flags(),
         **(run.settings if run.config.train else {}),
         **identity,
-        **{name: sha256(b"".join(content)).hexdigest() for name, content in contents.items()},
+        **{name: sha256(b"".join(map(bytes, held))).hexdigest() for name, held in contents.items()},
         "the run to resume": asdict(run.progress),
         "the iterations": run.iters,
     }

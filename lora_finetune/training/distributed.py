@@ -27,7 +27,6 @@ from lora_finetune.base.signals import RANKS, STOPS, Stop, hearing_stops, proces
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 # The status of a process: one of these, or the number of the signal that asks it to stop.
 WELL, FAILED = 0, -1
@@ -69,9 +68,9 @@ class Group:
         return self.rank == 0
 
     @property
-    def here(self) -> list[int]:
-        """The processes on this machine."""
-        return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
+    def processes_here(self) -> int:
+        """How many there are on this machine."""
+        return self.hosts.count(self.hosts[self.rank])
 
     def name(self, rank: int) -> str:
         return f"process {rank} (on {self.hosts[rank]})"
@@ -79,11 +78,7 @@ class Group:
     # --- What they exchange
 
     def gather(self, number: float = 0.0, count: int = 0) -> list[tuple[float, int]]:
-        """A number and a count of each process, by rank, to the precision of float32.
-
-        Raises:
-            LostError: another process has failed or gone.
-        """
+        """A number and a count of each process, in float32, by rank; raises LostError."""
         if self.size == 1:
             return [(number, count)]
         asked = self.stop and self.stop.signal
@@ -109,24 +104,22 @@ class Group:
         rows = np.array(self.wait_for(mx.distributed.all_gather, padded, group=self.comm))
         return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
 
-    def sum(self, total: mx.array, gradients: dict, count: int) -> tuple[mx.array, dict, int]:
-        """The sums over all processes of a number and of gradients, float32, and of a count.
+    def sum(
+        self, total: mx.array, gradient: mx.array, count: int
+    ) -> tuple[mx.array, mx.array, int]:
+        """The sums over all processes of a number and a gradient (n,), float32, and of a count.
 
         Raises:
             LostError: another process has failed or gone.
             RuntimeError, MemoryError: MLX's, where computing them failed in this process.
         """
         if self.size == 1:
-            return total, gradients, count
-        arrays = [array for _, array in tree_flatten([total, gradients])]
-        flat = mx.concatenate([array.flatten() for array in arrays])
-        mx.eval(flat)
+            return total, gradient, count
+        both = mx.concatenate([total[None], gradient])
+        mx.eval(both)
         count = sum(number for _, number in self.gather(count=count))
-        summed = self.wait_for(mx.distributed.all_sum, flat, group=self.comm)
-        ends = np.cumsum([array.size for array in arrays]).tolist()
-        pieces = iter(mx.split(summed, ends[:-1]))
-        sums = tree_map(lambda array: next(pieces).reshape(array.shape), [total, gradients])
-        return *sums, count
+        both = self.wait_for(mx.distributed.all_sum, both, group=self.comm)
+        return both[0], both[1:], count
 
     def wait_for(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call what waits for the other processes, maybe for ever; raises LostError.
@@ -155,14 +148,7 @@ class Group:
     # --- What they agree on
 
     def compare(self, values: dict[str, object]) -> None:
-        """See that all look at the same thing: at the same values, by names to report them under.
-
-        Raises:
-            UserError: a value differs; says which, and where.
-            LostError: another process has failed or gone.
-        """
-        if self.size == 1:
-            return
+        """Raise UserError where values, by names to report them under, differ among processes."""
         mine = {name: str(value) for name, value in values.items()}
         first, *others = map(json.loads, self.gather_texts(json.dumps(mine)))
         for rank, other in enumerate(others, 1):
@@ -178,18 +164,13 @@ class Group:
                 )
 
     @contextmanager
-    def first_here(self) -> Iterator[None]:
-        """A block that one process on each machine goes through first; raises LostError."""
-        if self.rank != self.here[0]:
+    def first_ahead(self) -> Iterator[None]:
+        """A block that the first process goes through before the others; raises LostError."""
+        if not self.is_first:
             self.gather()
         yield
-        if self.rank == self.here[0]:
+        if self.is_first:
             self.gather()
-
-    def deal(self, items: list) -> list:
-        """The items of this process, one of each round; None where a round has none for it."""
-        rounds = -(-len(items) // self.size)
-        return [*items, *[None] * self.size][self.rank :: self.size][:rounds]
 
     @contextmanager
     def hear_stops(self) -> Iterator[None]:
@@ -242,11 +223,7 @@ ALONE = Group()
 
 @contextmanager
 def join() -> Iterator[Group]:
-    """The group of this run's processes; whatever ends one of them in it ends all.
-
-    Raises:
-        UserError: the others were not found.
-    """
+    """The group of this run's processes; whatever ends one of them in it ends all."""
     group = Group()
     if not is_launched():
         yield group

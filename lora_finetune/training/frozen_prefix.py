@@ -33,21 +33,20 @@ COMPILED = mx.default_device() == mx.gpu
 
 
 class Prefix:
-    """The first `num_layers` layers of a model, below the first one that is trained."""
+    """The first `num_layers` layers of a model, none of which is trained."""
 
     def __init__(self, model: nn.Module, num_layers: int):
         self.model, self.num_layers = model, num_layers
         self.call = compiled_if_possible(self.hidden) if COMPILED else self.hidden
 
     def states(self, tokens: np.ndarray, lengths: np.ndarray) -> mx.array:
-        """The hidden states that the first trained layer is given for a batch; not computed yet.
+        """The hidden states (rows, width − 1, size) that a batch comes to above these layers.
+
+        Not computed yet, of the model's own type, and zero in padding.
 
         Args:
             tokens: int32 (rows, width); all but the last of a row are inputs.
             lengths: tokens of each text, int64 (rows,).
-
-        Returns:
-            (rows, width − 1, size), zero in padding, of the model's own type.
         """
         inputs = mx.array(tokens[:, :-1])
         lengths = mx.array(lengths.astype(np.int32))
@@ -105,8 +104,7 @@ def all_intercepted(layers: list[nn.Module], reply: Callable[..., mx.array]) -> 
 def find(model: nn.Module) -> Prefix | None:
     """The layers of a model below the first one that is trained; None where there are none.
 
-    None too, with a warning, where the model needs more of them than their states: some
-    architectures hand keys and values of one layer to others.
+    None too, with a warning, where some architectures hand more than states to later layers.
     """
     trained = [bool(tree_flatten(layer.trainable_parameters())) for layer in model.layers]
     if not any(trained) or trained[0]:
@@ -127,8 +125,8 @@ def find(model: nn.Module) -> Prefix | None:
 def states_suffice(prefix: Prefix) -> bool:
     """Whether a model's logits are the same from states, and padding has no effect on states.
 
-    Tried on two texts, of which the shorter one is padded. It is also computed alone, in between,
-    so that nothing that layers may have left behind for others can serve.
+    Tried on two texts, of which the shorter one is padded. It is computed alone in between, which
+    replaces what layers may have left behind for others.
     """
     # int32 as in a batch, and no array[0], which is a gather: CUDA would have to compile another.
     tokens = np.array([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 0, 0, 0, 0]], np.int32)
@@ -152,14 +150,13 @@ def states_suffice(prefix: Prefix) -> bool:
 def relative_error(found: mx.array, expected: mx.array) -> float:
     """The norm of the error of a row against that of the row, on average."""
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
-    norm = mx.linalg.norm
-    return (norm(found - expected, axis=-1) / norm(expected, axis=-1)).mean().item()
+    norms = mx.linalg.norm(found - expected, axis=-1) / mx.linalg.norm(expected, axis=-1)
+    return norms.mean().item()
 
 
 # --- Keeping ------------------------------------------------------------------------------------
 
-# The share of the memory that the states of training texts may take, and as much those of
-# validation; and the share of a disk that they leave free.
+# The share of the free memory that the states of a split may take, and of a disk that they leave.
 MEMORY_SHARE, FREE_SHARE = 1 / 16, 1 / 10
 
 
@@ -168,10 +165,10 @@ class WithStates:
 
     Attributes:
         groups: indices of the texts that are computed and kept together, when one of them is first
-            asked for. They are fixed, so that the last bits of a text's states do not depend on
-            which batch asked first: on the one after which a run was resumed, for example.
-        kept: of each text, (length − 1, size), or their bytes in the file.
-        file: uint8 (tokens, bytes of a state); None where all stay in memory.
+            asked for: so the last bits of a text's states do not depend on which batch asked, such
+            as the one after which a run was resumed.
+        kept: the states of each text, (length − 1, size), or their bytes in the file.
+        file: uint8 (inputs, bytes of a state); None where all stay in memory.
     """
 
     def __init__(self, prefix: Prefix, examples: batching.Examples):
@@ -195,7 +192,6 @@ class WithStates:
         """Keep the states from now on; False, and a warning, where there is no room for them.
 
         Args:
-            groups: indices of texts that are computed together; each is as much work as a batch.
             folder: for a temporary file, if the states take too much memory.
         """
         one = self.prefix.states(np.zeros((1, 2), np.int32), np.array([2]))  # never computed
@@ -256,11 +252,10 @@ def make_file(shape: tuple[int, int], folder: Path) -> np.memmap:
 def keep_states(examples: dict[str, WithStates], run: Any) -> None:
     """Keep the frozen states of all texts that come more than once, if there is room.
 
-    They are computed in the batches of the first epoch, and of one validation: that epoch is the
-    same to the last bit as without keeping. Later epochs have other batches, so that their last
-    bits do depend on it: a run that had no room must not begin to keep when it is resumed. Each of
-    several processes meets texts that were another's before, so the more there are, the more
-    epochs it takes to pay.
+    They are computed in the batches of the first epoch, and of one validation. The last bits of
+    later epochs depend on it, so a run that had no room must not begin to keep when it is resumed.
+    Each of several processes meets texts that were another's before, so the more there are, the
+    more epochs it takes to pay.
     """
     config, progress, group = run.config, run.progress, run.group
     training, validation = examples["train"], examples["valid"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import models
 from lora_finetune.base import memory
@@ -20,9 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-ALL = "all"  # what the optimizer calls its one array
 ALIGNED = 64  # float32 numbers; on CUDA the products that MLX calls take factors to begin so
 
 # Whether the next step is begun before the present one has ended, so that a GPU does not wait for
@@ -34,98 +33,117 @@ class NotFiniteError(UserError):
     """A loss, a gradient or a parameter is infinite or not a number."""
 
 
-class Parameters(NamedTuple):
-    """All trained parameters as one array, and the same as a tree.
+# --- Parameters ---------------------------------------------------------------------------------
 
-    For the optimizer they are one: on a GPU one operation on all costs no more than on one.
+# All trained parameters are one array for the optimizer, and so are their gradients and moments: on
+# a GPU one operation on all costs no more than on one.
+
+
+def joined(arrays: dict) -> mx.array:
+    """All arrays of a tree as one, of one dimension; each has zeros to a multiple of ALIGNED."""
+    flat = [array.flatten() for _, array in tree_flatten(arrays)]
+    return mx.concatenate([mx.pad(array, (0, -array.size % ALIGNED)) for array in flat])
+
+
+def parted(flat: mx.array, like: dict) -> dict:
+    """The arrays that were `joined`, as a tree of such shapes."""
+    named = tree_flatten(like)
+    ends = np.cumsum([-(-array.size // ALIGNED) * ALIGNED for _, array in named]).tolist()
+    pieces = zip(named, mx.split(flat, ends[:-1]), strict=True)
+    return tree_unflatten([(n, piece[: a.size].reshape(a.shape)) for (n, a), piece in pieces])
+
+
+def read_moments(model: nn.Module, saved: dict[str, np.ndarray]) -> dict[str, mx.array]:
+    """Adam's moments `m` and `v` of all parameters.
+
+    Args:
+        saved: as `Trainer.named_moments` has it; parameters without moments start fresh.
     """
+    moments = {}
+    for moment in ("m", "v"):
+        of_each = {
+            name: mx.array(saved.get(f"{name}.{moment}", mx.zeros(array.shape)))
+            for name, array in tree_flatten(model.trainable_parameters())
+        }
+        moments[moment] = joined(of_each)
+    return moments
 
-    flat: mx.array
-    tree: dict
 
-    @staticmethod
-    def of(model: nn.Module) -> Parameters:
-        tree = model.trainable_parameters()
-        return Parameters(joined(tree), tree)
+# --- A step -------------------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
-    """The results of a step, which MLX need not have computed yet.
+    """The results of a step, which MLX need not have computed yet."""
 
-    Attributes:
-        parameters, state: the updated parameters, and Adam's state with them.
-        loss: the sum over all targets, in nats.
-        tokens: how many targets there are.
-        parameter_sum: of all updated parameters: finite only if each gradient and parameter is.
-    """
-
-    parameters: Parameters
-    state: dict[str, Any]
-    loss: mx.array
-    tokens: int
-    parameter_sum: mx.array
+    parameters: mx.array
+    moments: dict[str, mx.array]
+    loss: mx.array  # the sum over all targets, in nats
+    tokens: int  # how many targets there are
+    parameter_sum: mx.array  # finite only if each gradient and updated parameter is
 
 
-Step = Callable[[Parameters, dict, list[batching.Batch]], Result]
+Step = Callable[[mx.array, dict, list[batching.Batch]], Result]
 
 
-def make_step(model: nn.Module, loss: Loss, group: Group = ALONE) -> Step:
-    """A function of the parameters, Adam's state and a batch; it changes none of them.
+def make_step(
+    model: nn.Module, loss: Loss, learning_rate: float = 0.0, group: Group = ALONE
+) -> Step:
+    """A function of the parameters, Adam's moments and a batch; it changes none of them.
 
     The gradients of the sum of the loss are added up over the micro-batches that a batch is given
     in, and over the processes, and divided by the batch's targets: memory is needed for one
     micro-batch only, and the sum is the same to rounding.
-    """
-    gradients_of = make_gradients(model, loss)
-    optimizer = optim.Adam(0.0)  # its learning rate is in the state
 
-    def step(parameters: Parameters, state: dict, batch: list[batching.Batch]) -> Result:
+    Adam is MLX's own as it comes, without bias correction: the default learning rate and recipes
+    for MLX are made for it.
+    """
+    gradients_of, adam = make_gradients(model, loss), optim.Adam(learning_rate)
+
+    def step(parameters: mx.array, moments: dict, batch: list[batching.Batch]) -> Result:
         tokens = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
         if batch:
-            sums = gradients_of(parameters.tree, *batch[0])
+            total, gradient = gradients_of(parameters, *batch[0])
         else:  # this process has no text of it
-            sums = tree_map(mx.zeros_like, (mx.array(0.0), parameters.tree))
+            total, gradient = mx.array(0.0), mx.zeros_like(parameters)
         for micro_batch in batch[1:]:
-            mx.eval(sums)
-            sums = tree_map(mx.add, sums, gradients_of(parameters.tree, *micro_batch))
-        total, gradients, tokens = group.sum(*sums, tokens)
+            mx.eval(total, gradient)
+            more, gradient_of_more = gradients_of(parameters, *micro_batch)
+            total, gradient = total + more, gradient + gradient_of_more
+        total, gradient, tokens = group.sum(total, gradient, tokens)
+        moments = dict(moments)  # Adam changes it in place
         # Not compiled: on a GPU that would take seconds, and operations on one array are few.
-        gradient = joined(gradients) / mx.array(max(tokens, 1))
-        optimizer.state = tree_map(lambda array: array, state)  # Adam changes it in place
-        flat = optimizer.apply_gradients({ALL: gradient}, {ALL: parameters.flat})[ALL]
-        updated = Parameters(flat, parted(flat, parameters.tree))
-        return Result(updated, optimizer.state, total, tokens, flat.sum())
+        updated = adam.apply_single(gradient / mx.array(max(tokens, 1)), parameters, moments)
+        return Result(updated, moments, total, tokens, updated.sum())
 
     return step
 
 
-def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array, dict]]:
-    """The sum of the loss over a micro-batch, and its gradients to the parameters, compiled.
+def make_gradients(model: nn.Module, loss: Loss) -> Callable[..., tuple[mx.array, mx.array]]:
+    """The sum of the loss over a micro-batch, and its gradient, compiled.
 
-    The function takes the trainable parameters and the batch, and raises UserError where MLX has no
-    gradient of something in the model.
+    The function takes the parameters as one array, and the micro-batch; it leaves others, of MLX's,
+    in the model. It raises UserError where MLX has no gradient of something in the model.
     """
+    like = model.trainable_parameters()
 
-    def total(parameters: dict, *batch: mx.array) -> mx.array:
-        model.update(parameters)
+    def total(parameters: mx.array, *batch: mx.array) -> mx.array:
+        model.update(parted(parameters, like))
         return loss(model, *batch)[0]
 
     # With frozen weights as constants, and outside of it the lengths, for layers computed twice.
     function = compiled_if_possible(rope.by_length(mx.value_and_grad(total)))
 
-    def gradients_of(parameters: dict, *batch: np.ndarray) -> tuple[mx.array, dict]:
+    def gradients_of(parameters: mx.array, *batch: np.ndarray) -> tuple[mx.array, mx.array]:
         try:
             return function(parameters, *map(mx.array, batch))
         except ValueError as error:  # of an operation that MLX has no gradient of
             raise UserError(f"this architecture cannot be trained: {first_line(error)}") from error
-        finally:
-            model.update(parameters)  # in the place of MLX's placeholders
 
     return gradients_of
 
 
 class Trainer:
-    """The parameters and Adam's state while they are trained, step after step.
+    """The parameters and Adam's moments while they are trained, step after step.
 
     A step's results are taken over when they have been computed and are finite. So whatever ends
     training, the model holds the last whole step.
@@ -135,8 +153,9 @@ class Trainer:
         self, model: nn.Module, loss: Loss, learning_rate: float, saved: dict[str, np.ndarray],
         group: Group = ALONE,
     ):  # fmt: skip
-        self.model, self.step = model, make_step(model, loss, group)
-        self.parameters, self.state = Parameters.of(model), adam_state(model, learning_rate, saved)
+        self.model, self.step = model, make_step(model, loss, learning_rate, group)
+        self.like = model.trainable_parameters()
+        self.parameters, self.moments = joined(self.like), read_moments(model, saved)
 
     def steps(
         self, batches: Iterator[list[batching.Batch]], ahead: Callable[[], bool]
@@ -151,96 +170,50 @@ class Trainer:
             RuntimeError, MemoryError: MLX's, where the device fails.
         """
 
-        def begin(parameters: Parameters, state: dict) -> Result | None:
+        def begin(parameters: mx.array, moments: dict) -> Result | None:
             batch = next(batches, None)
-            return None if batch is None else self.step(parameters, state, batch)
+            return None if batch is None else self.step(parameters, moments, batch)
 
         start = time.perf_counter()
         try:
-            present = begin(self.parameters, self.state)
+            present = begin(self.parameters, self.moments)
             while present:
                 mx.async_eval(present.loss)
                 # Python prepares it while a GPU has most to do, between the loss and the gradients.
-                following = begin(present.parameters, present.state) if ahead() else None
-                mx.async_eval(present.parameter_sum, present.parameters, present.state)
+                following = begin(present.parameters, present.moments) if ahead() else None
+                mx.async_eval(present.parameter_sum, present.parameters, present.moments)
                 if following:
                     mx.async_eval(following.loss)
                 self.take_over(present)
                 yield present.loss.item(), present.tokens, time.perf_counter() - start
                 start = time.perf_counter()
-                present = following or begin(self.parameters, self.state)
-        finally:  # a step that was begun leaves its own parameters in the model
-            self.model.update(self.parameters.tree)
+                present = following or begin(self.parameters, self.moments)
+        finally:  # a step that was begun leaves other parameters in the model
+            self.update_model()
 
     def take_over(self, result: Result) -> None:
         """Wait for the results of a step, and make them the model's; raises as `steps` does."""
-        mx.eval(result.loss, result.parameter_sum, result.parameters, result.state)
+        mx.eval(result.loss, result.parameter_sum, result.parameters, result.moments)
         check_finite(result.loss.item(), "the loss")
         check_finite(result.parameter_sum.item(), "a gradient or a parameter")
-        self.parameters, self.state = result.parameters, result.state
-        self.model.update(self.parameters.tree)
+        self.parameters, self.moments = result.parameters, result.moments
+        self.update_model()
 
-    def named_state(self) -> dict[str, mx.array]:
-        """The step and each parameter's moments (`….m`, `….v`), as MLX names them."""
-        named = {"step": self.state["step"]}
-        for moment, flat in self.state[ALL].items():
-            of_each = tree_flatten(parted(flat, self.parameters.tree))
-            named |= {f"{name}.{moment}": array for name, array in of_each}
-        return named
+    def update_model(self) -> None:
+        self.model.update(parted(self.parameters, self.like))
+
+    def named_moments(self) -> dict[str, mx.array]:
+        """The moments of each parameter (`….m`, `….v`), as MLX names them."""
+        return {
+            f"{name}.{moment}": array
+            for moment, flat in self.moments.items()
+            for name, array in tree_flatten(parted(flat, self.like))
+        }
 
 
 def check_finite(number: float, name: str) -> None:
     if not math.isfinite(number):
         raise NotFiniteError(f"{name} is not finite ({number})")
-
-
-# --- Adam's state -------------------------------------------------------------------------------
-
-
-def adam_state(
-    model: nn.Module, learning_rate: float, saved: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """Adam's state for the trainable parameters of a model, as one array.
-
-    Adam is MLX's own as it comes, without bias correction, as in mlx-examples and mlx_lm.lora: the
-    default learning rate and recipes for MLX are made for it.
-
-    Args:
-        saved: as `Trainer.named_state` has it; parameters without moments start fresh.
-    """
-    parameters, optimizer = model.trainable_parameters(), optim.Adam(learning_rate)
-    optimizer.init({ALL: joined(parameters)})
-    state = dict(optimizer.state)
-    state["step"] = mx.array(saved.get("step", state["step"]))
-    for moment in ("m", "v"):
-        of_each = {
-            name: mx.array(saved.get(f"{name}.{moment}", np.zeros(array.shape, np.float32)))
-            for name, array in tree_flatten(parameters)
-        }
-        state[ALL][moment] = joined(of_each)
-    return state
-
-
-@mx.compile
-def joined(arrays: dict) -> mx.array:
-    """All arrays of a tree as one, of one dimension; each has zeros to a multiple of ALIGNED."""
-    flat = [array.flatten() for _, array in tree_flatten(arrays)]
-    return mx.concatenate([mx.pad(a, (0, gap_after(a))) if gap_after(a) else a for a in flat])
-
-
-@mx.compile
-def parted(flat: mx.array, like: dict) -> dict:
-    """The arrays that were `joined`, as a tree of such shapes."""
-    arrays, start = [], 0
-    for name, array in tree_flatten(like):
-        arrays.append((name, flat[start : start + array.size].reshape(array.shape)))
-        start += array.size + gap_after(array)
-    return tree_unflatten(arrays)
-
-
-def gap_after(array: mx.array) -> int:
-    """How many zeros stand between an array that was joined and the next."""
-    return -array.size % ALIGNED
 
 
 # --- Memory -------------------------------------------------------------------------------------
@@ -252,56 +225,41 @@ def fit_memory(
 ) -> int:  # fmt: skip
     """In how many micro-batches, at least, the largest batch fits into memory, found by trying.
 
-    It is the same number for all processes, of which one may have less memory.
-
-    Where a single text does not fit, the layers keep only their inputs for the backward pass, and
-    compute the rest again.
+    It is the same number for all processes, of which one may have less memory. Where a single text
+    does not fit, the layers keep only their inputs for the backward pass, and compute the rest
+    again.
 
     Raises:
         UserError: even so it takes more memory than there is.
     """
     longest = np.argsort(examples.lengths, kind="stable")[-batch_size:]
     rows, tokens, limit = len(longest), examples.lengths.max(), memory.available()
+    parameters = model.trainable_parameters()
 
     def try_step(number: int) -> None:
-        step, state = make_step(model, loss), adam_state(model, 0.0, {})
-        result = step(Parameters.of(model), state, [examples.batch(longest[-number:])])
-        mx.eval(result.loss, result.parameter_sum, result.state)
+        batch = examples.batch(longest[-number:])
+        mx.eval(make_step(model, loss)(joined(parameters), read_moments(model, {}), [batch]))
 
     most = -(-rows // micro_batches)
-    fitting = fit_texts(model, try_step, most, limit, tokens)
-    if fitting < most:
-        micro_batches = -(-rows // fitting)
-        warn(
-            f"{rows} texts of up to {tokens} tokens do not fit into {limit / 1e9:.3g} "
-            f"GB of memory, so each batch is computed in {micro_batches} micro-batches, with the "
-            "same result"
-        )
-    most = max(number for _, number in group.gather(count=micro_batches))
-    if micro_batches < most:
-        warn(
-            "another process has less memory, so each share of a batch is computed in "
-            f"{most} micro-batches, with the same result"
-        )
-    return most
-
-
-def fit_texts(
-    model: nn.Module, try_step: Callable[[int], None], most: int, limit: int, tokens: int
-) -> int:
-    """How many of the longest texts fit; if not one does, layers are computed twice from now on.
-
-    Raises:
-        UserError: even so not one fits.
-    """
     with hint_if_slow(TRYING):
-        if fitting := memory.number_that_fits(try_step, most, limit):
-            return fitting
-    warn(f"a text of {tokens} tokens takes too much memory, so layers are computed twice, slower")
-    models.checkpoint_layers(model)
-    if fitting := memory.number_that_fits(try_step, most, limit):
-        return fitting
-    raise UserError(
-        f"a text of {tokens} tokens takes more memory than the {limit / 1e9:.3g} GB there are; "
-        "lower --max-seq-length or --lora-layers, or take a smaller or a quantized model"
-    )
+        fitting = memory.number_that_fits(try_step, most, limit)
+    if not fitting:
+        warn(
+            f"a text of {tokens} tokens takes too much memory, so layers are computed twice, slower"
+        )
+        models.checkpoint_layers(model)
+        fitting = memory.number_that_fits(try_step, most, limit)
+    if not fitting:
+        raise UserError(
+            f"a text of {tokens} tokens takes more memory than the {limit / 1e9:.3g} GB there are; "
+            "lower --max-seq-length or --lora-layers, or take a smaller or a quantized model"
+        )
+    model.update(parameters)
+    own = micro_batches if fitting == most else -(-rows // fitting)
+    needed = max(number for _, number in group.gather(count=own))
+    if needed > micro_batches:
+        warn(
+            f"{rows} texts of up to {tokens} tokens do not fit into the memory, so each batch is "
+            f"computed in {needed} micro-batches, with the same result"
+        )
+    return needed
