@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from lora_finetune.base.errors import UserError
+from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.modules import arguments, modules_named, parameters_of, replace
 from lora_finetune.mlx_patches.settings import put_activations
 from lora_finetune.model_folder.config import is_minimax_m2, model_family
@@ -33,32 +34,25 @@ Settings = dict[str, Any]
 Weights = dict[str, mx.array]
 
 
-def corrected(
-    model_class: type[nn.Module], config: Settings, theirs: PretrainedConfig | None
-) -> Callable[[Any], nn.Module]:
-    """A function that builds a corrected model from its arguments, for mlx-lm's `load_model`.
-
-    It raises UserError where that cannot be done.
+def correct(model: nn.Module, args: Any, config: Settings, theirs: PretrainedConfig | None) -> None:
+    """Correct a model of mlx-lm that has no weights yet; raises UserError where that cannot be.
 
     Args:
+        args: what it was built from.
         config: in mlx-lm's words.
         theirs: the settings of the text model as transformers has them, None where it has none.
     """
-    family = model_family(model_class)
-
-    def build(args: Any) -> nn.Module:
-        model = model_class(args)
-        check(family, config, args, model)
-        if family in CORRECTIONS:
-            CORRECTIONS[family](model, theirs)
-        if theirs:
-            set_latent_norms(model)
-            put_activations(model, theirs)
-            put_windows(model, theirs)
-        take_biases(model, theirs)
-        return model
-
-    return build
+    family = model_family(type(model))
+    check(family, config, args, model)
+    if family in CORRECTIONS:
+        CORRECTIONS[family](model, theirs)
+    if theirs:
+        set_latent_norms(model)
+        put_activations(model, theirs)
+        put_windows(model, theirs)
+        if getattr(theirs, "rope_parameters", None):
+            rope.correct(model, theirs)
+    take_biases(model, theirs)
 
 
 # --- What is refused ----------------------------------------------------------------------------

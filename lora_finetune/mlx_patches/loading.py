@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_finetune.base import memory
-from lora_finetune.base.errors import hint
+from lora_finetune.base.errors import hint, warn
 from lora_finetune.mlx_patches import rope
-from lora_finetune.mlx_patches.corrections import corrected
-from lora_finetune.model_folder.config import in_mlx_words, is_untied
+from lora_finetune.mlx_patches.corrections import correct
+from lora_finetune.model_folder.config import in_mlx_words, is_untied, pytorch_settings
+from lora_finetune.model_folder.files import shortened
 from lora_finetune.model_folder.weights import (
     check_head,
     has_own_head,
@@ -43,21 +44,31 @@ def load_as_stored(
         config = load_config(Path())
         if not is_untied(config) and has_own_head(read_weights(Path())):
             config["tie_word_embeddings"] = False
-        theirs = rope.read_settings(config)
-        classes = partial(model_classes, theirs=theirs)
-
-        def build(words: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-            if has_weights:
-                return load_model(Path(), lazy=True, model_config=words, get_model_classes=classes)
-            make, arguments = classes(words)
-            return make(arguments.from_dict(words)), {}
-
-        model, used = rope.load(build, in_mlx_words(config, theirs), theirs)
+        try:
+            theirs, problem = pytorch_settings(config), None
+        except Exception as error:  # transformers may raise anything
+            theirs, problem = None, error
+        words = in_mlx_words(config, theirs)
+        if getattr(theirs, "rope_parameters", None):
+            words = rope.without_scaling(words)
+        if has_weights:
+            classes = partial(model_classes, theirs=theirs)
+            model, used = load_model(
+                Path(), lazy=True, model_config=words, get_model_classes=classes
+            )
+        else:
+            make, arguments = model_classes(words, theirs)
+            model, used = make(arguments.from_dict(words)), {}
+    if problem:
+        warn(
+            f"transformers cannot read this model's config.json ({shortened(problem)}), so nothing "
+            "tells whether mlx-lm computes the model as it was trained"
+        )
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
     return model, config | quantization, theirs
 
 
-def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tuple[Any, type]:
+def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tuple[type, type]:
     """mlx-lm's model, corrected and for weights of transformers 5, and the class of its arguments.
 
     Args:
@@ -70,6 +81,10 @@ def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tu
     class Model(base):
         __module__ = base.__module__  # which tells the family
 
+        def __init__(self, args: Any):
+            super().__init__(args)
+            correct(self, args, config, theirs)
+
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             if settings.get("tie_word_embeddings") is False:
                 check_head(self, weights)
@@ -78,7 +93,7 @@ def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tu
                 weights = super().sanitize(weights)
             return with_tied_head(self, weights) if settings.get("tie_word_embeddings") else weights
 
-    return corrected(Model, config, theirs), arguments
+    return Model, arguments
 
 
 def as_loaded(folder: Path, arrays: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -22,8 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 from lora_finetune.base.errors import warn
-from lora_finetune.model_folder.config import pytorch_program, pytorch_settings
-from lora_finetune.model_folder.files import shortened
+from lora_finetune.model_folder.config import pytorch_program
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -236,45 +235,25 @@ class Rope(nn.Module):
 
 # --- In a loaded model --------------------------------------------------------------------------
 
+# A scaling that changes nothing, with every key that some model of mlx-lm requires.
+NEUTRAL = {"type": "linear", "rope_type": "linear", "factor": 1.0, "alpha": 1.0}
+NEUTRAL |= {"short_factor": 1.0, "long_factor": 1.0, "short_mscale": 1.0, "long_mscale": 1.0}
 
-def load(
-    build: Callable[[dict[str, Any]], tuple[nn.Module, Any]],
-    words: dict[str, Any],
-    theirs: PretrainedConfig | None,
-) -> tuple[nn.Module, Any]:
-    """A model, and what else `build` makes of a configuration, with positions as in PyTorch.
 
-    Some models of mlx-lm refuse a scaling, or fail where there is none: these are built with one
-    that changes nothing. So are those with a scaling by length, which is always replaced: for
-    longrope mlx-lm loses the layout of pairs, and its "dynamic" fails in gpt_oss.
+def without_scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration in mlx-lm's words with NEUTRAL in the place of every scaling, or of none.
 
-    Args:
-        words: the configuration as mlx-lm has it.
-        theirs: the settings of the text model as transformers has them, None where it has none.
+    Some models of mlx-lm refuse a scaling, lose it, or fail where there is none; `correct` puts
+    it right in all.
     """
-    if not getattr(theirs, "rope_parameters", None):
-        return build(words)
-    try:
-        if re.search("'(longrope|su|dynamic)'", str(scalings(words))):
-            words = without_scaling(words)
-        found = build(words)
-    except Exception:
-        found = build(without_scaling(words))
-    correct(found[0], theirs)
-    return found
-
-
-def read_settings(config: dict[str, Any]) -> PretrainedConfig | None:
-    """As `pytorch_settings`, None too where it fails; with a warning if positions are scaled."""
-    try:
-        return pytorch_settings(config)
-    except Exception as error:  # transformers may raise anything
-        if any(scalings(config)):
-            warn(
-                f"transformers cannot read this model's config.json ({shortened(error)}), so "
-                "nothing tells whether mlx-lm scales positions as the model was trained with"
-            )
-        return None
+    changed = config | {"rope_scaling": (config.get("rope_scaling") or {}) | NEUTRAL}
+    parameters, text = config.get("rope_parameters"), config.get("text_config")
+    if isinstance(parameters, dict):
+        kinds = {kind: p | NEUTRAL for kind, p in parameters.items() if isinstance(p, dict)}
+        changed["rope_parameters"] = parameters | (kinds or NEUTRAL)
+    if isinstance(text, dict):
+        changed["text_config"] = without_scaling(text)
+    return changed
 
 
 def correct(model: nn.Module, config: PretrainedConfig) -> None:
@@ -346,7 +325,7 @@ def correct_rope(attention: nn.Module, name: str, rotary: Rotary, config: Pretra
 
 
 def scale_scores(attention: nn.Module, rotary: Rotary, config: PretrainedConfig) -> None:
-    """Put YaRN's mscale into the scale of latent attention, where some of mlx-lm's leave it out."""
+    """Put YaRN's mscale into the scale of latent attention."""
     weight = rotary.settings.get("mscale_all_dim")
     if weight and rotary.kind != "default":
         name = "scale" if hasattr(attention, "scale") else "softmax_scale"
@@ -371,28 +350,3 @@ def agrees(found: np.ndarray, rope: Rope, width: int) -> bool:
     angles = np.repeat(angles, 2, axis=1) if rope.traditional else np.tile(angles, 2)
     allowed = 2e-5 * (1 + np.pad(angles, ((0, 0), (0, width - rope.dims))))
     return bool((np.abs(found - rotations(rope, width)) <= allowed[:, None]).all())
-
-
-# A scaling that changes nothing, with every key that some model of mlx-lm requires.
-NEUTRAL = {"type": "linear", "rope_type": "linear", "factor": 1.0, "alpha": 1.0}
-NEUTRAL |= {"short_factor": 1.0, "long_factor": 1.0, "short_mscale": 1.0, "long_mscale": 1.0}
-
-
-def scalings(config: dict[str, Any]) -> list[Any]:
-    text = config.get("text_config")
-    found = [config.get("rope_scaling"), config.get("rope_parameters")]
-    return found + (scalings(text) if isinstance(text, dict) else [])
-
-
-def without_scaling(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with NEUTRAL in the place of every scaling, or of none."""
-    changed = config | {"rope_scaling": NEUTRAL}
-    parameters, text = config.get("rope_parameters"), config.get("text_config")
-    if isinstance(parameters, dict):
-        kinds = {
-            name: each | NEUTRAL for name, each in parameters.items() if isinstance(each, dict)
-        }
-        changed["rope_parameters"] = parameters | (kinds or NEUTRAL)
-    if isinstance(text, dict):
-        changed["text_config"] = without_scaling(text)
-    return changed
