@@ -248,4 +248,4 @@ def test_a_scaling_that_cannot_be_put_into_a_model_is_told(tmp_path: Path, capfd
 
 def test_a_scaling_that_is_not_known_is_an_error_that_says_so(tmp_path: Path):
     with pytest.raises(ValueError, match="spiral"):
-        load(tmp_path / "model", {"rope_type": "spiral"})
+        load(tmp_path / "model", {"rope_type": "spiral"})(mx.array([[1, 2]]))

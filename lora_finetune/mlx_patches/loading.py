@@ -13,10 +13,9 @@ from lora_finetune.base import memory
 from lora_finetune.base.errors import hint, warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.corrections import correct
-from lora_finetune.model_folder.config import in_mlx_words, is_untied, pytorch_settings
+from lora_finetune.model_folder.config import in_mlx_words, pytorch_settings
 from lora_finetune.model_folder.files import shortened
 from lora_finetune.model_folder.weights import (
-    check_head,
     has_own_head,
     in_mlx_layout,
     read_weights,
@@ -42,7 +41,8 @@ def load_as_stored(
     # its modules print is not always so: phi3 says that it leaves out a scaling that is put right.
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         config = load_config(Path())
-        if not is_untied(config) and has_own_head(read_weights(Path())):
+        is_tied = ((config.get("text_config") or {}) | config).get("tie_word_embeddings")
+        if is_tied is not False and has_own_head(read_weights(Path())):
             config["tie_word_embeddings"] = False
         try:
             theirs, problem = pytorch_settings(config), None
@@ -71,9 +71,7 @@ def load_as_stored(
 def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tuple[type, type]:
     """mlx-lm's model, corrected and for weights of transformers 5, and the class of its arguments.
 
-    Args:
-        config: in mlx-lm's words.
-        theirs: as `load_as_stored` returns it.
+    `config` is in mlx-lm's words; `theirs` as `load_as_stored` returns it.
     """
     base, arguments = _get_classes(config)
     settings = config | (config.get("text_config") or {})
@@ -86,8 +84,6 @@ def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tu
             correct(self, args, config, theirs)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            if settings.get("tie_word_embeddings") is False:
-                check_head(self, weights)
             weights = in_mlx_layout(weights, self, settings)
             if hasattr(base, "sanitize"):
                 weights = super().sanitize(weights)
@@ -97,19 +93,16 @@ def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tu
 
 
 def as_loaded(folder: Path, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The parameters of the model in a folder, by mlx-lm's names, from arrays such as it has."""
+    """The parameters of a folder's model, by mlx-lm's names, from arrays as in its files."""
     model, *_ = load_as_stored(folder, has_weights=False)
     # Copies, since some are changed in place.
     return model.sanitize({name: array.astype(array.dtype) for name, array in arrays.items()})
 
 
 class Limits(NamedTuple):
-    """The token ids, below `vocab_size`, and the number of positions that a model has.
+    """Bounds of embedding lookups, which MLX does not check."""
 
-    MLX does not check the bounds of embedding lookups.
-    """
-
-    vocab_size: int
+    vocab_size: int  # token ids are below
     max_positions: float  # infinite where no table of positions is looked up
 
 
@@ -129,11 +122,11 @@ def find_limits(model: nn.Module) -> Limits:
 
 
 def in_fast_types(model: nn.Module) -> nn.Module:
-    """A model with weights of the types that the device is fast with, evaluated.
+    """A model with evaluated weights of the types that the device is fast with.
 
-    On the CPU all become float32: MLX's CPU products of other types are 40 and more times slower.
-    On CUDA quantized ones are dequantized where that leaves half of the memory free, since training
-    takes three times as long with them.
+    On the CPU that is float32 alone: MLX's products of other types are 40 and more times slower. On
+    CUDA quantized layers train three times slower than dequantized ones, which must leave half of
+    the memory free.
     """
     if mx.default_device() == mx.cpu:
         model = dequantize_model(model)
@@ -147,7 +140,7 @@ def in_fast_types(model: nn.Module) -> nn.Module:
 
 
 def dequantized_bytes(model: nn.Module) -> int:
-    """Bytes of the quantized weights of a model if they are dequantized."""
+    """The bytes that the quantized weights of a model take when they are dequantized."""
     quantized = [module for module in model.modules() if "scales" in module]
     return sum(m.weight.size * 32 // m.bits * float_type(m).size for m in quantized)
 

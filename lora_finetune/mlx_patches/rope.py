@@ -1,8 +1,8 @@
 """Rotary embeddings as PyTorch computes them from a model's folder.
 
-mlx-lm leaves out the scalings of many models, and some settings of others. So each rope of a loaded
-model is called on unit vectors, and replaced where it rotates otherwise than the formulas here,
-which follow transformers' `modeling_rope_utils` (5.24) and the papers that it names (YaRN, arXiv
+mlx-lm leaves out the scalings of many models, and some settings of others. So models are built
+without a scaling, and a rope that has one, or other settings than MLX's own, is replaced. The
+formulas follow transformers' `modeling_rope_utils` (5.24) and the papers that it names (YaRN, arXiv
 2309.00071; LongRoPE, 2402.13753).
 
 "dynamic" and "longrope" depend on a text's length. transformers takes the length of a whole batch,
@@ -69,11 +69,7 @@ class Rotary:
         return self.max_length if is_dynamic else math.inf
 
     def frequencies(self, length: Length) -> mx.array:
-        """By how many radians a position turns each pair, for a text's length: float32 (dims / 2,).
-
-        Raises:
-            ValueError: the rope_type is not known.
-        """
+        """How far a position turns each pair, in radians: float32 (dims / 2,)."""
         if self.kind not in FREQUENCIES:
             raise ValueError(f"the rope_type {self.kind!r} of its config.json is not known")
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / self.dims
@@ -258,7 +254,7 @@ def without_scaling(config: dict[str, Any]) -> dict[str, Any]:
 
 def correct(model: nn.Module, config: PretrainedConfig) -> None:
     """Replace what rotates otherwise than a configuration says, or warn."""
-    kinds, rotaries, done = getattr(config, "layer_types", None) or [], {}, []
+    kinds, rotaries, is_found = getattr(config, "layer_types", None) or [], {}, False
     for path, attention in model.named_modules():
         names = [n for n, m in attention.children().items() if isinstance(m, nn.Module)]
         names = [name for name in names if re.search("rope|rotary", name)]
@@ -270,11 +266,13 @@ def correct(model: nn.Module, config: PretrainedConfig) -> None:
         if kind not in rotaries:
             rotaries[kind] = of_layer(config, layer, kind)
         if rotaries[kind]:
-            done += [correct_rope(attention, name, rotaries[kind], config) for name in names]
+            is_found = True
+            for name in names:
+                correct_rope(attention, name, rotaries[kind], config)
     settings = config.rope_parameters
     nested = [settings[kind] for kind in config.nested_rope_parameter_keys(settings)]
     types = {each["rope_type"] for each in nested or [settings]}
-    if not all(done) or not done and types != {"default"}:
+    if not is_found and types != {"default"}:
         warn(
             "the rotary embedding of this kind of model cannot be replaced in mlx-lm, so with the "
             f"rope_type of its config.json ({', '.join(sorted(types))}) long texts may be computed "
@@ -301,52 +299,22 @@ def of_layer(config: PretrainedConfig, layer: int, kind: str | None) -> Rotary |
     return Rotary(settings | {"truncate": truncate}, dims, length)
 
 
-def correct_rope(attention: nn.Module, name: str, rotary: Rotary, config: PretrainedConfig) -> bool:
-    """Put ours in the place of a rope that rotates otherwise; False where it cannot be measured."""
-    rope = attention[name]
-    width = max(rotary.dims, getattr(rope, "dims", None) or getattr(rope, "dim", None) or 0)
-    try:
-        found = rotations(rope, width)
-    except (TypeError, ValueError):
-        return False
-    partners = np.flatnonzero(np.abs(found[0, 0, 1:]) > 1e-4)
-    if not len(partners):
-        return True
-    traditional = bool(partners[0] == 0)
-    if hasattr(attention, "qk_rope_head_dim"):  # latent keys, as DeepSeek's
+def correct_rope(attention: nn.Module, name: str, rotary: Rotary, config: PretrainedConfig) -> None:
+    """Put ours in the place of a rope, unless MLX's own does the same."""
+    rope, is_latent = attention[name], hasattr(attention, "qk_rope_head_dim")  # as DeepSeek's
+    if type(rope).__name__ == "NoPE":  # SmolLM3's, which does not rotate
+        return
+    traditional = getattr(rope, "traditional", is_latent)
+    if is_latent:
         if getattr(config, "rope_interleave", None) is not None:
             traditional = config.rope_interleave
-        scale_scores(attention, rotary, config)
-    ours = Rope(rotary, traditional)
-    # Only ours knows how long a text is without its padding.
-    if rotary.boundary < math.inf or not agrees(found, ours, width):
-        attention[name] = ours
-    return True
-
-
-def scale_scores(attention: nn.Module, rotary: Rotary, config: PretrainedConfig) -> None:
-    """Put YaRN's mscale into the scale of latent attention."""
-    weight = rotary.settings.get("mscale_all_dim")
-    if weight and rotary.kind != "default":
-        name = "scale" if hasattr(attention, "scale") else "softmax_scale"
-        size = config.qk_nope_head_dim + config.qk_rope_head_dim
-        setattr(attention, name, size**-0.5 * yarn_mscale(rotary.factor, weight) ** 2)
-
-
-# The rotations at these positions determine any frequency to a few millionths.
-POSITIONS = 16 ** np.arange(6)
-
-
-def rotations(rope: nn.Module, width: int) -> np.ndarray:
-    """The matrices (positions, width, width) by which a rope rotates; rows are inputs."""
-    with mx.stream(mx.cpu):  # a GPU would have kernels to compile
-        vectors = mx.eye(width)[None, :, None]
-        return np.array(mx.stack([rope(vectors, offset=n)[0, :, 0] for n in POSITIONS.tolist()]))
-
-
-def agrees(found: np.ndarray, rope: Rope, width: int) -> bool:
-    """Whether rotations are ours, up to the rounding of large angles in float32."""
-    angles = POSITIONS[:, None] * np.array(rope.rotary.frequencies(0))
-    angles = np.repeat(angles, 2, axis=1) if rope.traditional else np.tile(angles, 2)
-    allowed = 2e-5 * (1 + np.pad(angles, ((0, 0), (0, width - rope.dims))))
-    return bool((np.abs(found - rotations(rope, width)) <= allowed[:, None]).all())
+        weight = rotary.settings.get("mscale_all_dim")
+        if weight and rotary.kind != "default":  # YaRN's mscale is in the scale of the scores
+            scale = "scale" if hasattr(attention, "scale") else "softmax_scale"
+            size = config.qk_nope_head_dim + config.qk_rope_head_dim
+            setattr(attention, scale, size**-0.5 * yarn_mscale(rotary.factor, weight) ** 2)
+    wanted = ("default", rotary.settings["rope_theta"], rotary.dims, traditional, 1)
+    if type(rope) is nn.RoPE:
+        found = (rotary.kind, rope.base, rope.dims, rope.traditional, rope.scale)
+    if type(rope) is not nn.RoPE or found != wanted:
+        attention[name] = Rope(rotary, traditional)

@@ -1,4 +1,4 @@
-"""Settings that PyTorch's model reads and mlx-lm's does not: activations are put, others told."""
+"""Settings that PyTorch's program reads and mlx-lm's does not: activations are put, others told."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from transformers import PretrainedConfig
 
 # --- Activations --------------------------------------------------------------------------------
 
-# Names of the activation's setting; the first that is given counts, since some configurations have
-# an older one beside it that is not read.
+# Names of the activation's setting; the first that is given counts.
 SETTINGS = ("hidden_activation", "mlp_hidden_act", "hidden_act", "activation_function")
 
 # transformers' names, and those of mlx.nn for the same function.
@@ -91,9 +90,8 @@ def with_function(original: type, wanted: str) -> type:
 
 # --- What nobody read ---------------------------------------------------------------------------
 
-# Settings that do not change what a model computes; or that determine the shapes and names of its
-# weights, so that loading fails where they are not read; or that are corrected elsewhere: rotary
-# embeddings (rope.py), and windows (corrections.py).
+# Settings that do not change what a model computes, or without which loading fails (sizes), or that
+# are corrected elsewhere (positions and windows).
 WITHOUT_EFFECT = re.compile(
     # in training and of the form of outputs
     r".*dropout.*|.*_drop|.*pdrop|initializer.*|init_.*|.*_init_std|.*_init_variance.*|rescale_.*|"

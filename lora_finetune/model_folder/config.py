@@ -64,8 +64,9 @@ def pytorch_settings(config: Settings) -> PretrainedConfig | None:
 
     None for a type that it does not know. It may raise anything. No code comes from the model.
     """
-    if is_minimax_m2(config):
-        config = config | {"model_type": "minimax_m2"}
+    names = config.get("architectures") or ["MiniMaxM2ForCausalLM"]
+    if config.get("model_type") == "minimax" and str(names[0]).startswith("MiniMaxM2"):
+        config = config | {"model_type": "minimax_m2"}  # mlx-lm's; transformers' is another model
     if config.get("model_type") not in CONFIG_MAPPING:
         return None
     # "su" is what longrope was called at first; transformers looks for its length too early.
@@ -80,12 +81,6 @@ def pytorch_settings(config: Settings) -> PretrainedConfig | None:
     if hasattr(whole, "tie_word_embeddings"):  # transformers ties by the outer one
         theirs.tie_word_embeddings = whole.tie_word_embeddings
     return theirs
-
-
-def is_minimax_m2(config: Settings) -> bool:
-    """Whether a `minimax` is mlx-lm's, MiniMax-M2, and not transformers', MiniMax-Text-01."""
-    names = config.get("architectures") or ["MiniMaxM2ForCausalLM"]
-    return config.get("model_type") == "minimax" and str(names[0]).startswith("MiniMaxM2")
 
 
 def pytorch_program(theirs: PretrainedConfig) -> str:
@@ -123,11 +118,6 @@ def is_of_transformers_5(config: Settings) -> bool:
         return True
     major = str(config.get("transformers_version", "")).partition(".")[0]
     return major.isdecimal() and int(major) >= 5
-
-
-def is_untied(config: Settings) -> bool:
-    """Whether a configuration says that the head is not the embedding."""
-    return ((config.get("text_config") or {}) | config).get("tie_word_embeddings") is False
 
 
 # --- What mlx-lm reads --------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 # Fetched from the hub: weights as safetensors, settings and tokenizer; never code.
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
-# A clone without Git LFS has, in the place of a large file, one that begins so.
+# How the file begins that a clone without Git LFS has in the place of a large one.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 CONTEXT_LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -139,10 +139,9 @@ def text_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def context_length(folder: Path) -> float:
-    """The context length that a model was trained for, by its config.json; infinite if unknown.
+    """The context length that a model was trained for, infinite if its config.json has none.
 
-    Rotary positions can be scaled to a multiple of it, or of the original length that the scaling
-    names, as the documentation of transformers has it.
+    Rotary positions can be scaled to a multiple of it, or of the original length that they name.
     """
     settings = dict(text_settings(read_object(folder / "config.json")))
     lengths = [n for name in CONTEXT_LENGTH if isinstance(n := settings.get(name), int)]
