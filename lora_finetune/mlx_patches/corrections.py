@@ -212,7 +212,10 @@ def route_by_all(model: nn.Module, _: PretrainedConfig | None) -> None:
 
 
 def norm_by_groups(model: nn.Module, _: PretrainedConfig | None) -> None:
-    """Mamba 2: gated norms are by groups of channels; mamba2.py:53, … are over all at once."""
+    """Mamba 2: gated norms are by groups of channels; mamba2.py:53, … are over all at once.
+
+    The other norms of mamba2.py:200 have MLX's epsilon and not the model's.
+    """
 
     def by_groups(_: Callable, norm: nn.Module, x: mx.array, gate: mx.array) -> mx.array:
         gates_first = not getattr(norm, "norm_before_gate", False)
@@ -224,16 +227,12 @@ def norm_by_groups(model: nn.Module, _: PretrainedConfig | None) -> None:
 
     args = model.args
     groups = args.n_groups if hasattr(args, "n_groups") else args.mamba_n_groups
+    if hasattr(args, "layer_norm_epsilon"):
+        for norm in modules_named(model, "RMSNorm"):
+            norm.eps = args.layer_norm_epsilon
     if groups > 1:
         norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNormGated")]
         replace(norms, by_groups)
-
-
-def correct_mamba2(model: nn.Module, theirs: PretrainedConfig | None) -> None:
-    """Mamba 2: besides, norms other than the gated have MLX's epsilon in mamba2.py:200."""
-    for norm in modules_named(model, "RMSNorm"):
-        norm.eps = model.args.layer_norm_epsilon
-    norm_by_groups(model, theirs)
 
 
 def correct_falcon_h1(model: nn.Module, theirs: PretrainedConfig | None) -> None:
@@ -335,7 +334,7 @@ CORRECTIONS: dict[str, Callable[[nn.Module, PretrainedConfig | None], None]] = {
     "granitemoehybrid": norm_by_groups,
     "jamba": route_by_all,
     "llama4_text": norm_where_rotated,
-    "mamba2": correct_mamba2,
+    "mamba2": norm_by_groups,
     "minicpm3": scale_tied_logits,
     "nemotron_h": limit_time_steps,
     "youtu_llm": zero_padding_row,

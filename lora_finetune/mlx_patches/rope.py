@@ -151,9 +151,8 @@ def dynamic(rotary: Rotary, plain: np.ndarray, length: Length) -> mx.array:
     settings, dims = rotary.settings, rotary.dims
     ratio = mx.maximum(length, rotary.max_length) / rotary.max_length
     growth = settings.get("alpha") or settings["factor"] * (ratio - 1) + 1
-    return growth ** mx.array(-np.arange(0, dims, 2, dtype=np.float32) / (dims - 2)) * mx.array(
-        plain
-    )
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / (dims - 2)
+    return growth ** mx.array(-exponents) * mx.array(plain)
 
 
 FREQUENCIES: dict[str, Callable[[Rotary, np.ndarray, Length], np.ndarray | mx.array]] = {
@@ -198,15 +197,14 @@ class Rope(nn.Module):
         super().__init__()
         self.rotary, self.dims, self.traditional = rotary, rotary.dims, traditional
 
-    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        length = self.text_length(x, offset)
-        if not getattr(length, "ndim", 0):
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        length = self.text_length(offset + x.shape[-2], offset)
+        if isinstance(length, int):
             return self.rotated(x, offset, length)
-        offsets = mx.broadcast_to(mx.array(offset), length.shape)
-        rows = [self.rotated(x[i : i + 1], offsets[i], length[i]) for i in range(len(x))]
+        rows = [self.rotated(x[i : i + 1], offset, length[i]) for i in range(len(x))]
         return mx.concatenate(rows)
 
-    def rotated(self, x: mx.array, offset: int | mx.array, length: Length) -> mx.array:
+    def rotated(self, x: mx.array, offset: int, length: Length) -> mx.array:
         scale, is_array = self.rotary.scale(length), isinstance(length, mx.array)
         if is_array or scale != 1:
             head = (x[..., : self.dims] * scale).astype(x.dtype)
@@ -215,13 +213,11 @@ class Rope(nn.Module):
         options = {"traditional": self.traditional, "base": None, "scale": 1, "freqs": periods}
         return mx.fast.rope(x, self.dims, offset=offset, **options)
 
-    def text_length(self, x: mx.array, offset: int | mx.array) -> Length:
+    def text_length(self, reached: int, offset: int) -> Length:
         """How long the texts are, as far as it matters: 0 up to the boundary."""
-        known, reached, boundary = KNOWN.get(), offset + x.shape[-2], self.rotary.boundary
+        known, boundary = KNOWN.get(), self.rotary.boundary
         if boundary == math.inf:
             return 0
-        if isinstance(offset, mx.array):
-            return mx.maximum(known, reached.max())
         if isinstance(known, int):
             return max(known, reached) if max(known, reached) > boundary else 0
         if reached <= boundary:
@@ -304,7 +300,7 @@ def correct_rope(attention: nn.Module, name: str, rotary: Rotary, config: Pretra
     rope, is_latent = attention[name], hasattr(attention, "qk_rope_head_dim")  # as DeepSeek's
     if type(rope).__name__ == "NoPE":  # SmolLM3's, which does not rotate
         return
-    traditional = getattr(rope, "traditional", is_latent)
+    traditional = getattr(rope, "traditional", type(rope).__name__.startswith("DeepseekV2"))
     if is_latent:
         if getattr(config, "rope_interleave", None) is not None:
             traditional = config.rope_interleave

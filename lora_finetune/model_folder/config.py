@@ -44,19 +44,13 @@ CONSTANTS = {
 
 # mlx-lm's name: transformers' name of the same setting, where its configuration has no alias.
 SAME = {
-    "rotary_emb_base": "rope_theta",
-    "rotary_pct": "partial_rotary_factor",
-    "block_dim": "hidden_size",
-    "block_ff_dim": "intermediate_size",
-    "n_ctx": "n_positions",
-    "layernorm_epsilon": "rms_norm_eps",
-    "sliding_window_size": "sliding_window",
-    "swa_rope_theta": "rope_local_base_freq",
-    "swa_num_attention_heads": "num_attention_heads",
-    "swa_head_dim": "head_dim",
-    "swa_v_head_dim": "v_head_dim",
+    "rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor",
+    "block_dim": "hidden_size", "block_ff_dim": "intermediate_size", "n_ctx": "n_positions",
+    "layernorm_epsilon": "rms_norm_eps", "sliding_window_size": "sliding_window",
+    "swa_rope_theta": "rope_local_base_freq", "swa_num_attention_heads": "num_attention_heads",
+    "swa_head_dim": "head_dim", "swa_v_head_dim": "v_head_dim",
     "moe_shared_expert_intermediate_size": "moe_intermediate_size",
-}
+}  # fmt: skip
 
 
 def pytorch_settings(config: Settings) -> PretrainedConfig | None:
@@ -183,28 +177,21 @@ def translated(
 
 
 def rotary(settings: Settings) -> Settings:
-    """`rope_parameters` as `rope_theta`, `partial_rotary_factor` and `rope_scaling`.
+    """`rope_parameters` as `rope_theta` and `partial_rotary_factor`; rope.py sees to scalings.
 
-    Where `rope_parameters` differ by kind of layer, those of full attention are taken, and the
-    theta of the others becomes `rope_local_base_freq`.
+    Where they differ by kind of layer, those of full attention are taken, and the theta of the
+    others becomes `rope_local_base_freq`.
     """
     parameters = settings.get("rope_parameters")
     if not parameters:
         return {}
-    whole_head = {"partial_rotary_factor": 1.0}
-    by_kind = {kind: whole_head | p for kind, p in parameters.items() if isinstance(p, dict)}
+    by_kind = {kind: p for kind, p in parameters.items() if isinstance(p, dict)}
     full = by_kind.get("full_attention", next(iter(by_kind.values()), parameters))
-    rest = whole_head | full
-    found = {"partial_rotary_factor": rest.pop("partial_rotary_factor")}
-    if "rope_theta" in rest:
-        found["rope_theta"] = rest.pop("rope_theta")
+    found = {"partial_rotary_factor": full.get("partial_rotary_factor", 1.0)}
+    if "rope_theta" in full:
+        found["rope_theta"] = full["rope_theta"]
     local = [p["rope_theta"] for p in by_kind.values() if p is not full and "rope_theta" in p]
-    if local:
-        found["rope_local_base_freq"] = local[0]
-    kind = rest.get("rope_type", "default")
-    is_scaled = kind != "default" or "mrope_section" in rest
-    found["rope_scaling"] = rest | {"type": kind, "rope_type": kind} if is_scaled else None
-    return found | {"rope_parameters": by_kind or parameters}
+    return found | ({"rope_local_base_freq": local[0]} if local else {})
 
 
 def other_meanings(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:

@@ -67,6 +67,7 @@ def in_mlx_layout(weights: Weights, model: nn.Module, settings: dict[str, Any]) 
             "the weights have an lm_head that differs from the embedding, and mlx-lm always ties "
             "the two in this kind of model, so it would compute something else; take another model"
         )
+    groups = settings.get("n_group") or settings.get("num_expert_group") or 1
     swapped = [pattern for name, pattern in SWAPPED if name == family]
     found = {}
     for name, array in weights.items():
@@ -77,7 +78,9 @@ def in_mlx_layout(weights: Weights, model: nn.Module, settings: dict[str, Any]) 
         for module, pattern, replacement in NAMES:
             if module == family:
                 name = re.sub(pattern, replacement, name)
-        if is_routing_bias(name, settings):
+        # Experts outside the chosen groups score 0 in mlx-lm, −∞ in transformers: the same choice
+        # as long as no bias is negative, and one number added to all of them does not change it.
+        if groups > 1 and name.endswith(("e_score_correction_bias", ".expert_bias")):
             array = array - mx.minimum(array.min(), 0)
         found[name] = array
     return FAMILIES[family](found, settings) if family in FAMILIES else found
@@ -94,16 +97,6 @@ def is_swapped(name: str, array: mx.array, settings: dict[str, Any]) -> bool:
         return True
     hidden = settings["hidden_size"]
     return array.shape[-2:] == ((2 * inner, hidden) if "gate_up" in name else (hidden, inner))
-
-
-def is_routing_bias(name: str, settings: dict[str, Any]) -> bool:
-    """Whether an array holds the biases by which a router chooses experts out of groups.
-
-    mlx-lm gives experts outside the chosen groups a score of 0, transformers −∞: the same choice
-    as long as no bias is negative. Adding one number to all biases does not change the choice.
-    """
-    groups = settings.get("n_group") or settings.get("num_expert_group") or 1
-    return groups > 1 and name.endswith(("e_score_correction_bias", ".expert_bias"))
 
 
 # --- By family ----------------------------------------------------------------------------------
