@@ -52,10 +52,8 @@ def load_as_stored(
         if getattr(theirs, "rope_parameters", None):
             words = rope.without_scaling(words)
         if has_weights:
-            classes = partial(model_classes, theirs=theirs)
-            model, used = load_model(
-                Path(), lazy=True, model_config=words, get_model_classes=classes
-            )
+            options = {"lazy": True, "get_model_classes": partial(model_classes, theirs=theirs)}
+            model, used = load_model(Path(), model_config=words, **options)
         else:
             make, arguments = model_classes(words, theirs)
             model, used = make(arguments.from_dict(words)), {}
@@ -109,11 +107,8 @@ class Limits(NamedTuple):
 def find_limits(model: nn.Module) -> Limits:
     """The limits of a model, by the rows of its embeddings and its logits in a call."""
     logits = model(mx.zeros((1, 3), mx.int32))  # never computed
-    rows = {
-        path: len(module.weight)
-        for path, module in model.named_modules()
-        if "Embedding" in type(module).__name__ and "weight" in module
-    }
+    tables = [(p, m) for p, m in model.named_modules() if "Embedding" in type(m).__name__]
+    rows = {path: len(table.weight) for path, table in tables if "weight" in table}
     positions = [rows.pop(path) for path in list(rows) if path.endswith("wpe")]  # GPT-2's name
     return Limits(min([logits.shape[-1], *rows.values()]), min(positions, default=math.inf))
 
