@@ -177,21 +177,28 @@ def translated(
 
 
 def rotary(settings: Settings) -> Settings:
-    """`rope_parameters` as `rope_theta` and `partial_rotary_factor`; rope.py sees to scalings.
+    """`rope_parameters` as `rope_theta`, `partial_rotary_factor` and `rope_scaling`.
 
-    Where they differ by kind of layer, those of full attention are taken, and the theta of the
-    others becomes `rope_local_base_freq`.
+    Where `rope_parameters` differ by kind of layer, those of full attention are taken, and the
+    theta of the others becomes `rope_local_base_freq`.
     """
     parameters = settings.get("rope_parameters")
     if not parameters:
         return {}
-    by_kind = {kind: p for kind, p in parameters.items() if isinstance(p, dict)}
+    whole_head = {"partial_rotary_factor": 1.0}
+    by_kind = {kind: whole_head | p for kind, p in parameters.items() if isinstance(p, dict)}
     full = by_kind.get("full_attention", next(iter(by_kind.values()), parameters))
-    found = {"partial_rotary_factor": full.get("partial_rotary_factor", 1.0)}
-    if "rope_theta" in full:
-        found["rope_theta"] = full["rope_theta"]
+    rest = whole_head | full
+    found = {"partial_rotary_factor": rest.pop("partial_rotary_factor")}
+    if "rope_theta" in rest:
+        found["rope_theta"] = rest.pop("rope_theta")
     local = [p["rope_theta"] for p in by_kind.values() if p is not full and "rope_theta" in p]
-    return found | ({"rope_local_base_freq": local[0]} if local else {})
+    if local:
+        found["rope_local_base_freq"] = local[0]
+    kind = rest.get("rope_type", "default")
+    is_scaled = kind != "default" or "mrope_section" in rest
+    found["rope_scaling"] = rest | {"type": kind, "rope_type": kind} if is_scaled else None
+    return found | {"rope_parameters": by_kind or parameters}
 
 
 def other_meanings(settings: Settings, fields: dict[str, dataclasses.Field]) -> Settings:
