@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches import activations, loading
-from lora_finetune.mlx_patches.settings import reads_recorded, warn_of_unread
+from lora_finetune.mlx_patches.settings import warn_of_unread
 from lora_finetune.model_folder import files, tokenizer
 from lora_finetune.model_folder.config import model_family
 
@@ -52,13 +52,11 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     folder = files.find_model(path_or_repo)
     model_type = files.check_files(folder)
     files.check_memory(folder)
-    read: set[str] = set()
     try:
         what = f"the model {folder} cannot be loaded as mlx-lm's {model_type}"
-        with reads_recorded(read):
-            model, config, theirs = loading.load_as_stored(folder)
-            loading.find_limits(model)  # what is wrong with some settings shows only in a call
-        warn_of_unread(model, theirs, read)
+        model, config, theirs = loading.load_as_stored(folder)
+        loading.find_limits(model)  # what is wrong with some settings shows only in a call
+        warn_of_unread(model, theirs)
         model = loading.in_fast_types(model)
         what = f"the tokenizer of the model {folder} cannot be loaded"
         wrapper = tokenizer.load(folder, config)

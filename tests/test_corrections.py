@@ -247,11 +247,6 @@ def test_what_mlx_lm_computes_otherwise_is_refused(
         load(tmp_path, model_type, **settings)
 
 
-def test_another_model_under_the_same_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="lightning attention"):
-        load(tmp_path, "minimax", architectures=["MiniMaxForCausalLM"])
-
-
 # --- What nobody read ---------------------------------------------------------------------------
 
 # As on the hub, but for their sizes.

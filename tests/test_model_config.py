@@ -128,12 +128,6 @@ def test_a_number_added_to_all_routing_biases_changes_no_choice(tmp_path: Path):
     assert loss_and_logits(folder)[0] == pytest.approx(entry["loss"], abs=1e-3)
 
 
-def test_a_normalized_score_of_one_expert_is_refused(tmp_path: Path):
-    folder = write_folder(tmp_path / "model", REFERENCE["deepseek_v3"], num_experts_per_tok=1)
-    with pytest.raises(UserError, match="a normalized score for a single expert"):
-        models.load(folder)
-
-
 def test_minimax_m2_is_the_same_under_its_older_name(tmp_path: Path):
     entry = REFERENCE["minimax_m2"]
     folder = write_folder(tmp_path / "model", entry, model_type="minimax")

@@ -6,67 +6,53 @@ Models that agree with it are left as they are.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from lora_finetune.base.errors import UserError
+from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.modules import arguments, modules_named, parameters_of, replace
 from lora_finetune.mlx_patches.settings import put_activations
-from lora_finetune.model_folder.config import is_minimax_m2, model_family
+from lora_finetune.model_folder.config import model_family
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations
+from mlx_lm.models import cache as caches
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import (
-    ArraysCache,
-    ChunkedKVCache,
-    KVCache,
-    RotatingKVCache,
-    make_prompt_cache,
-)
 from transformers import PretrainedConfig
 
 Settings = dict[str, Any]
 Weights = dict[str, mx.array]
 
 
-def corrected(
-    model_class: type[nn.Module], config: Settings, theirs: PretrainedConfig | None
-) -> Callable[[Any], nn.Module]:
-    """A function that builds a corrected model from its arguments, for mlx-lm's `load_model`.
+def correct(model: nn.Module, args: Any, config: Settings, theirs: PretrainedConfig | None) -> None:
+    """Correct a model of mlx-lm that has no weights yet; raises UserError where that cannot be.
 
-    It raises UserError where that cannot be done.
-
-    Args:
-        config: in mlx-lm's words.
-        theirs: the settings of the text model as transformers has them, None where it has none.
+    It was built from `args`; `config` is in mlx-lm's words, `theirs` is as transformers has it.
     """
-    family = model_family(model_class)
-
-    def build(args: Any) -> nn.Module:
-        model = model_class(args)
-        check(family, config, args, model)
-        if family in CORRECTIONS:
-            CORRECTIONS[family](model, theirs)
-        if theirs:
-            set_latent_norms(model)
-            put_activations(model, theirs)
-            put_windows(model, theirs)
-        take_biases(model, theirs)
-        return model
-
-    return build
+    family = model_family(type(model))
+    check(family, config, args)
+    if family in CORRECTIONS:
+        CORRECTIONS[family](model, theirs)
+    if theirs:
+        # Of latent queries and keys in all of transformers' models; some of mlx-lm's have another
+        # (youtu_llm.py:63, longcat_flash.py:73).
+        for path, module in model.named_modules():
+            if path.endswith(("q_a_layernorm", "kv_a_layernorm")):
+                module.eps = 1e-6
+        put_activations(model, theirs)
+        put_windows(model, theirs)
+        if getattr(theirs, "rope_parameters", None):
+            rope.correct(model, theirs)
+    take_biases(model, theirs)
 
 
 # --- What is refused ----------------------------------------------------------------------------
 
 # By the name of mlx-lm's module, the only values with which it computes what PyTorch does, and all
-# released models have: it always normalizes to 1 (dbrx.py:145), multiplies weights but not biases
-# (falcon_h1.py:460), expects the keys of all heads behind all queries (gpt_bigcode.py:65), and has
-# other experts than two (phimoe.py:120).
+# released models have (dbrx.py:145, falcon_h1.py:460, gpt_bigcode.py:65, phimoe.py:120).
 ONLY: dict[str, Settings] = {
     "dbrx": {"moe_normalize_expert_weights": 1},
     "falcon_h1": dict.fromkeys(
@@ -76,25 +62,13 @@ ONLY: dict[str, Settings] = {
     "phimoe": {"num_experts_per_tok": 2},
 }
 
-# afmoe.py:228, kimi_linear.py:76 and all with a `group_expert_select`, as deepseek_v3.py:222,
-# normalize the scores of two experts and more only.
-NORMALIZE = ("norm_topk_prob", "moe_renormalize", "route_norm")
 
-
-def check(family: str, config: Settings, args: Any, model: nn.Module) -> None:
+def check(family: str, config: Settings, args: Any) -> None:
     """Raise UserError for settings with which mlx-lm computes something else than PyTorch."""
     settings = vars(args) | config  # args have the defaults
     settings |= (config.get("text_config") or {}) | (config.get("ffn_config") or {})
     only = ONLY.get(family, {}).items()
     found = [f"{n} = {settings[n]}" for n, v in only if settings.get(n) not in (None, v)]
-    number = settings.get("num_experts_per_tok", settings.get("num_experts_per_token"))
-    programs = {sys.modules[type(module).__module__] for module in model.modules()}
-    is_affected = family in ("afmoe", "kimi_linear")
-    is_affected |= any("group_expert_select" in vars(program) for program in programs)
-    if number == 1 and is_affected and any(settings.get(name) for name in NORMALIZE):
-        found.append("a normalized score for a single expert")
-    if config["model_type"] == "minimax" and not is_minimax_m2(config):  # MiniMax-Text-01
-        found.append("layers of lightning attention")
     if family == "exaone_moe" and "sliding_attention" not in settings["layer_types"]:
         found.append("no window")  # exaone_moe.py:192 then rotates in all layers, PyTorch in none
     if found:
@@ -107,24 +81,14 @@ def check(family: str, config: Settings, args: Any, model: nn.Module) -> None:
 # --- In all families ----------------------------------------------------------------------------
 
 
-def set_latent_norms(model: nn.Module) -> None:
-    """Norms of latent queries and keys have an epsilon of 1e-6 in all of transformers' models.
-
-    Some of mlx-lm's have another (youtu_llm.py:63, longcat_flash.py:73).
-    """
-    for path, module in model.named_modules():
-        if path.endswith(("q_a_layernorm", "kv_a_layernorm")):
-            module.eps = 1e-6
-
-
 WITH_BIAS = (nn.Linear, nn.QuantizedLinear, nn.LayerNorm)
 
 
 def take_biases(model: nn.Module, theirs: PretrainedConfig | None) -> None:
     """Give linear layers and norms a bias where the folder has one, when weights are loaded.
 
-    mlx-lm's models often do not know transformers' settings for it. A bias that the folder lacks is
-    removed if some setting `…bias` is False; otherwise loading reports it as missing.
+    mlx-lm often does not know the setting for it. A bias that the folder lacks is removed if some
+    setting `…bias` is False; otherwise loading reports it as missing.
     """
     settings = theirs.to_dict() if theirs else {}
     may_lack = any(n.endswith("bias") and value is False for n, value in settings.items())
@@ -144,36 +108,35 @@ def take_biases(model: nn.Module, theirs: PretrainedConfig | None) -> None:
 
 # --- Sliding windows ----------------------------------------------------------------------------
 
-# The caches of mlx-lm for transformers' kinds of layers; others are of another kind than attention.
-CACHES = {"full": KVCache, "attention": KVCache, "sliding": RotatingKVCache}
-CACHES |= {"chunked": ChunkedKVCache}
+# The caches of mlx-lm for transformers' kinds of attention; other layers have none of these.
+CACHES = {"full": caches.KVCache, "attention": caches.KVCache}
+WINDOWED = {"sliding": caches.RotatingKVCache, "chunked": caches.ChunkedKVCache}
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size")
 
 
 def put_windows(model: nn.Module, theirs: PretrainedConfig) -> None:
     """Give layers the windows that transformers' have and mlx-lm's have not.
 
     mlx-lm 0.32.2 computes none in gemma2 (gemma2.py:176), qwen2, qwen3, phi3, starcoder2, dots1 and
-    others. Which of its layers have one is seen from their caches.
-
-    Raises:
-        UserError: mlx-lm has windows, but in other layers; such layers differ in more than the
-            mask.
+    others. Its caches show which layers have one. Where other layers have, that is a UserError,
+    since such layers differ in more than the mask.
     """
-    names = ("sliding_window", "sliding_window_size", "attention_window_size")
-    window = next((w for n in names if (w := getattr(theirs, n, None))), None)
+    window = next((w for name in WINDOWS if (w := getattr(theirs, name, None))), None)
     kinds = getattr(theirs, "layer_types", None)
     kinds = kinds or ["sliding" if window else "full"] * len(model.layers)
-    wanted = [CACHES.get(kind.removesuffix("_attention")) for kind in kinds]
-    found = [type(cache) for cache in make_prompt_cache(model)]  # without layers that share one
-    pairs = [(w, f) for w, f in zip(wanted, found, strict=False) if w and f is not ArraysCache]
-    if not {RotatingKVCache, ChunkedKVCache}.intersection(wanted) or all(w is f for w, f in pairs):
+    wanted = [(CACHES | WINDOWED).get(kind.removesuffix("_attention")) for kind in kinds]
+    found = [type(cache) for cache in caches.make_prompt_cache(model)]  # not of layers sharing one
+    pairs = zip(wanted, found, strict=False)
+    is_same = all(w in (f, None) or f is caches.ArraysCache for w, f in pairs)
+    if is_same or not set(WINDOWED.values()).intersection(wanted):
         return
-    if {RotatingKVCache, ChunkedKVCache}.intersection(found):
+    if set(WINDOWED.values()).intersection(found):
         raise UserError(
             "in PyTorch other layers of this model have a sliding window than in mlx-lm's model of "
             "this kind, which would compute something else; take another model"
         )
-    layers = [layer for layer, w in zip(model.layers, wanted, strict=True) if w is RotatingKVCache]
+    sliding = [w is WINDOWED["sliding"] for w in wanted]
+    layers = [layer for layer, is_so in zip(model.layers, sliding, strict=True) if is_so]
     attentions = [attention for layer in layers for attention in attention_modules(layer)]
     replace(attentions, partial(windowed, window))
 
@@ -249,7 +212,10 @@ def route_by_all(model: nn.Module, _: PretrainedConfig | None) -> None:
 
 
 def norm_by_groups(model: nn.Module, _: PretrainedConfig | None) -> None:
-    """Mamba 2: gated norms are by groups of channels; mamba2.py:53, … are over all at once."""
+    """Mamba 2: gated norms are by groups of channels; mamba2.py:53, … are over all at once.
+
+    The other norms of mamba2.py:200 have MLX's epsilon and not the model's.
+    """
 
     def by_groups(_: Callable, norm: nn.Module, x: mx.array, gate: mx.array) -> mx.array:
         gates_first = not getattr(norm, "norm_before_gate", False)
@@ -261,24 +227,19 @@ def norm_by_groups(model: nn.Module, _: PretrainedConfig | None) -> None:
 
     args = model.args
     groups = args.n_groups if hasattr(args, "n_groups") else args.mamba_n_groups
+    if hasattr(args, "layer_norm_epsilon"):
+        for norm in modules_named(model, "RMSNorm"):
+            norm.eps = args.layer_norm_epsilon
     if groups > 1:
         norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNormGated")]
         replace(norms, by_groups)
 
 
-def correct_mamba2(model: nn.Module, theirs: PretrainedConfig | None) -> None:
-    """Mamba 2: besides, norms other than the gated have MLX's epsilon in mamba2.py:200."""
-    for norm in modules_named(model, "RMSNorm"):
-        norm.eps = model.args.layer_norm_epsilon
-    norm_by_groups(model, theirs)
-
-
 def correct_falcon_h1(model: nn.Module, theirs: PretrainedConfig | None) -> None:
-    """Falcon-H1: besides, the multipliers of keys and values, and norms by groups.
+    """Falcon-H1: besides, keys and values have multipliers.
 
-    falcon_h1.py:472 never gets to `key_multiplier`, as a branch before takes the keys, and leaves
-    the values out. They are not put into the weights, which mlx-lm may have converted, but into the
-    scale of the scores and the output of attention, which is linear in the values.
+    falcon_h1.py:472 leaves them out. They go into the scale of the scores and the output of
+    attention, which is linear in the values, and not into weights that mlx-lm may have converted.
     """
     attentions = [layer.self_attn for layer in model.layers]
     for attention in attentions:
@@ -302,8 +263,7 @@ def scale_tied_logits(model: nn.Module, _: PretrainedConfig | None) -> None:
 def share_keys_and_values(model: nn.Module, _: PretrainedConfig | None) -> None:
     """Gemma 3n: layers with shared keys and values share them without a cache too.
 
-    Without one, gemma3n.py:131 lets such a layer use projections of its own, which were never
-    trained and which transformers 5 does not save.
+    Without one, such a layer of gemma3n.py:131 uses projections of its own, never trained.
     """
 
     def sharing(original: Callable, model, inputs=None, cache=None, input_embeddings=None):
@@ -330,11 +290,11 @@ class KeysAndValues:
 
     offset = 0
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.both = keys, values
-        return self.both
+    def update_and_fetch(self, *both: mx.array) -> tuple[mx.array, ...]:
+        self.both = both
+        return both
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> tuple[mx.array, ...]:
         return self.both
 
 
@@ -374,7 +334,7 @@ CORRECTIONS: dict[str, Callable[[nn.Module, PretrainedConfig | None], None]] = {
     "granitemoehybrid": norm_by_groups,
     "jamba": route_by_all,
     "llama4_text": norm_where_rotated,
-    "mamba2": correct_mamba2,
+    "mamba2": norm_by_groups,
     "minicpm3": scale_tied_logits,
     "nemotron_h": limit_time_steps,
     "youtu_llm": zero_padding_row,

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_finetune.base import memory
-from lora_finetune.base.errors import hint
+from lora_finetune.base.errors import hint, warn
 from lora_finetune.mlx_patches import rope
-from lora_finetune.mlx_patches.corrections import corrected
-from lora_finetune.model_folder.config import in_mlx_words, is_untied
+from lora_finetune.mlx_patches.corrections import correct
+from lora_finetune.model_folder.config import in_mlx_words, pytorch_settings
+from lora_finetune.model_folder.files import shortened
 from lora_finetune.model_folder.weights import (
-    check_head,
     has_own_head,
     in_mlx_layout,
     read_weights,
@@ -41,28 +41,35 @@ def load_as_stored(
     # its modules print is not always so: phi3 says that it leaves out a scaling that is put right.
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         config = load_config(Path())
-        if not is_untied(config) and has_own_head(read_weights(Path())):
+        is_tied = ((config.get("text_config") or {}) | config).get("tie_word_embeddings")
+        if is_tied is not False and has_own_head(read_weights(Path())):
             config["tie_word_embeddings"] = False
-        theirs = rope.read_settings(config)
-        classes = partial(model_classes, theirs=theirs)
-
-        def build(words: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-            if has_weights:
-                return load_model(Path(), lazy=True, model_config=words, get_model_classes=classes)
-            make, arguments = classes(words)
-            return make(arguments.from_dict(words)), {}
-
-        model, used = rope.load(build, in_mlx_words(config, theirs), theirs)
+        try:
+            theirs, problem = pytorch_settings(config), None
+        except Exception as error:  # transformers may raise anything
+            theirs, problem = None, error
+        words = in_mlx_words(config, theirs)
+        if getattr(theirs, "rope_parameters", None):
+            words = rope.without_scaling(words)
+        if has_weights:
+            options = {"lazy": True, "get_model_classes": partial(model_classes, theirs=theirs)}
+            model, used = load_model(Path(), model_config=words, **options)
+        else:
+            make, arguments = model_classes(words, theirs)
+            model, used = make(arguments.from_dict(words)), {}
+    if problem:
+        warn(
+            f"transformers cannot read this model's config.json ({shortened(problem)}), so nothing "
+            "tells whether mlx-lm computes the model as it was trained"
+        )
     quantization = {name: used[name] for name in used if name.startswith("quantization")}
     return model, config | quantization, theirs
 
 
-def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tuple[Any, type]:
+def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tuple[type, type]:
     """mlx-lm's model, corrected and for weights of transformers 5, and the class of its arguments.
 
-    Args:
-        config: in mlx-lm's words.
-        theirs: as `load_as_stored` returns it.
+    `config` is in mlx-lm's words; `theirs` as `load_as_stored` returns it.
     """
     base, arguments = _get_classes(config)
     settings = config | (config.get("text_config") or {})
@@ -70,42 +77,38 @@ def model_classes(config: dict[str, Any], theirs: PretrainedConfig | None) -> tu
     class Model(base):
         __module__ = base.__module__  # which tells the family
 
+        def __init__(self, args: Any):
+            super().__init__(args)
+            correct(self, args, config, theirs)
+
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            if settings.get("tie_word_embeddings") is False:
-                check_head(self, weights)
             weights = in_mlx_layout(weights, self, settings)
             if hasattr(base, "sanitize"):
                 weights = super().sanitize(weights)
             return with_tied_head(self, weights) if settings.get("tie_word_embeddings") else weights
 
-    return corrected(Model, config, theirs), arguments
+    return Model, arguments
 
 
 def as_loaded(folder: Path, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The parameters of the model in a folder, by mlx-lm's names, from arrays such as it has."""
+    """The parameters of a folder's model, by mlx-lm's names, from arrays as in its files."""
     model, *_ = load_as_stored(folder, has_weights=False)
     # Copies, since some are changed in place.
     return model.sanitize({name: array.astype(array.dtype) for name, array in arrays.items()})
 
 
 class Limits(NamedTuple):
-    """The token ids, below `vocab_size`, and the number of positions that a model has.
+    """Bounds of embedding lookups, which MLX does not check."""
 
-    MLX does not check the bounds of embedding lookups.
-    """
-
-    vocab_size: int
+    vocab_size: int  # token ids are below
     max_positions: float  # infinite where no table of positions is looked up
 
 
 def find_limits(model: nn.Module) -> Limits:
     """The limits of a model, by the rows of its embeddings and its logits in a call."""
     logits = model(mx.zeros((1, 3), mx.int32))  # never computed
-    rows = {
-        path: len(module.weight)
-        for path, module in model.named_modules()
-        if "Embedding" in type(module).__name__ and "weight" in module
-    }
+    tables = [(p, m) for p, m in model.named_modules() if "Embedding" in type(m).__name__]
+    rows = {path: len(table.weight) for path, table in tables if "weight" in table}
     positions = [rows.pop(path) for path in list(rows) if path.endswith("wpe")]  # GPT-2's name
     return Limits(min([logits.shape[-1], *rows.values()]), min(positions, default=math.inf))
 
@@ -114,11 +117,11 @@ def find_limits(model: nn.Module) -> Limits:
 
 
 def in_fast_types(model: nn.Module) -> nn.Module:
-    """A model with weights of the types that the device is fast with, evaluated.
+    """A model with evaluated weights of the types that the device is fast with.
 
-    On the CPU all become float32: MLX's CPU products of other types are 40 and more times slower.
-    On CUDA quantized ones are dequantized where that leaves half of the memory free, since training
-    takes three times as long with them.
+    On the CPU that is float32 alone: MLX's products of other types are 40 and more times slower. On
+    CUDA quantized layers train three times slower than dequantized ones, which must leave half of
+    the memory free.
     """
     if mx.default_device() == mx.cpu:
         model = dequantize_model(model)
@@ -132,7 +135,7 @@ def in_fast_types(model: nn.Module) -> nn.Module:
 
 
 def dequantized_bytes(model: nn.Module) -> int:
-    """Bytes of the quantized weights of a model if they are dequantized."""
+    """The bytes that the quantized weights of a model take when they are dequantized."""
     quantized = [module for module in model.modules() if "scales" in module]
     return sum(m.weight.size * 32 // m.bits * float_type(m).size for m in quantized)
 

@@ -1,8 +1,8 @@
 """Rotary embeddings as PyTorch computes them from a model's folder.
 
-mlx-lm leaves out the scalings of many models, and some settings of others. So each rope of a loaded
-model is called on unit vectors, and replaced where it rotates otherwise than the formulas here,
-which follow transformers' `modeling_rope_utils` (5.24) and the papers that it names (YaRN, arXiv
+mlx-lm leaves out the scalings of many models, and some settings of others. So models are built
+without a scaling, and a rope that has one, or other settings than MLX's own, is replaced. The
+formulas follow transformers' `modeling_rope_utils` (5.24) and the papers that it names (YaRN, arXiv
 2309.00071; LongRoPE, 2402.13753).
 
 "dynamic" and "longrope" depend on a text's length. transformers takes the length of a whole batch,
@@ -22,8 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 from lora_finetune.base.errors import warn
-from lora_finetune.model_folder.config import pytorch_program, pytorch_settings
-from lora_finetune.model_folder.files import shortened
+from lora_finetune.model_folder.config import pytorch_program
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,11 +69,7 @@ class Rotary:
         return self.max_length if is_dynamic else math.inf
 
     def frequencies(self, length: Length) -> mx.array:
-        """By how many radians a position turns each pair, for a text's length: float32 (dims / 2,).
-
-        Raises:
-            ValueError: the rope_type is not known.
-        """
+        """How far a position turns each pair, in radians: float32 (dims / 2,)."""
         if self.kind not in FREQUENCIES:
             raise ValueError(f"the rope_type {self.kind!r} of its config.json is not known")
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / self.dims
@@ -156,9 +151,8 @@ def dynamic(rotary: Rotary, plain: np.ndarray, length: Length) -> mx.array:
     settings, dims = rotary.settings, rotary.dims
     ratio = mx.maximum(length, rotary.max_length) / rotary.max_length
     growth = settings.get("alpha") or settings["factor"] * (ratio - 1) + 1
-    return growth ** mx.array(-np.arange(0, dims, 2, dtype=np.float32) / (dims - 2)) * mx.array(
-        plain
-    )
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / (dims - 2)
+    return growth ** mx.array(-exponents) * mx.array(plain)
 
 
 FREQUENCIES: dict[str, Callable[[Rotary, np.ndarray, Length], np.ndarray | mx.array]] = {
@@ -203,15 +197,14 @@ class Rope(nn.Module):
         super().__init__()
         self.rotary, self.dims, self.traditional = rotary, rotary.dims, traditional
 
-    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        length = self.text_length(x, offset)
-        if not getattr(length, "ndim", 0):
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        length = self.text_length(offset + x.shape[-2], offset)
+        if isinstance(length, int):
             return self.rotated(x, offset, length)
-        offsets = mx.broadcast_to(mx.array(offset), length.shape)
-        rows = [self.rotated(x[i : i + 1], offsets[i], length[i]) for i in range(len(x))]
+        rows = [self.rotated(x[i : i + 1], offset, length[i]) for i in range(len(x))]
         return mx.concatenate(rows)
 
-    def rotated(self, x: mx.array, offset: int | mx.array, length: Length) -> mx.array:
+    def rotated(self, x: mx.array, offset: int, length: Length) -> mx.array:
         scale, is_array = self.rotary.scale(length), isinstance(length, mx.array)
         if is_array or scale != 1:
             head = (x[..., : self.dims] * scale).astype(x.dtype)
@@ -220,13 +213,11 @@ class Rope(nn.Module):
         options = {"traditional": self.traditional, "base": None, "scale": 1, "freqs": periods}
         return mx.fast.rope(x, self.dims, offset=offset, **options)
 
-    def text_length(self, x: mx.array, offset: int | mx.array) -> Length:
+    def text_length(self, reached: int, offset: int) -> Length:
         """How long the texts are, as far as it matters: 0 up to the boundary."""
-        known, reached, boundary = KNOWN.get(), offset + x.shape[-2], self.rotary.boundary
+        known, boundary = KNOWN.get(), self.rotary.boundary
         if boundary == math.inf:
             return 0
-        if isinstance(offset, mx.array):
-            return mx.maximum(known, reached.max())
         if isinstance(known, int):
             return max(known, reached) if max(known, reached) > boundary else 0
         if reached <= boundary:
@@ -236,50 +227,30 @@ class Rope(nn.Module):
 
 # --- In a loaded model --------------------------------------------------------------------------
 
+# A scaling that changes nothing, with every key that some model of mlx-lm requires.
+NEUTRAL = {"type": "linear", "rope_type": "linear", "factor": 1.0, "alpha": 1.0}
+NEUTRAL |= {"short_factor": 1.0, "long_factor": 1.0, "short_mscale": 1.0, "long_mscale": 1.0}
 
-def load(
-    build: Callable[[dict[str, Any]], tuple[nn.Module, Any]],
-    words: dict[str, Any],
-    theirs: PretrainedConfig | None,
-) -> tuple[nn.Module, Any]:
-    """A model, and what else `build` makes of a configuration, with positions as in PyTorch.
 
-    Some models of mlx-lm refuse a scaling, or fail where there is none: these are built with one
-    that changes nothing. So are those with a scaling by length, which is always replaced: for
-    longrope mlx-lm loses the layout of pairs, and its "dynamic" fails in gpt_oss.
+def without_scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration in mlx-lm's words with NEUTRAL in the place of every scaling, or of none.
 
-    Args:
-        words: the configuration as mlx-lm has it.
-        theirs: the settings of the text model as transformers has them, None where it has none.
+    Some models of mlx-lm refuse a scaling, lose it, or fail where there is none; `correct` puts
+    it right in all.
     """
-    if not getattr(theirs, "rope_parameters", None):
-        return build(words)
-    try:
-        if re.search("'(longrope|su|dynamic)'", str(scalings(words))):
-            words = without_scaling(words)
-        found = build(words)
-    except Exception:
-        found = build(without_scaling(words))
-    correct(found[0], theirs)
-    return found
-
-
-def read_settings(config: dict[str, Any]) -> PretrainedConfig | None:
-    """As `pytorch_settings`, None too where it fails; with a warning if positions are scaled."""
-    try:
-        return pytorch_settings(config)
-    except Exception as error:  # transformers may raise anything
-        if any(scalings(config)):
-            warn(
-                f"transformers cannot read this model's config.json ({shortened(error)}), so "
-                "nothing tells whether mlx-lm scales positions as the model was trained with"
-            )
-        return None
+    changed = config | {"rope_scaling": (config.get("rope_scaling") or {}) | NEUTRAL}
+    parameters, text = config.get("rope_parameters"), config.get("text_config")
+    if isinstance(parameters, dict):
+        kinds = {kind: p | NEUTRAL for kind, p in parameters.items() if isinstance(p, dict)}
+        changed["rope_parameters"] = parameters | (kinds or NEUTRAL)
+    if isinstance(text, dict):
+        changed["text_config"] = without_scaling(text)
+    return changed
 
 
 def correct(model: nn.Module, config: PretrainedConfig) -> None:
     """Replace what rotates otherwise than a configuration says, or warn."""
-    kinds, rotaries, done = getattr(config, "layer_types", None) or [], {}, []
+    kinds, rotaries, is_found = getattr(config, "layer_types", None) or [], {}, False
     for path, attention in model.named_modules():
         names = [n for n, m in attention.children().items() if isinstance(m, nn.Module)]
         names = [name for name in names if re.search("rope|rotary", name)]
@@ -291,11 +262,13 @@ def correct(model: nn.Module, config: PretrainedConfig) -> None:
         if kind not in rotaries:
             rotaries[kind] = of_layer(config, layer, kind)
         if rotaries[kind]:
-            done += [correct_rope(attention, name, rotaries[kind], config) for name in names]
+            is_found = True
+            for name in names:
+                correct_rope(attention, name, rotaries[kind], config)
     settings = config.rope_parameters
     nested = [settings[kind] for kind in config.nested_rope_parameter_keys(settings)]
     types = {each["rope_type"] for each in nested or [settings]}
-    if not all(done) or not done and types != {"default"}:
+    if not is_found and types != {"default"}:
         warn(
             "the rotary embedding of this kind of model cannot be replaced in mlx-lm, so with the "
             f"rope_type of its config.json ({', '.join(sorted(types))}) long texts may be computed "
@@ -322,77 +295,22 @@ def of_layer(config: PretrainedConfig, layer: int, kind: str | None) -> Rotary |
     return Rotary(settings | {"truncate": truncate}, dims, length)
 
 
-def correct_rope(attention: nn.Module, name: str, rotary: Rotary, config: PretrainedConfig) -> bool:
-    """Put ours in the place of a rope that rotates otherwise; False where it cannot be measured."""
-    rope = attention[name]
-    width = max(rotary.dims, getattr(rope, "dims", None) or getattr(rope, "dim", None) or 0)
-    try:
-        found = rotations(rope, width)
-    except (TypeError, ValueError):
-        return False
-    partners = np.flatnonzero(np.abs(found[0, 0, 1:]) > 1e-4)
-    if not len(partners):
-        return True
-    traditional = bool(partners[0] == 0)
-    if hasattr(attention, "qk_rope_head_dim"):  # latent keys, as DeepSeek's
+def correct_rope(attention: nn.Module, name: str, rotary: Rotary, config: PretrainedConfig) -> None:
+    """Put ours in the place of a rope, unless MLX's own does the same."""
+    rope, is_latent = attention[name], hasattr(attention, "qk_rope_head_dim")  # as DeepSeek's
+    if type(rope).__name__ == "NoPE":  # SmolLM3's, which does not rotate
+        return
+    traditional = getattr(rope, "traditional", type(rope).__name__.startswith("DeepseekV2"))
+    if is_latent:
         if getattr(config, "rope_interleave", None) is not None:
             traditional = config.rope_interleave
-        scale_scores(attention, rotary, config)
-    ours = Rope(rotary, traditional)
-    # Only ours knows how long a text is without its padding.
-    if rotary.boundary < math.inf or not agrees(found, ours, width):
-        attention[name] = ours
-    return True
-
-
-def scale_scores(attention: nn.Module, rotary: Rotary, config: PretrainedConfig) -> None:
-    """Put YaRN's mscale into the scale of latent attention, where some of mlx-lm's leave it out."""
-    weight = rotary.settings.get("mscale_all_dim")
-    if weight and rotary.kind != "default":
-        name = "scale" if hasattr(attention, "scale") else "softmax_scale"
-        size = config.qk_nope_head_dim + config.qk_rope_head_dim
-        setattr(attention, name, size**-0.5 * yarn_mscale(rotary.factor, weight) ** 2)
-
-
-# The rotations at these positions determine any frequency to a few millionths.
-POSITIONS = 16 ** np.arange(6)
-
-
-def rotations(rope: nn.Module, width: int) -> np.ndarray:
-    """The matrices (positions, width, width) by which a rope rotates; rows are inputs."""
-    with mx.stream(mx.cpu):  # a GPU would have kernels to compile
-        vectors = mx.eye(width)[None, :, None]
-        return np.array(mx.stack([rope(vectors, offset=n)[0, :, 0] for n in POSITIONS.tolist()]))
-
-
-def agrees(found: np.ndarray, rope: Rope, width: int) -> bool:
-    """Whether rotations are ours, up to the rounding of large angles in float32."""
-    angles = POSITIONS[:, None] * np.array(rope.rotary.frequencies(0))
-    angles = np.repeat(angles, 2, axis=1) if rope.traditional else np.tile(angles, 2)
-    allowed = 2e-5 * (1 + np.pad(angles, ((0, 0), (0, width - rope.dims))))
-    return bool((np.abs(found - rotations(rope, width)) <= allowed[:, None]).all())
-
-
-# A scaling that changes nothing, with every key that some model of mlx-lm requires.
-NEUTRAL = {"type": "linear", "rope_type": "linear", "factor": 1.0, "alpha": 1.0}
-NEUTRAL |= {"short_factor": 1.0, "long_factor": 1.0, "short_mscale": 1.0, "long_mscale": 1.0}
-
-
-def scalings(config: dict[str, Any]) -> list[Any]:
-    text = config.get("text_config")
-    found = [config.get("rope_scaling"), config.get("rope_parameters")]
-    return found + (scalings(text) if isinstance(text, dict) else [])
-
-
-def without_scaling(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with NEUTRAL in the place of every scaling, or of none."""
-    changed = config | {"rope_scaling": NEUTRAL}
-    parameters, text = config.get("rope_parameters"), config.get("text_config")
-    if isinstance(parameters, dict):
-        kinds = {
-            name: each | NEUTRAL for name, each in parameters.items() if isinstance(each, dict)
-        }
-        changed["rope_parameters"] = parameters | (kinds or NEUTRAL)
-    if isinstance(text, dict):
-        changed["text_config"] = without_scaling(text)
-    return changed
+        weight = rotary.settings.get("mscale_all_dim")
+        if weight and rotary.kind != "default":  # YaRN's mscale is in the scale of the scores
+            scale = "scale" if hasattr(attention, "scale") else "softmax_scale"
+            size = config.qk_nope_head_dim + config.qk_rope_head_dim
+            setattr(attention, scale, size**-0.5 * yarn_mscale(rotary.factor, weight) ** 2)
+    wanted = ("default", rotary.settings["rope_theta"], rotary.dims, traditional, 1)
+    if type(rope) is nn.RoPE:
+        found = (rotary.kind, rope.base, rope.dims, rope.traditional, rope.scale)
+    if type(rope) is not nn.RoPE or found != wanted:
+        attention[name] = Rope(rotary, traditional)

@@ -1,13 +1,11 @@
-"""Settings that PyTorch's model reads and mlx-lm's does not: activations are put, others told."""
+"""Settings that PyTorch's program reads and mlx-lm's does not: activations are put, others told."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from types import FunctionType, SimpleNamespace
-from typing import Any
 
 from lora_finetune.base.errors import warn
 from lora_finetune.mlx_patches.modules import parameters_of, subclass
@@ -15,13 +13,11 @@ from lora_finetune.model_folder.config import SAME, pytorch_program
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import BaseModelArgs
 from transformers import PretrainedConfig
 
 # --- Activations --------------------------------------------------------------------------------
 
-# Names of the activation's setting; the first that is given counts, since some configurations have
-# an older one beside it that is not read.
+# Names of the activation's setting; the first that is given counts.
 SETTINGS = ("hidden_activation", "mlp_hidden_act", "hidden_act", "activation_function")
 
 # transformers' names, and those of mlx.nn for the same function.
@@ -55,13 +51,6 @@ def put_activations(model: nn.Module, theirs: PretrainedConfig) -> None:
             layer.activation = with_function(type(layer.activation), wanted)()
         else:
             layer.__class__ = with_function(type(layer), wanted)
-
-
-def has_activations(model: nn.Module, theirs: PretrainedConfig) -> bool:
-    """Whether all layers, convolutions aside, surely use the function that is named."""
-    used = {function_of(layer) for layer in feed_forward_layers(model)}
-    has_convolutions = any("conv" in type(m).__name__.lower() for m in model.modules())
-    return used == {wanted_function(theirs)} and not has_convolutions
 
 
 def wanted_function(theirs: PretrainedConfig) -> str | None:
@@ -101,9 +90,8 @@ def with_function(original: type, wanted: str) -> type:
 
 # --- What nobody read ---------------------------------------------------------------------------
 
-# Settings that do not change what a model computes; or that determine the shapes and names of its
-# weights, so that loading fails where they are not read; or that are corrected elsewhere: rotary
-# embeddings (rope.py), and windows (corrections.py).
+# Settings that do not change what a model computes, or without which loading fails (sizes), or that
+# are corrected elsewhere (positions and windows).
 WITHOUT_EFFECT = re.compile(
     # in training and of the form of outputs
     r".*dropout.*|.*_drop|.*pdrop|initializer.*|init_.*|.*_init_std|.*_init_variance.*|rescale_.*|"
@@ -125,46 +113,21 @@ WITHOUT_EFFECT = re.compile(
 READ_BY_PYTORCH = re.compile(r"\bconfig\.(\w+)|getattr\(\s*(?:self\.)?config,\s*\"(\w+)\"")
 
 
-@contextmanager
-def reads_recorded(names: set[str]) -> Iterator[None]:
-    """While it lasts, the names of the settings that mlx-lm's models read are added to `names`."""
-
-    def get(args: BaseModelArgs, name: str) -> Any:
-        names.add(name)
-        return object.__getattribute__(args, name)
-
-    BaseModelArgs.__getattribute__ = get
-    try:
-        yield
-    finally:
-        del BaseModelArgs.__getattribute__
-
-
-def warn_of_unread(model: nn.Module, theirs: PretrainedConfig | None, read: set[str]) -> None:
-    """Say in one line which settings make PyTorch's model another one than mlx-lm's."""
-    if theirs is None:
-        return
-    for kind in type(model).__mro__:  # of weights that MLX has converted, it reads no settings
-        if "sanitize" in vars(kind):
-            read = read.union(re.findall(r"\.(\w+)", inspect.getsource(kind.sanitize)))
-    if has_activations(model, theirs):
-        read = read.union(SETTINGS)
-    if unread := unread_settings(theirs, read):
-        warn(f"{unread}; the model may compute something else than in PyTorch")
-
-
-def unread_settings(theirs: PretrainedConfig, read: set[str]) -> str:
-    """In words, the settings that PyTorch's model reads and mlx-lm's, which has `read` others, not.
+def warn_of_unread(model: nn.Module, theirs: PretrainedConfig | None) -> None:
+    """Say in one line which settings PyTorch's program reads, and mlx-lm's does not.
 
     A setting at transformers' default counts as known, since mlx-lm's models were written for it.
     Defaults can depend on other settings, so they are those of a configuration with the known ones.
     """
+    if theirs is None:
+        return
     pairs = [*getattr(theirs, "attribute_map", {}).items(), *SAME.items()]
-    in_pytorch = {a or b for a, b in READ_BY_PYTORCH.findall(pytorch_program(theirs))}
-    used, known = (
-        names.union(*({a, b} for a, b in pairs if a in names or b in names))
-        for names in (in_pytorch, read)
-    )
+
+    def with_aliases(names: set[str]) -> set[str]:
+        return names.union(*({a, b} for a, b in pairs if a in names or b in names))
+
+    used = with_aliases({a or b for a, b in READ_BY_PYTORCH.findall(pytorch_program(theirs))})
+    known = with_aliases(read_by_mlx(model, theirs))
     settings = theirs.to_dict()
     kept = {n: v for n, v in settings.items() if n in known or WITHOUT_EFFECT.fullmatch(n)}
     others = {n: v for n, v in settings.items() if n in used and n not in kept}
@@ -173,5 +136,19 @@ def unread_settings(theirs: PretrainedConfig, read: set[str]) -> str:
         default = type(theirs)(**kept).to_dict()
     except Exception:  # whatever its checks have against these together
         default = type(theirs)().to_dict()
-    unread = [f"{n} = {v!r}" for n, v in others.items() if v != default.get(n, v)]
-    return f"settings that mlx-lm does not know: {', '.join(unread)}" if unread else ""
+    if unread := [f"{n} = {v!r}" for n, v in others.items() if v != default.get(n, v)]:
+        warn(
+            f"settings that mlx-lm does not know: {', '.join(unread)}; the model may compute "
+            "something else than in PyTorch"
+        )
+
+
+def read_by_mlx(model: nn.Module, theirs: PretrainedConfig) -> set[str]:
+    """The names of the settings that mlx-lm's program may read, and of activations put right."""
+    modules = {type(m).__module__ for m in model.modules()}
+    programs = [inspect.getsource(sys.modules[m]) for m in modules if m.startswith("mlx_lm.")]
+    names = {name for program in programs for name in re.findall(r"\.(\w+)", program)}
+    functions = {function_of(layer) for layer in feed_forward_layers(model)}
+    has_convolutions = any("conv" in type(m).__name__.lower() for m in model.modules())
+    is_put = functions == {wanted_function(theirs)} and not has_convolutions
+    return names.union(SETTINGS if is_put else ())

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,8 +28,8 @@ Settings = dict[str, Any]
 
 # mlx-lm's names for model types of transformers, where they differ by more than a final `_text`.
 # Ministral is a Llama with windows, as mlx-lm's llama is.
-MODEL_TYPES = {"youtu": "youtu_llm", "lfm2_vl": "lfm2-vl", "ministral": "llama"}
-ARCHITECTURES = {"bailing_hybrid": "BailingMoeV3ForCausalLM"}
+MODEL_TYPES = {"bailing_hybrid": "bailing_moe_v3", "lfm2_vl": "lfm2-vl"}
+MODEL_TYPES |= {"ministral": "llama", "youtu": "youtu_llm"}
 
 # Settings that mlx-lm requires and transformers does not save: constants in its code.
 CONSTANTS = {
@@ -43,22 +44,13 @@ CONSTANTS = {
 
 # mlx-lm's name: transformers' name of the same setting, where its configuration has no alias.
 SAME = {
-    "rotary_emb_base": "rope_theta",
-    "rotary_pct": "partial_rotary_factor",
-    "block_dim": "hidden_size",
-    "block_ff_dim": "intermediate_size",
-    "n_ctx": "n_positions",
-    "layernorm_epsilon": "rms_norm_eps",
-    "sliding_window_size": "sliding_window",
-    "swa_rope_theta": "rope_local_base_freq",
-    "swa_num_attention_heads": "num_attention_heads",
-    "swa_head_dim": "head_dim",
-    "swa_v_head_dim": "v_head_dim",
+    "rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor",
+    "block_dim": "hidden_size", "block_ff_dim": "intermediate_size", "n_ctx": "n_positions",
+    "layernorm_epsilon": "rms_norm_eps", "sliding_window_size": "sliding_window",
+    "swa_rope_theta": "rope_local_base_freq", "swa_num_attention_heads": "num_attention_heads",
+    "swa_head_dim": "head_dim", "swa_v_head_dim": "v_head_dim",
     "moe_shared_expert_intermediate_size": "moe_intermediate_size",
-    "n_group": "num_expert_group",
-    "num_experts_per_tok": "num_experts_per_token",
-    "max_position_embeddings": "model_max_length",
-}
+}  # fmt: skip
 
 
 def pytorch_settings(config: Settings) -> PretrainedConfig | None:
@@ -66,8 +58,9 @@ def pytorch_settings(config: Settings) -> PretrainedConfig | None:
 
     None for a type that it does not know. It may raise anything. No code comes from the model.
     """
-    if is_minimax_m2(config):
-        config = config | {"model_type": "minimax_m2"}
+    names = config.get("architectures") or ["MiniMaxM2ForCausalLM"]
+    if config.get("model_type") == "minimax" and str(names[0]).startswith("MiniMaxM2"):
+        config = config | {"model_type": "minimax_m2"}  # mlx-lm's; transformers' is another model
     if config.get("model_type") not in CONFIG_MAPPING:
         return None
     # "su" is what longrope was called at first; transformers looks for its length too early.
@@ -82,12 +75,6 @@ def pytorch_settings(config: Settings) -> PretrainedConfig | None:
     if hasattr(whole, "tie_word_embeddings"):  # transformers ties by the outer one
         theirs.tie_word_embeddings = whole.tie_word_embeddings
     return theirs
-
-
-def is_minimax_m2(config: Settings) -> bool:
-    """Whether a `minimax` is mlx-lm's, MiniMax-M2, and not transformers', MiniMax-Text-01."""
-    names = config.get("architectures") or ["MiniMaxM2ForCausalLM"]
-    return config.get("model_type") == "minimax" and str(names[0]).startswith("MiniMaxM2")
 
 
 def pytorch_program(theirs: PretrainedConfig) -> str:
@@ -106,7 +93,7 @@ def in_mlx_words(config: Settings, theirs: PretrainedConfig | None = None) -> Se
     """
     if not is_of_transformers_5(config):
         return config
-    config = with_model_type(dict(config))
+    config = with_model_type(config)
     module = mlx_module(config)
     if module is None:
         return config
@@ -127,29 +114,20 @@ def is_of_transformers_5(config: Settings) -> bool:
     return major.isdecimal() and int(major) >= 5
 
 
-def is_untied(config: Settings) -> bool:
-    """Whether a configuration says that the head is not the embedding."""
-    return ((config.get("text_config") or {}) | config).get("tie_word_embeddings") is False
-
-
 # --- What mlx-lm reads --------------------------------------------------------------------------
 
 
 def with_model_type(config: Settings) -> Settings:
-    """The configuration with the model type of mlx-lm; that of a text model may become the whole's.
+    """The configuration with mlx-lm's model type; a text model may become the text of a wrapper.
 
     Llama 4's text model is mlx-lm's llama4 where it has experts; its llama4_text has none.
     """
-    model_type = config["model_type"]
-    whole = model_type.removesuffix("_text")
-    if model_type == "llama4_text" and config.get("moe_layers") or mlx_module(config) is None:
-        if whole != model_type and mlx_module({"model_type": whole}):
-            config = config | {"model_type": whole, "text_config": config}
-        else:
-            config["model_type"] = MODEL_TYPES.get(model_type, model_type)
-    if model_type in ARCHITECTURES:
-        config["architectures"] = [ARCHITECTURES[model_type]]
-    return config
+    model_type = MODEL_TYPES.get(config["model_type"], config["model_type"])
+    config, whole = config | {"model_type": model_type}, model_type.removesuffix("_text")
+    has_experts = model_type == "llama4_text" and config.get("moe_layers")
+    if whole == model_type or (mlx_module(config) and not has_experts):
+        return config
+    return config | {"model_type": whole, "text_config": config}
 
 
 def mlx_module(config: Settings) -> ModuleType | None:
@@ -170,12 +148,7 @@ def text_classes(module: ModuleType, text: Settings) -> list[type]:
     modules = [module, mlx_module(text), *vars(module).values()]
     found = [each for m in modules if isinstance(m, ModuleType) for each in vars(m).values()]
     classes = [c for c in found if isinstance(c, type) and issubclass(c, BaseModelArgs)]
-    return [c for c in classes if "text_config" not in named_fields([c])]
-
-
-def named_fields(classes: list[type]) -> dict[str, dataclasses.Field]:
-    """The fields of some dataclasses by name."""
-    return {field.name: field for each in classes for field in dataclasses.fields(each)}
+    return [c for c in classes if "text_config" not in c.__dataclass_fields__]
 
 
 # --- The settings -------------------------------------------------------------------------------
@@ -185,14 +158,15 @@ def translated(
     settings: Settings, classes: list[type], theirs: PretrainedConfig | None
 ) -> Settings:
     """Text settings with those that the given classes of mlx-lm read, by their names there."""
-    fields = named_fields(classes)
+    fields = {field.name: field for each in classes for field in dataclasses.fields(each)}
     # mlx-lm would add layers for such an input to models that do not name it, since they have none.
     settings = {"hidden_size_per_layer_input": 0} | settings | rotary(settings)
     settings |= other_meanings(settings, fields)
     for name, field in fields.items():
-        if settings.get(name) is not None:
-            continue
-        value = derived(name, settings)
+        value = settings.get(name)
+        if value is None and name in DERIVED:
+            with suppress(KeyError):
+                value = DERIVED[name](settings)
         if value is None and not name.startswith("rope"):
             value = getattr(theirs, name, None)
         if value is not None:
@@ -241,12 +215,6 @@ def other_meanings(settings: Settings, fields: dict[str, dataclasses.Field]) -> 
     return found
 
 
-def derived(name: str, settings: Settings) -> Any:
-    """A setting of mlx-lm that follows from other ones in transformers; None where none does."""
-    with suppress(KeyError):
-        return settings[SAME[name]] if name in SAME else DERIVED[name](settings)
-
-
 def is_full(settings: Settings) -> list[bool]:
     """Whether each layer has full attention."""
     return ["full" in kind for kind in settings["layer_types"]]
@@ -255,11 +223,6 @@ def is_full(settings: Settings) -> list[bool]:
 def is_sparse(settings: Settings) -> list[bool]:
     """Whether each layer is a mixture of experts."""
     return [kind == "sparse" for kind in settings["mlp_layer_types"]]
-
-
-def full_layer(settings: Settings) -> Settings:
-    """The sizes of a layer with full attention, where it has its own."""
-    return settings["per_layer_config"][str(is_full(settings).index(True))]
 
 
 def linear_attention(settings: Settings) -> Settings:
@@ -288,13 +251,13 @@ def period(settings: Settings) -> int:
 
 # By mlx-lm's name, how a setting follows from transformers'; KeyError where it does not.
 DERIVED: dict[str, Callable[[Settings], Any]] = {
+    **{name: itemgetter(theirs) for name, theirs in SAME.items()},
     "head_dim": lambda s: s["hidden_size"] // s["num_attention_heads"],
     "n_inner": lambda s: 4 * s["n_embd"],
     "intermediate_size": lambda s: int(s["expand"] * s["hidden_size"]),
     "rotary_dim": lambda s: int(s["head_dim"] * s["partial_rotary_factor"]),
     "swa_num_key_value_heads": lambda s: 2 * s["num_key_value_heads"],
-    "global_head_dim": lambda s: full_layer(s)["head_dim"],
-    "num_global_key_value_heads": lambda s: full_layer(s)["num_key_value_heads"],
+    "global_head_dim": lambda s: s["per_layer_config"][str(is_full(s).index(True))]["head_dim"],
     "position_embedding_type": lambda s: s["position_embedding_type"] or "nope",
     "full_attention_interval": period,
     "sliding_window_pattern": period,

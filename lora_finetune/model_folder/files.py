@@ -15,7 +15,6 @@ from lora_finetune.base.errors import UserError, abbreviated
 
 import mlx.core as mx
 import mlx.nn as nn
-import safetensors
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from mlx.utils import tree_flatten
@@ -23,15 +22,10 @@ from mlx.utils import tree_flatten
 # Fetched from the hub: weights as safetensors, settings and tokenizer; never code.
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
-# A clone without Git LFS has, in the place of a large file, one that begins so.
+# How the file begins that a clone without Git LFS has in the place of a large one.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
-NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 CONTEXT_LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len")
-
-# Settings that mlx-lm and transformers read, besides config.json.
-SETTINGS = ("generation_config.json", "hf_quant_config.json", "tokenizer.json", "vocab.json")
-SETTINGS += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # Files that decide how texts become tokens.
 TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.jinja", "generation_config.json")
@@ -68,8 +62,8 @@ def public_name(path_or_repo: str | None, folder: Path) -> str:
 # --- Checking -----------------------------------------------------------------------------------
 
 
-def check_files(folder: Path) -> str:
-    """The type of the model in a folder; raises UserError where a file is missing or damaged."""
+def check_files(folder: Path) -> Any:
+    """The type of the model in a folder; raises UserError where a file is missing."""
     for needed in ("config.json", "tokenizer*", "model*.safetensors"):
         if not any(folder.glob(needed)):
             others = " (no pickle such as pytorch_model.bin is loaded)" if needed[0] == "m" else ""
@@ -77,53 +71,13 @@ def check_files(folder: Path) -> str:
                 f"the model folder {folder} has no {needed}{others}; download the whole model, or "
                 "name the folder that holds it"
             )
-    for file in sorted({file for pattern in HUB_FILES for file in folder.glob(pattern)}):
-        with file.open("rb") as stream:
-            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(
-                    f"{file} is not the file itself but a Git LFS pointer to it; `git lfs pull` in "
-                    f"{folder} fetches what is missing, or download the model again"
-                )
-    config = read_object(folder / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise UserError(
-            f"{folder / 'config.json'} has no model_type, which names the architecture; download "
-            "it again, or take another model"
-        )
-    number = check_weights(folder)
-    for name, value in text_settings(config):
-        if name in NUM_LAYERS and isinstance(value, int) and value > number:
-            raise UserError(
-                f"{folder / 'config.json'} has {name} {value}, and the weights beside it are only "
-                f"{number} arrays; download the model again"
-            )
-    return config["model_type"]
-
-
-def check_weights(folder: Path) -> int:
-    """The number of arrays in the weights; raises UserError where files are damaged or missing.
-
-    Without a model.safetensors the index says what there should be, as for transformers.
-    """
-    arrays = set()
-    for file in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safetensors.safe_open(file, "numpy") as opened:
-                arrays.update(opened.keys())
-        except Exception as error:  # safetensors' own, which is no ValueError
-            check_memory(folder, error)
-            raise UserError(
-                f"{file} is damaged or cut short ({shortened(error)}); download it again"
-            ) from None
     index = folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():
-        listed = read_object(index).get("weight_map", {})
-        if missing := sorted({file for array, file in listed.items() if array not in arrays}):
-            raise UserError(
-                f"{index} lists weights that are missing, those of {abbreviated(missing)}; "
-                "download them again"
-            )
-    return len(arrays)
+        listed = read_object(index).get("weight_map")
+        files = set(map(str, listed.values())) if isinstance(listed, dict) else {"weight_map"}
+        if missing := sorted(files - {file.name for file in folder.iterdir()}):
+            raise UserError(f"{abbreviated(missing)} of {index} is missing; download it again")
+    return read_object(folder / "config.json").get("model_type")
 
 
 def check_memory(folder: Path, error: BaseException | None = None) -> None:
@@ -142,10 +96,28 @@ def check_memory(folder: Path, error: BaseException | None = None) -> None:
 def reason(folder: Path, error: BaseException) -> str:
     """Why loading failed; raises UserError where for lack of memory, or for a damaged file."""
     check_memory(folder, error)
-    for name in SETTINGS:
-        if (folder / name).exists():
-            read_object(folder / name)
+    for file in sorted(file for pattern in HUB_FILES for file in folder.glob(pattern)):
+        check_whole(file)
     return shortened(error)
+
+
+def check_whole(file: Path) -> None:
+    """Raise UserError where a file of a model is a Git LFS pointer, or was not downloaded whole."""
+    with file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{file} is not the file itself but a Git LFS pointer to it; `git lfs pull` in "
+                f"{file.parent} fetches what is missing, or download the model again"
+            )
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+        if file.suffix == ".safetensors":
+            mx.load(str(file))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{file} is damaged or cut short ({shortened(error)}); download it again"
+        ) from None
 
 
 # --- Reading ------------------------------------------------------------------------------------
@@ -153,12 +125,10 @@ def reason(folder: Path, error: BaseException) -> str:
 
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object that a model needs; raises UserError where the file does not hold one."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        content = None
+    check_whole(file)
+    content = json.loads(file.read_bytes())
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not a whole JSON object; download it again")
+        raise UserError(f"{file} is not a JSON object; download it again")
     return content
 
 
@@ -169,10 +139,9 @@ def text_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def context_length(folder: Path) -> float:
-    """The context length that a model was trained for, by its config.json; infinite if unknown.
+    """The context length that a model was trained for, infinite if its config.json has none.
 
-    Rotary positions can be scaled to a multiple of it, or of the original length that the scaling
-    names, as the documentation of transformers has it.
+    Rotary positions can be scaled to a multiple of it, or of the original length that they name.
     """
     settings = dict(text_settings(read_object(folder / "config.json")))
     lengths = [n for name in CONTEXT_LENGTH if isinstance(n := settings.get(name), int)]

@@ -1,8 +1,7 @@
 """The tokenizer of a model's folder: what its tokenizer.json says, where it has one.
 
 transformers 5 builds many tokenizers anew, by a class that the type of the model or the folder
-names: from tokenizer.json it takes the vocabulary, and how texts are cut comes from the class. That
-is not always how they were cut for the model.
+names: it takes the vocabulary from tokenizer.json, but how texts are cut from the class.
 """
 
 from __future__ import annotations
@@ -23,20 +22,12 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 
 
 def load(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """The tokenizer of a model's folder, with the settings and the chat template beside it.
-
-    Args:
-        config: the model's.
-
-    Raises:
-        Exception: of any kind, where there is none that can be loaded.
-    """
+    """The tokenizer of a model's folder, with its chat template; may raise anything."""
     if (folder / "tokenizer.json").exists():
         # Within mlx-lm's loading, which derives more from the tokenizer.
         tokenizer_utils.AutoTokenizer = SimpleNamespace(from_pretrained=read)
     try:
-        options = {"trust_remote_code": False}
-        wrapper = load_tokenizer(folder, options, config.get("eos_token_id"))
+        wrapper = load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
     finally:
         tokenizer_utils.AutoTokenizer = AutoTokenizer
     if type(wrapper._detokenizer) is NaiveStreamingDetokenizer:
@@ -47,12 +38,9 @@ def load(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
 def read(folder: Path, **options: Any) -> PreTrainedTokenizerFast:
     """The tokenizer that transformers builds, with tokenizer.json as that itself says inside.
 
-    Where nothing can be built, or nothing that works with tokenizer.json, the settings alone are
-    taken from the folder.
-
-    Returns:
-        Also, as `as_built`, what transformers built: the `tokenizers.Tokenizer` that the file's has
-        replaced, a tokenizer without one, or None.
+    Where it can build none that works with tokenizer.json, the folder gives the settings alone. As
+    `as_built`, the result has what transformers built: the `tokenizers.Tokenizer` that the file's
+    has replaced, a tokenizer without one, or None.
     """
     try:
         tokenizer = built = AutoTokenizer.from_pretrained(folder, **options)
@@ -79,10 +67,9 @@ def read(folder: Path, **options: Any) -> PreTrainedTokenizerFast:
 
 
 class Detokenizer(NaiveStreamingDetokenizer):
-    """As mlx-lm's for any tokenizer, but it does not lose the space at the start of a line.
+    """As mlx-lm's for any tokenizer, but a line that starts with a space keeps it.
 
-    That decodes each line on its own, where many decoders drop the first space. Here the token
-    before the line goes with it.
+    That decodes each line alone, where many decoders drop a space; here after the token before it.
     """
 
     def reset(self) -> None:

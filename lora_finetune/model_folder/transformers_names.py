@@ -12,21 +12,11 @@ import re
 from pathlib import Path
 
 import mlx.core as mx
+from transformers import CONFIG_MAPPING
 
-# The types of models for which the tables hold: without a rule, a name is the same.
-MODEL_TYPES = """
-    afmoe apertus bailing_hybrid cohere cohere2 dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1
-    ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon_h1 gemma gemma2 gemma3 gemma3_text
-    gemma3n_text gemma4 gemma4_text gemma4_unified glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa
-    gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid helium
-    hunyuan_v1_dense internlm3 iquestcoder jamba kimi_k25 kimi_linear laguna lfm2 lfm2_moe
-    lfm2_vl llama llama4 llama4_text llava longcat_flash mellum mimo_v2_flash minicpm3
-    minimax_m2 minimax_m3_vl ministral ministral3 mistral mistral3 mistral4 mixtral
-    muse_glimmer nanochat nemotron nemotron_h olmo2 olmo3 olmo_hybrid olmoe phi phi3 phimoe
-    qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
-    qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe recurrent_gemma seed_oss smollm3 solar_open
-    stablelm starcoder2 youtu
-""".split()  # noqa: SIM905
+# The types for which the tables hold; without a rule, a name is the same.
+NOT_TRIED = {"bitnet", "gemma3n", "minimax", "muse_spark", "pixtral", "step3p5"}
+MODEL_TYPES = [name for name in CONFIG_MAPPING if name not in NOT_TRIED]
 
 # Those whose weights mlx-lm leaves out, or puts in layouts from which nobody has found back.
 ONE_WAY = {"dbrx", "ernie4_5_moe", "gpt_oss", "llama4_text", "longcat_flash", "olmo_hybrid"}
@@ -72,9 +62,6 @@ CHECKPOINT = [
     (W_NAMES, r"(\.experts|\.feed_forward)\.up_proj\.", r"\1.w3."),
 ]
 
-# Layers that transformers reads the weight of, and does not call: PEFT's LoRA of them does nothing.
-NEVER_CALLED = [("longcat_flash", r"\.router\.classifier$")]
-
 # (model types, a pattern in the checkpoint's name, what the module has in its place).
 MODULES = [
     (r"qwen2(_5)?_vl", r"^model\.", "model.language_model."),
@@ -104,8 +91,8 @@ def checkpoint_name(model_type: str, name: str) -> str:
 
 
 def is_unused(model_type: str, path: str) -> bool:
-    """Whether transformers only reads the weight of the layer that MLX has at a path."""
-    return any(types == model_type and re.search(p, path) for types, p in NEVER_CALLED)
+    """Whether transformers never calls a layer, so that PEFT's LoRA of it does nothing."""
+    return model_type == "longcat_flash" and path.endswith(".router.classifier")
 
 
 def module_name(model_type: str, path: str) -> str:
@@ -115,6 +102,5 @@ def module_name(model_type: str, path: str) -> str:
 
 def is_written_by_mlx(folder: Path) -> bool:
     """Whether MLX wrote the weights of a folder, so that they have the names of its modules."""
-    files = folder.glob("model*.safetensors")
-    metadata = [mx.load(str(file), return_metadata=True)[1] for file in files]
-    return any(entries.get("format") == "mlx" for entries in metadata)
+    files = map(str, folder.glob("model*.safetensors"))
+    return any(mx.load(f, return_metadata=True)[1].get("format") == "mlx" for f in files)

@@ -56,11 +56,18 @@ SWAPPED = [
 def in_mlx_layout(weights: Weights, model: nn.Module, settings: dict[str, Any]) -> Weights:
     """The weights of a folder as the `sanitize` of mlx-lm's model reads them.
 
-    Args:
-        settings: of the text model, as mlx-lm has them.
+    `settings` are those of the text model in mlx-lm's words. Raises UserError where the weights
+    have a head, and the model has no place for it.
     """
     family = model_family(type(model))
     wanted = dict(tree_flatten(model.parameters()))
+    is_tied = settings.get("tie_word_embeddings") is not False
+    if not is_tied and not the_only(HEADS, wanted) and has_own_head(weights):
+        raise UserError(
+            "the weights have an lm_head that differs from the embedding, and mlx-lm always ties "
+            "the two in this kind of model, so it would compute something else; take another model"
+        )
+    groups = settings.get("n_group") or settings.get("num_expert_group") or 1
     swapped = [pattern for name, pattern in SWAPPED if name == family]
     found = {}
     for name, array in weights.items():
@@ -71,7 +78,9 @@ def in_mlx_layout(weights: Weights, model: nn.Module, settings: dict[str, Any]) 
         for module, pattern, replacement in NAMES:
             if module == family:
                 name = re.sub(pattern, replacement, name)
-        if is_routing_bias(name, settings):
+        # Experts outside the chosen groups score 0 in mlx-lm, −∞ in transformers: the same choice
+        # as long as no bias is negative, and one number added to all of them does not change it.
+        if groups > 1 and name.endswith(("e_score_correction_bias", ".expert_bias")):
             array = array - mx.minimum(array.min(), 0)
         found[name] = array
     return FAMILIES[family](found, settings) if family in FAMILIES else found
@@ -90,28 +99,20 @@ def is_swapped(name: str, array: mx.array, settings: dict[str, Any]) -> bool:
     return array.shape[-2:] == ((2 * inner, hidden) if "gate_up" in name else (hidden, inner))
 
 
-def is_routing_bias(name: str, settings: dict[str, Any]) -> bool:
-    """Whether an array holds the biases by which a router chooses experts out of groups.
-
-    mlx-lm gives experts outside the chosen groups a score of 0, transformers −∞: the same choice
-    as long as no bias is negative. Adding one number to all biases does not change the choice.
-    """
-    groups = settings.get("n_group") or settings.get("num_expert_group") or 1
-    return groups > 1 and name.endswith(("e_score_correction_bias", ".expert_bias"))
-
-
 # --- By family ----------------------------------------------------------------------------------
 
 
 def drop_identity_experts(weights: Weights, settings: dict[str, Any]) -> Weights:
     """LongCat's identity experts ("zero experts") are saved with weights that nothing reads."""
-    expert = re.compile(r".*\.experts\.(\d+)\.")
-    numbers = {name: int(match[1]) for name in weights if (match := expert.match(name))}
-    number = settings["n_routed_experts"]
-    return {name: array for name, array in weights.items() if numbers.get(name, -1) < number}
+
+    def is_read(name: str) -> bool:
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        return not expert or int(expert[1]) < settings["n_routed_experts"]
+
+    return {name: array for name, array in weights.items() if is_read(name)}
 
 
-def rename_linear_outputs(weights: Weights, settings: dict[str, Any]) -> Weights:
+def rename_linear_outputs(weights: Weights, _: dict[str, Any]) -> Weights:
     """transformers names the output of Bailing's linear attention as that of its full attention."""
     for name in [name for name in weights if name.endswith(".attention.A_log")]:
         attention = name.removesuffix("A_log")
@@ -132,13 +133,11 @@ def cut_convolutions(weights: Weights, settings: dict[str, Any]) -> Weights:
 
 def stack_experts(weights: Weights, settings: dict[str, Any]) -> Weights:
     """Qwen 3.5's experts, saved one by one, become (experts, out, in), gate and up joined."""
-    for name in [name for name in weights if name.endswith(".experts.0.down_proj.weight")]:
-        path = name.removesuffix(".0.down_proj.weight")
+    ending, numbers = ".0.down_proj.weight", range(settings["num_experts"])
+    for path in [n.removesuffix(ending) for n in weights if n.endswith(f".experts{ending}")]:
         gate, up, down = (
-            mx.stack(
-                [weights.pop(f"{path}.{n}.{kind}.weight") for n in range(settings["num_experts"])]
-            )
-            for kind in ("gate_proj", "up_proj", "down_proj")
+            mx.stack([weights.pop(f"{path}.{n}.{kind}_proj.weight") for n in numbers])
+            for kind in ("gate", "up", "down")
         )
         weights[f"{path}.gate_up_proj"] = mx.concatenate([gate, up], axis=1)
         weights[f"{path}.down_proj"] = down
@@ -181,20 +180,11 @@ def with_tied_head(model: nn.Module, weights: Weights) -> Weights:
     """The weights with a copy of the embedding as lm_head, where mlx-lm's model cannot tie them."""
     head = the_only(HEADS, dict(tree_flatten(model.parameters())))
     table = the_only(EMBEDDINGS, weights)
-    if head and table and head not in weights:
-        for name in ("weight", "scales", "biases"):  # of a quantized layer
-            if (array := weights.get(table.removesuffix("weight") + name)) is not None:
-                weights[head.removesuffix("weight") + name] = array
-    return weights
-
-
-def check_head(model: nn.Module, weights: Weights) -> None:
-    """Raise UserError where weights with an untied head are to go into a model without a head."""
-    if has_own_head(weights) and not the_only(HEADS, dict(tree_flatten(model.parameters()))):
-        raise UserError(
-            "the weights have an lm_head that differs from the embedding, and mlx-lm always ties "
-            "the two in this kind of model, so it would compute something else; take another model"
-        )
+    if not head or not table or head in weights:
+        return weights
+    table, head = table.removesuffix("weight"), head.removesuffix("weight")
+    kinds = [kind for kind in ("weight", "scales", "biases") if table + kind in weights]
+    return weights | {head + kind: weights[table + kind] for kind in kinds}
 
 
 def read_weights(folder: Path) -> Weights:
