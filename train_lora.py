@@ -9,10 +9,13 @@ generation.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from lora_finetune.adapters import export, loading
 from lora_finetune.base import linux_cpu, memory
 from lora_finetune.base.command_line import (
     Parser,
+    json_object,
     nonempty,
     nonnegative_number,
     scale_number,
@@ -32,11 +36,19 @@ from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import patches, rope
 from lora_finetune.mlx_patches.loading import Limits, find_limits
-from lora_finetune.model_folder.files import context_length, find_model, fingerprints, public_name
+from lora_finetune.model_folder import tokenizer as tokenizers
+from lora_finetune.model_folder.files import (
+    context_length,
+    find_model,
+    fingerprints,
+    public_name,
+    read_object,
+)
 from lora_finetune.run import checkpoint, generate, report
 from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
 from lora_finetune.run.run import Run, must_agree, open_run
-from lora_finetune.texts import batching, dataset, prompts, tokenizing
+from lora_finetune.texts import batching, dataset, prompts, show, tokenizing
+from lora_finetune.texts.chat import Template
 from lora_finetune.training import distributed, frozen_prefix, losses
 from lora_finetune.training import step as training_step
 from lora_finetune.training.distributed import ALONE, Group
@@ -69,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     switch("--test", "evaluate on the test set, after training or loading an adapter")
     add("--prompt -p", nonempty, None, "generate after this text; repeatable; - is standard input",
         action="append", metavar="TEXT")  # fmt: skip
+
+    add("--show-texts", positive, None, "show so many training texts as they are learnt, and end")
 
     parser.section("model and texts")
     add("--model", nonempty, None, "model folder, or Hugging Face repository (default: demo model)")
@@ -106,6 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora-rank", whole_number(1, below=2**16), None, "rank of the LoRA update (default: 8)")
     add("--lora-scale", scale_number, None, "scale of the LoRA update (default: 20.0)")
     add("--patience", positive, None, "early-stopping patience, in validations")
+    add("--chat-template-args", json_object, None, "arguments of the chat template, such as "
+        "'{\"enable_thinking\": false}'", metavar="JSON")  # fmt: skip
     switch("--plain", "use MLX's own attention, activations, losses and recurrences")
     add("--prompt-format", str, "auto", f"prompt format: {', '.join(PROMPT_FORMATS)}",
         choices=PROMPT_FORMATS, metavar="FORM")  # fmt: skip
@@ -122,6 +138,8 @@ def main() -> None:
     shares_work = config.train or config.test
     if not shares_work and process_rank() > 0:
         return
+    if config.show_texts:
+        return show_texts(config)
     with distributed.join() if shares_work else nullcontext(ALONE) as group:
         run_phases(config, group)
 
@@ -131,7 +149,7 @@ def main() -> None:
 Files = dict[str, dataset.File]  # by the names of their splits
 Splits = dict[str, batching.Examples]
 
-LEARNT_FORMAT = "the form of the texts"  # among the settings of a run
+LEARNT_FORMAT, DAY = "the form of the texts", "the day of the first run"  # among its settings
 SMALLER_BATCHES = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
@@ -155,8 +173,9 @@ def run_phases(config: Config, group: Group) -> None:
         run.settings |= identity | {LEARNT_FORMAT: prompts.learnt_format(files["train"], tokenizer)}
     else:
         checkpoint.warn_of_changes(run.adapter, run.settings, identity)
-    asked = encode_prompts(run, texts, tokenizer, limits)
-    examples = read_examples(config, files, tokenizer, limits)
+    template = read_template(run, tokenizer)
+    asked = encode_prompts(run, texts, tokenizer, template, limits)
+    examples = read_examples(config, files, tokenizer, template, limits)
     prompts.warn_beyond_context(examples, asked, context_length(folder))
     if group.size > 1:
         group.compare(must_agree(run, model, examples, identity))
@@ -180,7 +199,10 @@ def run_phases(config: Config, group: Group) -> None:
 def read_files(config: Config) -> Files:
     """The data files of the phases that are asked for, by their splits."""
     splits = ["train", "valid"] * config.train + ["test"] * config.test
-    return {s: dataset.read(Path(config.data, f"{s}.jsonl"), config.mask_prompt) for s in splits}
+    files = {split: Path(config.data, f"{split}.jsonl") for split in splits}
+    if config.train and files["train"].exists() and not files["valid"].exists():
+        del files["valid"]  # some training texts are held out in its place
+    return {split: dataset.read(file, config.mask_prompt) for split, file in files.items()}
 
 
 def read_requests(config: Config) -> tuple[list[str], list[export.Export]]:
@@ -217,19 +239,52 @@ def adapt(run: Run, model: nn.Module) -> None:
     print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
 
 
+def read_template(run: Run, tokenizer: TokenizerWrapper) -> Template | None:
+    """The model's chat template, with the arguments and the day that an adapter's texts had."""
+    config, saved, name = run.config, run.start.settings, "--chat-template-args"
+    arguments = config.chat_template_args or ("" if config.train else saved.get(name))
+    if not tokenizer.has_chat_template:
+        if config.chat_template_args:
+            raise UserError(f"{name}: this model has no chat template")
+        return None
+    template = Template(tokenizer, json.loads(arguments or "{}"))
+    if template.has_date and (config.train or DAY in saved):
+        day = saved.get(DAY) or date.today().isoformat()
+        run.settings |= {DAY: day} if config.train else {}
+        template.now = datetime.fromisoformat(day)
+    return template
+
+
 def encode_prompts(
-    run: Run, texts: list[str], tokenizer: TokenizerWrapper, limits: Limits
-) -> list[prompts.Prompt]:
+    run: Run, texts: list[str], tokenizer: TokenizerWrapper, template: Template | None,
+    limits: Limits,
+) -> list[prompts.Prompt]:  # fmt: skip
     config, learnt = run.config, run.settings.get(LEARNT_FORMAT)
     form, system, most = config.prompt_format, config.system, config.max_tokens
-    return prompts.encode(texts, form, learnt, system, tokenizer, most, limits)
+    template = template and replace(template, now=None)  # a prompt is of today
+    return prompts.encode(texts, form, learnt, system, tokenizer, template, most, limits)
 
 
 def read_examples(
-    config: Config, files: Files, tokenizer: TokenizerWrapper, limits: Limits
-) -> Splits:
+    config: Config, files: Files, tokenizer: TokenizerWrapper, template: Template | None,
+    limits: Limits,
+) -> Splits:  # fmt: skip
     add_eos, length = bool(config.add_eos_token), min(config.max_seq_length, limits.max_positions)
-    return tokenizing.load(files, tokenizer, limits.vocab_size, add_eos, config.mask_prompt, length)
+    return tokenizing.load(
+        files, tokenizer, template, limits.vocab_size, add_eos, config.mask_prompt, length
+    )
+
+
+def show_texts(config: Config) -> None:
+    """Print the first training texts as the model is to get them; no weights are loaded."""
+    file = dataset.read(Path(config.data, "train.jsonl"), config.mask_prompt)
+    while len(file.rows) > config.show_texts:
+        file.rows.pop()
+    folder = find_model(config.model or str(demo_model.fetch()))
+    tokenizer = tokenizers.load(folder, read_object(folder / "config.json"))
+    arguments, add_eos = json.loads(config.chat_template_args or "{}"), bool(config.add_eos_token)
+    template = Template(tokenizer, arguments) if tokenizer.has_chat_template else None
+    show.show(file, tokenizer, template, add_eos, config.mask_prompt, config.max_seq_length)
 
 
 def disagrees_on_metal(examples: Splits, model: nn.Module) -> bool:

@@ -96,7 +96,8 @@ def learn(tmp_path: Path, make_model: MakeModel) -> Learn:
         else:
             file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         read = {"train": dataset.read(file, mask)}
-        examples = tokenizing.load(read, tokenizer, 300, False, mask, 9999)["train"]
+        template = chat.Template(tokenizer) if tokenizer.has_chat_template else None
+        examples = tokenizing.load(read, tokenizer, template, 300, False, mask, 9999)["train"]
         return [learnt_of(examples, row, tokenizer) for row in range(len(examples))]
 
     return learn
@@ -361,7 +362,7 @@ def test_tools_that_the_template_leaves_out_are_told_of(
 
 @pytest.mark.parametrize("name", templates.ALL)
 def test_a_blank_message_is_no_loss(learn: Learn, capsys: pytest.CaptureFixture, name: str) -> None:
-    learn(templates.ALL[name], turns(" \n", "네.", "a?", ""))
+    learn(templates.ALL[name], turns(" \n", "네.", "", "b"))
     assert capsys.readouterr().err == ""
 
 
@@ -460,12 +461,29 @@ def test_answers_around_a_tool_call_all_count(learn: Learn) -> None:
     ]
 
 
-def test_where_the_template_changes_earlier_turns_the_last_alone_counts_and_that_is_told_once(
+def test_all_answers_count_where_the_template_changes_earlier_ones(
     learn: Learn, capsys: pytest.CaptureFixture
 ) -> None:
-    chats = [turns("a?", "b"), turns("c?", "d", "e?", "f"), turns("g?", "h", "i?", "j")]
-    counted = [learnt.counted for learnt in learn(templates.QWEN_3, *chats, mask=True)]
-    assert counted == [[f"<think>\n\n</think>\n\n{said}<|im_end|>\n"] for said in "bfj"]
+    chats = [turns("a?", "b"), turns("c?", "d", "e?", "f")]
+    first, second = learn(templates.QWEN_3, *chats, mask=True)
+    last = "<think>\n\n</think>\n\n{}<|im_end|>\n"
+    assert first.counted == [last.format("b")]
+    assert second.counted == ["d<|im_end|>\n", last.format("f")]
+    assert capsys.readouterr().err == ""
+
+
+REFUSING = (
+    "{% if messages | length > 2 and messages[1].content != 'b' %}{{ raise_exception('b!') }}"
+    "{% endif %}{{ messages | length }}" + templates.CHATML
+)
+
+
+def test_where_no_place_is_sure_the_last_answer_alone_counts_and_that_is_told_once(
+    learn: Learn, capsys: pytest.CaptureFixture
+) -> None:
+    chats = [turns("a?", "b"), turns("c?", "b", "e?", "f"), turns("g?", "b", "i?", "j")]
+    counted = [learnt.counted for learnt in learn(REFUSING, *chats, mask=True)]
+    assert counted == [[f"{said}<|im_end|>\n"] for said in "bfj"]
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "2 of 3 chats, the first in line 2" in told
@@ -475,7 +493,8 @@ def test_nothing_that_follows_the_last_answer_counts(learn: Learn) -> None:
     """Also where the template puts an answer in another way when more follows."""
     chats = [turns("a?", "b", "c?"), turns("a?", "b", "c?", "d", "e?")]
     counted = [learnt.counted for learnt in learn(templates.QWEN_3, *chats, mask=True)]
-    assert counted == [[f"<think>\n\n</think>\n\n{said}<|im_end|>\n"] for said in "bd"]
+    last = "<think>\n\n</think>\n\n{}<|im_end|>\n"
+    assert counted == [[last.format("b")], ["b<|im_end|>\n", last.format("d")]]
 
 
 @pytest.mark.parametrize("mask", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Callable
@@ -73,6 +74,17 @@ def number(kind: type, least: float, below: float = math.inf, also: int | None =
 
 whole_number = partial(number, int, below=2**31)
 nonnegative_number, scale_number = number(float, 0), number(float, 0.0001, below=10001)
+
+
+def json_object(text: str) -> str:
+    """An argparse type: the JSON text of an object, in one form whatever its spaces and order."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("is not a JSON object")
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+json_object.__name__ = "JSON object"  # for "invalid … value"
 
 
 def in_project(path: str) -> str:

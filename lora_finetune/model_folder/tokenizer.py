@@ -30,6 +30,12 @@ def load(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
         wrapper = load_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
     finally:
         tokenizer_utils.AutoTokenizer = AutoTokenizer
+    of_processor = folder / "chat_template.json"  # in which transformers' tokenizers do not look
+    if not wrapper.has_chat_template and of_processor.exists():
+        found = json.loads(of_processor.read_bytes())["chat_template"]
+        if isinstance(found, list):
+            found = {each["name"]: each["template"] for each in found}
+        wrapper.chat_template, wrapper.has_chat_template = found, True
     if type(wrapper._detokenizer) is NaiveStreamingDetokenizer:
         wrapper._detokenizer = Detokenizer(wrapper._tokenizer)
     return wrapper

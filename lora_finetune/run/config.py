@@ -44,6 +44,7 @@ class Config:
     mask_prompt: bool = field(metadata=RESULT)
     lora_scale: float | None = field(metadata=RESULT)
     plain: bool = field(metadata=RESULT)
+    chat_template_args: str | None = field(metadata=RESULT)
     lora_layers: int | None = field(metadata=TRAINING)
     lora_rank: int | None = field(metadata=TRAINING)
     epochs: int = field(metadata=TRAINING)
@@ -60,6 +61,7 @@ class Config:
     max_tokens: int
     temp: float
     export: list[list[str]] | None
+    show_texts: int | None
     typed: frozenset[str]
 
     def flags(self, mark: str = "") -> dict[str, Any]:
@@ -119,7 +121,7 @@ def read_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with an error where flags do not go together."""
-    if not (args.train or args.test or args.prompt or args.export):
+    if not (args.train or args.test or args.prompt or args.export or args.show_texts):
         parser.error("nothing to do: ask for --train, --test, --prompt or --export, or several")
     if not all(map(is_unicode, [*(args.prompt or []), args.system or ""])):
         parser.error("argument --prompt or --system: is not UTF-8")

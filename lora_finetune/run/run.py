@@ -214,6 +214,9 @@ def read_log(file: Path, saved: int) -> list[str]:
     return whole[:saved] + [line for line in whole[saved:] if '"test_loss"' in line]
 
 
+HELD_OUT = "the texts held out"  # among the settings of a run
+
+
 def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Run:
     """The run of a configuration, checked as far as that goes without a model.
 
@@ -239,6 +242,13 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
     run.check()
     if config.start_iter not in (None, run.progress.iteration):
         run.progress = Progress(config.start_iter)
+    run.settings = config.flags("result") | {"--lora-scale": start.scale}
+    if "valid" not in files:
+        held = start.settings.get(HELD_OUT)
+        files["train"], files["valid"], run.settings[HELD_OUT] = dataset.hold_out(
+            files["train"], held
+        )
+    run.settings |= {files[split].path.name: files[split].checksum for split in ("train", "valid")}
     per_epoch = math.ceil(len(files["train"].rows) / config.batch_size)
     done = run.progress.iteration
     run.iters = config.iters or config.epochs * per_epoch
@@ -247,8 +257,6 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
             f"iteration {done} of {run.iters} is done already (--start-iter, or the run to "
             "resume); raise --epochs or --iters, or begin anew from its adapter with --start-iter 0"
         )
-    run.settings = config.flags("result") | {"--lora-scale": start.scale}
-    run.settings |= {files[split].path.name: files[split].checksum for split in ("train", "valid")}
     return run
 
 

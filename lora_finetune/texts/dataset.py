@@ -6,21 +6,30 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from lora_finetune.base.errors import UserError, abbreviated, first_line, is_unicode, warn
+from lora_finetune.base.errors import UserError, abbreviated, first_line, hint, is_unicode, warn
 from lora_finetune.base.files import file_checksum
-from lora_finetune.texts.chat import Message, Template, read_messages, read_tools
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+from lora_finetune.texts.chat import (
+    REASONING,
+    Chat,
+    Message,
+    Span,
+    Template,
+    is_learnt,
+    read_arguments,
+    read_messages,
+    read_tools,
+)
 
 Row = dict[str, Any]
 
 # The kinds of rows by their keys; the first that a row has counts, as in mlx-lm.
 KINDS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
+BESIDE = ("tools", "chat_template_kwargs")  # what may stand beside messages
 
 # A text of a question and its answer, each below its heading.
 QUESTION_HEADING, ANSWER_HEADING = "### 질문:", "### 답변:"
@@ -55,23 +64,26 @@ class File:
 
     path: Path
     rows: deque[tuple[int, Row]]  # with line numbers; `render_rows` frees them one by one
-    kind: str  # "messages", "prompt and completion", "text"; "questions" if most texts are such
+    kind: str  # "messages", "prompt and completion", "text"; "questions" if all texts are such
     checksum: str  # SHA-256 of its bytes
 
 
 def read(path: Path, mask_prompt: bool) -> File:
     """Read a JSON Lines file; UserError says what is wrong, and in which line."""
-    rows, first_kind, num_questions = deque(), None, 0
+    rows, skipped, first, first_kind, num_questions = deque(), [], 0, None, 0
     try:
         check_format(path)
         # Bytes that are not UTF-8 become surrogates, which `parse_row` refuses.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
             for number, value in read_json_lines(path, lines):
                 row = parse_row(value, mask_prompt)
-                kind = " and ".join(key for key in row if key != "tools")
-                first_kind = first_kind or kind
+                kind = " and ".join(key for key in row if key not in BESIDE)
+                first, first_kind = (first, first_kind) if first_kind else (number, kind)
                 if kind != first_kind:
-                    raise ValueError(f"has {kind}, but line {rows[0][0]} has {first_kind}")
+                    raise ValueError(f"has {kind}, but line {first} has {first_kind}")
+                if not leaves_something(row, mask_prompt):
+                    skipped.append(number)
+                    continue
                 rows.append((number, row))
                 num_questions += row.get("text", "").lstrip().startswith(QUESTION_HEADING)
         checksum = file_checksum(path)
@@ -85,8 +97,38 @@ def read(path: Path, mask_prompt: bool) -> File:
         raise UserError(f"{path}, line {number}: {error}") from None
     if not rows:
         raise UserError(f"{path} holds no texts; write one in each line, or name another --data")
-    kind = "questions" if 2 * num_questions > len(rows) else first_kind
+    if skipped:
+        warn(
+            f"{path}: {len(skipped)} texts, the first in line {skipped[0]}, have nothing to learn, "
+            "since all that counts is marked with weight 0 or the like; they are left out"
+        )
+    kind = "questions" if num_questions == len(rows) else first_kind
     return File(path, rows, kind, checksum)
+
+
+def hold_out(train: File, held: list[str] | None) -> tuple[File, File, list[str]]:
+    """One in twenty texts of a training file, at most 500, as validation texts.
+
+    They are chosen by their hashes, equal ones together. A file of equal texts is both.
+
+    Args:
+        held: hashes of those that an earlier run held out, if there was one.
+
+    Returns:
+        What is left to train on, what is held out, and its hashes.
+    """
+    hashes = [blake2b(json.dumps(r).encode(), digest_size=8).hexdigest() for _, r in train.rows]
+    distinct = sorted(set(hashes))
+    number = min(max(1, len(hashes) // 20), 500, len(distinct) - 1)
+    chosen = set(held or ()).intersection(hashes) or set(distinct[:number])
+    pairs = list(zip(hashes, train.rows, strict=True))
+    valid = deque(row for digest, row in pairs if digest in chosen or not number)
+    rest = deque(row for digest, row in pairs if digest not in chosen)
+    hint(
+        f"there is no {train.path.with_name('valid.jsonl')}, so {len(valid)} of the {len(pairs)} "
+        "texts to train on, chosen by their hashes, are held out for validation"
+    )
+    return replace(train, rows=rest), replace(train, rows=valid), sorted(chosen)
 
 
 def check_format(path: Path) -> None:
@@ -125,22 +167,39 @@ def parse_row(found: object, mask_prompt: bool) -> Row:
             'has no "text", no "messages", and no "prompt" with a "completion"; it has '
             f"{abbreviated(found) or 'nothing'}; {OTHER_FORMS}"
         )
-    if keys in (("messages",), ("conversations",)):
-        row = {"messages": read_messages(found)}
-    else:
+    if keys == KINDS[0] and not all(isinstance(found[key], list) for key in keys):
         row = {key: found[key] for key in keys}
-        for key, value in row.items():
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(f'its "{key}" is not a text, but {value!r:.50}')
+    elif keys == KINDS[-1]:
+        row = {"text": found["text"]}
+    else:
+        row = {"messages": read_messages(found)}
+        check_answers(row["messages"])
+    for key, value in row.items():
+        if key != "messages" and (not isinstance(value, str) or not value.strip()):
+            raise ValueError(f'its "{key}" is not a text, but {value!r:.50}')
     if mask_prompt and "text" in row and not UP_TO_ANSWER.match(row["text"]):
         raise ValueError(
             f'for --mask-prompt its "text" needs a "{QUESTION_HEADING}" and a "{ANSWER_HEADING}"'
         )
-    if tools := read_tools(found.get("tools")):
-        row["tools"] = tools
+    beside = dict(zip(BESIDE, (read_tools(found), read_arguments(found)), strict=True))
+    row |= {key: value for key, value in beside.items() if value}
     if not is_unicode(json.dumps(row, ensure_ascii=False)):
         raise ValueError("is not UTF-8, or has half of a surrogate pair; save the file as UTF-8")
     return row
+
+
+def check_answers(messages: list[Message]) -> None:
+    """Raise ValueError where an assistant says, thinks and calls nothing."""
+    for number, message in enumerate(messages, 1):
+        said = [str(message.get(key) or "") for key in ("content", *REASONING, "tool_calls")]
+        if message["role"] == "assistant" and not any(map(str.strip, said)):
+            raise ValueError(f"message {number} of its messages: the assistant's is empty")
+
+
+def leaves_something(row: Row, mask_prompt: bool) -> bool:
+    """Whether something of a row is learnt, by the marks of its messages."""
+    counting = [m for m in row.get("messages", []) if not mask_prompt or m["role"] == "assistant"]
+    return not counting or any(map(is_learnt, counting))
 
 
 # --- Text ---------------------------------------------------------------------------------------
@@ -150,9 +209,9 @@ class Text(NamedTuple):
     """A row before tokenization."""
 
     whole: str
-    answers: list[tuple[int, int]] | None = None  # what the loss counts, in characters; None: all
+    answers: list[Span] | None = None  # what the loss counts, in characters; None: all
     templated: bool = False  # made by a chat template, special tokens included
-    is_cut: bool = False  # the template left out a field of a message, or some of one
+    left_out: tuple[str, ...] = ()  # fields of messages, and tools, that the template left out
     last_only: bool = False  # of several answers only the last could be located
 
 
@@ -163,7 +222,8 @@ def render(row: Row, template: Template | None, mask_prompt: bool) -> Text:
         prompt = {"role": "user", "content": row["prompt"]}
         messages = [prompt, {"role": "assistant", "content": row["completion"]}]
     if messages:
-        return render_chat(messages, row.get("tools"), template, mask_prompt)
+        chat = Chat(messages, row.get("tools"), row.get("chat_template_kwargs", {}))
+        return render_chat(chat, template, mask_prompt)
     if "text" in row:
         whole = row["text"]
         start = UP_TO_ANSWER.match(whole).end() if mask_prompt else 0
@@ -172,29 +232,43 @@ def render(row: Row, template: Template | None, mask_prompt: bool) -> Text:
     return Text(whole, [(start, len(whole))] if mask_prompt else None)
 
 
-def render_chat(
-    messages: list[Message], tools: list[dict] | None, template: Template | None, mask_prompt: bool
-) -> Text:
+def render_chat(chat: Chat, template: Template | None, mask_prompt: bool) -> Text:
     if not template:
         raise ValueError("this model has no chat template for messages; write a text instead")
-    whole = template.render(messages, tools)
-    is_cut = template.leaves_out(messages, tools, whole)
+    whole = template.render(chat)
+    left_out = tuple(template.left_out(chat, whole))
     if not mask_prompt:
-        return Text(whole, None, True, is_cut)
+        others = [i for i, message in enumerate(chat.messages) if not is_learnt(message)]
+        spans = [template.find(chat, whole, number) for number in others]
+        if None in spans:
+            raise ValueError(
+                f"message {others[spans.index(None)] + 1} is not to be learnt, and the model's "
+                "chat template does not let its place in the text be found; leave the text out"
+            )
+        return Text(whole, between(spans, len(whole)) if spans else None, True, left_out)
     # What follows the last answer does not count, and in some templates changes the answer.
-    ends = [end for end, m in enumerate(messages, 1) if m["role"] == "assistant"]
-    if not ends:
+    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if not answers:
         raise ValueError('for --mask-prompt it needs a message of the role "assistant"')
-    if ends[-1] < len(messages):
-        messages = messages[: ends[-1]]
-        whole = template.render(messages, tools)
-    answers, all_found = template.find_answers(messages, tools, whole)
-    return Text(whole, answers, True, is_cut, not all_found)
+    if len(chat.messages) > answers[-1] + 1:
+        chat = chat.until(answers[-1] + 1)
+        whole = template.render(chat)
+    learnt = [i for i in answers if is_learnt(chat.messages[i])]
+    spans = [template.find(chat, whole, number) for number in learnt]
+    if None in spans:
+        spans = [span for span in spans[-1:] if span]
+        return Text(whole, spans, True, left_out, last_only=True)
+    return Text(whole, spans, True, left_out)
 
 
-def render_rows(file: File, tokenizer: TokenizerWrapper, mask_prompt: bool) -> Iterator[Text]:
+def between(spans: list[Span], length: int) -> list[Span]:
+    """The rest of a text of that length, without some of its parts."""
+    edges = [0, *(edge for span in spans for edge in span), length]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def render_rows(file: File, template: Template | None, mask_prompt: bool) -> Iterator[Text]:
     """Take the rows out of a file as texts; warn once of what the template does not show."""
-    template = Template(tokenizer) if tokenizer.has_chat_template else None
     cut, last_only, total = [], [], len(file.rows)
     while file.rows:
         number, row = file.rows.popleft()
@@ -202,7 +276,7 @@ def render_rows(file: File, tokenizer: TokenizerWrapper, mask_prompt: bool) -> I
             text = render(row, template, mask_prompt)
         except ValueError as error:
             raise UserError(f"{file.path}, line {number}: {error}") from None
-        cut += [number] * text.is_cut
+        cut += [number] * bool(text.left_out)
         last_only += [number] * text.last_only
         yield text
     if cut:
@@ -213,6 +287,6 @@ def render_rows(file: File, tokenizer: TokenizerWrapper, mask_prompt: bool) -> I
     if last_only:
         warn(
             f"{file.path}: in {len(last_only)} of {total} chats, the first in line {last_only[0]}, "
-            "the model's chat template changes earlier messages when more follow, so --mask-prompt "
-            "counts only the last answer of each"
+            "the places of all answers cannot be found in what the model's chat template makes of "
+            "it, so --mask-prompt counts only the last one"
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lora_finetune.base.errors import UserError, hint, warn
 from lora_finetune.texts import batching, dataset, tokenizing
-from lora_finetune.texts.chat import Template
+from lora_finetune.texts.chat import Chat, Template
 
 if TYPE_CHECKING:
     from lora_finetune.mlx_patches.loading import Limits
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # The formats: as it stands, as a user's message through the chat template, or as the question of a
 # text with headings.
 RAW, CHAT, QA = "raw", "chat", "qa"
+NAMES = {CHAT: "a message of a chat", QA: f"a question below {dataset.QUESTION_HEADING}"}
 
 
 class Prompt(NamedTuple):
@@ -53,9 +54,11 @@ def learnt_format(file: dataset.File, tokenizer: TokenizerWrapper) -> str:
 
 
 def choose_format(text: str, asked: str, learnt: str | None, tokenizer: TokenizerWrapper) -> str:
-    """The format asked for; for "auto", chat where the adapter learnt chats, else raw."""
+    """The format asked for; for "auto" that of the texts that the adapter learnt, or raw."""
     if asked != "auto":
         return asked
+    if learnt == QA and dataset.QUESTION_HEADING not in text:
+        return QA
     # A prompt that begins with a special token went through a template already.
     special = tuple(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
     is_chat = learnt == CHAT and tokenizer.has_chat_template
@@ -64,27 +67,23 @@ def choose_format(text: str, asked: str, learnt: str | None, tokenizer: Tokenize
 
 def encode(
     texts: list[str], asked: str, learnt: str | None, system: str | None,
-    tokenizer: TokenizerWrapper, max_tokens: int, limits: Limits,
+    tokenizer: TokenizerWrapper, template: Template | None, max_tokens: int, limits: Limits,
 ) -> list[Prompt]:  # fmt: skip
     """Tokenize prompts; max_tokens is cut to the positions that the model has left for each.
 
     `asked` is the format asked for, or "auto"; `learnt` the one that the adapter learnt, if known.
     """
-    bare = [text for text in texts if dataset.QUESTION_HEADING not in text]
-    if bare and asked == "auto" and learnt == QA:
-        hint(
-            f"the adapter learnt texts with {dataset.QUESTION_HEADING} and "
-            f"{dataset.ANSWER_HEADING}, and the prompt has none; --prompt-format qa adds them"
-        )
     prompts = []
     for text in texts:
         format = choose_format(text, asked, learnt, tokenizer)
         if system and format != CHAT:
             raise UserError("--system is for the chat form of a prompt (--prompt-format chat)")
+        if format not in (asked, RAW):
+            hint(f"the prompt goes in as {NAMES[format]}, as in training")
         if format == QA:
             text = dataset.join_question(dataset.question_of(text), "")
         if format == CHAT:
-            prompt = encode_chat(text, system, tokenizer, max_tokens)
+            prompt = encode_chat(text, system, tokenizer, template, max_tokens)
         else:
             prompt = Prompt(text, encode_open(text, tokenizer), max_tokens)
         prompts.append(limit(prompt, limits))
@@ -92,27 +91,31 @@ def encode(
 
 
 def encode_chat(
-    text: str, system: str | None, tokenizer: TokenizerWrapper, max_tokens: int
-) -> Prompt:
+    text: str, system: str | None, tokenizer: TokenizerWrapper, template: Template | None,
+    max_tokens: int,
+) -> Prompt:  # fmt: skip
     """A user's message, up to where training has the answer to it, and what ends that."""
-    if not tokenizer.has_chat_template:
+    if not template:
         raise UserError("this model has no chat template; give --prompt-format raw or qa, not chat")
-    text, template = text.rstrip("\n"), Template(tokenizer)  # a line end is the shell's
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": text})
+    text = text.rstrip("\n")  # a line end is the shell's
+    asked = Chat([{"role": "system", "content": system}] if system else [])
+    asked.messages.append({"role": "user", "content": text})
     # Any answer shows where it starts and ends: a generation prompt may differ from training.
-    answered = [*messages, {"role": "assistant", "content": "a"}]
+    answered = Chat([*asked.messages, {"role": "assistant", "content": "a"}])
     try:
-        whole = template.render(answered, None)
-        template.leaves_out(answered, None, whole)
-        start = template.find_start(messages, None, whole)
+        opened = template.render(asked, add_generation_prompt=True)
+        template.left_out(asked, opened)
     except ValueError as error:
         raise UserError(f"the prompt in the chat form: {error}") from None
+    whole = template.try_render(answered)  # "" where the template wants thoughts in answers
+    if not (found := whole and template.find(answered, whole, len(asked.messages))):
+        return Prompt(text + "\n", encode_open(opened, tokenizer, True), max_tokens)
     [encoded] = tokenizing.encode(tokenizer, [whole], templated=True)
     last = encoded.ids[tokenizing.before_blanks(encoded.ids, tokenizer) - 1]
     added = tokenizer.added_tokens_decoder
     ends = frozenset([last]) if last in added and added[last].special else frozenset()
-    return Prompt(text + "\n", encode_open(whole[:start], tokenizer, True), max_tokens, ends)
+    open_ids = encode_open(whole[: found[0]], tokenizer, True)
+    return Prompt(text + "\n", open_ids, max_tokens, ends)
 
 
 def encode_open(text: str, tokenizer: TokenizerWrapper, templated: bool = False) -> list[int]:

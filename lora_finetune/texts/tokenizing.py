@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.texts.batching import Examples
+from lora_finetune.texts.chat import Template
 from lora_finetune.texts.dataset import File, Text, render_rows
 
 import numpy as np
@@ -132,7 +133,7 @@ def warn_of_other_tokens(tokenizer: TokenizerWrapper, texts: list[str], template
 
 # --- Examples -----------------------------------------------------------------------------------
 
-CHUNK_TEXTS = 64  # tokenized at a time, on all cores
+CHUNK_TEXTS = 256  # tokenized at a time, on all cores
 
 
 def tokenize(
@@ -145,7 +146,7 @@ def tokenize(
         wholes, templated = [text.whole for text in chunk], chunk[0].templated
         if len(starts) < 1000:
             warn_of_other_tokens(tokenizer, wholes, templated)
-        masked = chunk[0].answers is not None
+        masked = any(text.answers is not None for text in chunk)
         encoded = encode_starts(tokenizer, wholes, templated, max_length + 1, masked)
         for text, (ids, ends) in zip(chunk, encoded, strict=True):
             if add_eos and len(ids) <= max_length + UNSURE_TOKENS:  # else it is truncated anyway
@@ -189,8 +190,8 @@ def tokens_before(place: int, text: Text, encoded: Encoded, tokenizer: Tokenizer
 
 
 def load(
-    files: dict[str, File], tokenizer: TokenizerWrapper, vocabulary_size: int,
-    add_eos: bool, mask_prompt: bool, max_length: int,
+    files: dict[str, File], tokenizer: TokenizerWrapper, template: Template | None,
+    vocabulary_size: int, add_eos: bool, mask_prompt: bool, max_length: int,
 ) -> dict[str, Examples]:  # fmt: skip
     """Tokenize the file of each split; UserError says what cannot be trained on."""
     if add_eos and files and tokenizer.eos_token_id is None:
@@ -198,7 +199,7 @@ def load(
         add_eos = False
     examples = {}
     for split, file in files.items():
-        texts = render_rows(file, tokenizer, mask_prompt)
+        texts = render_rows(file, template, mask_prompt)
         bar = tqdm(texts, f"Tokenizing {file.path.name}", len(file.rows), leave=False, disable=None)
         examples[split] = tokenize(bar, tokenizer, add_eos, max_length)
         check_tokens(examples[split].tokens, vocabulary_size, file.path)
