@@ -9,7 +9,6 @@ generation.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -36,19 +35,12 @@ from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import patches, rope
 from lora_finetune.mlx_patches.loading import Limits, find_limits
-from lora_finetune.model_folder import tokenizer as tokenizers
-from lora_finetune.model_folder.files import (
-    context_length,
-    find_model,
-    fingerprints,
-    public_name,
-    read_object,
-)
+from lora_finetune.model_folder.files import context_length, find_model, fingerprints, public_name
 from lora_finetune.run import checkpoint, generate, report
 from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
 from lora_finetune.run.run import Run, must_agree, open_run
 from lora_finetune.texts import batching, dataset, prompts, show, tokenizing
-from lora_finetune.texts.chat import Template
+from lora_finetune.texts.chat import Template, template_of
 from lora_finetune.training import distributed, frozen_prefix, losses
 from lora_finetune.training import step as training_step
 from lora_finetune.training.distributed import ALONE, Group
@@ -139,7 +131,7 @@ def main() -> None:
     if not shares_work and process_rank() > 0:
         return
     if config.show_texts:
-        return show_texts(config)
+        return show.show(config, find_model(config.model or str(demo_model.fetch())))
     with distributed.join() if shares_work else nullcontext(ALONE) as group:
         run_phases(config, group)
 
@@ -171,12 +163,12 @@ def run_phases(config: Config, group: Group) -> None:
 
     if config.train:
         run.settings |= identity | {LEARNT_FORMAT: prompts.learnt_format(files["train"], tokenizer)}
-    else:
-        checkpoint.warn_of_changes(run.adapter, run.settings, identity)
     template = read_template(run, tokenizer)
     asked = encode_prompts(run, texts, tokenizer, template, limits)
     examples = read_examples(config, files, tokenizer, template, limits)
     prompts.warn_beyond_context(examples, asked, context_length(folder))
+    if not config.train:
+        checkpoint.warn_of_changes(run.adapter, run.start.settings, identity)
     if group.size > 1:
         group.compare(must_agree(run, model, examples, identity))
 
@@ -242,13 +234,11 @@ def adapt(run: Run, model: nn.Module) -> None:
 def read_template(run: Run, tokenizer: TokenizerWrapper) -> Template | None:
     """The model's chat template, with the arguments and the day that an adapter's texts had."""
     config, saved, name = run.config, run.start.settings, "--chat-template-args"
-    arguments = config.chat_template_args or ("" if config.train else saved.get(name))
-    if not tokenizer.has_chat_template:
-        if config.chat_template_args:
-            raise UserError(f"{name}: this model has no chat template")
-        return None
-    template = Template(tokenizer, json.loads(arguments or "{}"))
-    if template.has_date and (config.train or DAY in saved):
+    arguments = config.chat_template_args or (None if config.train else saved.get(name))
+    template = template_of(tokenizer, arguments)
+    if config.chat_template_args and not template:
+        raise UserError(f"{name}: this model has no chat template")
+    if template and template.has_date and (config.train or DAY in saved):
         day = saved.get(DAY) or date.today().isoformat()
         run.settings |= {DAY: day} if config.train else {}
         template.now = datetime.fromisoformat(day)
@@ -273,18 +263,6 @@ def read_examples(
     return tokenizing.load(
         files, tokenizer, template, limits.vocab_size, add_eos, config.mask_prompt, length
     )
-
-
-def show_texts(config: Config) -> None:
-    """Print the first training texts as the model is to get them; no weights are loaded."""
-    file = dataset.read(Path(config.data, "train.jsonl"), config.mask_prompt)
-    while len(file.rows) > config.show_texts:
-        file.rows.pop()
-    folder = find_model(config.model or str(demo_model.fetch()))
-    tokenizer = tokenizers.load(folder, read_object(folder / "config.json"))
-    arguments, add_eos = json.loads(config.chat_template_args or "{}"), bool(config.add_eos_token)
-    template = Template(tokenizer, arguments) if tokenizer.has_chat_template else None
-    show.show(file, tokenizer, template, add_eos, config.mask_prompt, config.max_seq_length)
 
 
 def disagrees_on_metal(examples: Splits, model: nn.Module) -> bool:

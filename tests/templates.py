@@ -39,7 +39,9 @@ QWEN_3 = (
     "{% if '</think>' in m.content %}"
     "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') %}{% endif %}"
     "{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ said }}"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{% for call in m.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -77,6 +79,85 @@ GEMMA_4 = (
     "{% if add_generation_prompt %}<|turn>assistant\n<|channel>thought\n<channel|>{% endif %}"
 )
 
+# Thoughts are shown after the last question, and opened where an answer is to be generated, or
+# closed again there if they are not wanted; the arguments of calls one by one.
+QWEN_3_5 = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for tool in tools or [] %}<tool>{{ tool | tojson }}</tool>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "<think>\n{{ m.reasoning_content | default('') | trim }}\n</think>\n\n{% endif %}"
+    "{{ m.content | trim }}{% for call in m.tool_calls or [] %}"
+    "<tool_call>\n<function={{ call.function.name }}>\n"
+    "{% for name, value in call.function.arguments | items %}"
+    "<parameter={{ name }}>\n{{ value }}\n</parameter>\n{% endfor %}</function>\n</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    "{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+
+# Each turn ends in one mark, and the last answer in another one; a system turn with the date;
+# thoughts and calls in channels of their own, and of the thoughts only those of the last answer.
+GPT_OSS = (
+    "<|start|>system<|message|>Date: {{ strftime_now('%Y-%m-%d') }}<|end|>"
+    "{% for tool in tools or [] %}<tool>{{ tool | tojson }}</tool>{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "{% if loop.first or loop.previtem.role == 'user' %}{{ raise_exception('no call') }}{% endif %}"
+    "<|start|>functions to=assistant<|message|>{{ m.content | tojson }}<|end|>"
+    "{% elif m.tool_calls %}<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}"
+    "<|channel|>commentary json<|message|>{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
+    "{% elif m.role == 'assistant' and loop.last and not add_generation_prompt %}"
+    "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
+    "{% endif %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>"
+    "{% elif m.role == 'assistant' %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+# The end-of-text token ends every text that no answer is to follow.
+PHI_3_5 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+
+# Contents trimmed; calls as JSON behind the content; what a tool answers as JSON.
+LLAMA_4 = (
+    "{{ '<s>' }}{% for m in messages %}"
+    "<|header_start|>{{ 'ipython' if m.role == 'tool' else m.role }}<|header_end|>\n\n"
+    "{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content | trim }}{% endif %}"
+    "{% for call in m.tool_calls or [] %}"
+    '{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}'
+    "{% endfor %}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
+)
+
+# Thoughts of the last answer alone, empty where it has none and they are not wanted.
+EXAONE_4 = (
+    "{% for m in messages %}[|{{ m.role }}|]\n"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}"
+    '<tool_call>{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}</tool_call>'
+    "{% endfor %}[|endofturn|]\n{% endfor %}"
+    "{% if add_generation_prompt %}[|assistant|]\n"
+    "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+# The arguments of a call are joined to a string, so they have to be one.
+DEEPSEEK_V3 = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
+    "{% elif m.role == 'tool' %}<|output|>{{ m.content }}<|/output|>"
+    "{% elif m.role == 'system' %}{{ m.content }}"
+    "{% else %}<|Assistant|>{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ '<|call|>' + call.function.name + '\n```json\n' + call.function.arguments + '\n```' }}"
+    "{% endfor %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+)
+
 ALL = {
     "ChatML": CHATML,
     "Llama 3": LLAMA_3,
@@ -86,4 +167,10 @@ ALL = {
     "Zephyr": ZEPHYR,
     "R1": R1,
     "Gemma 4": GEMMA_4,
+    "Qwen 3.5": QWEN_3_5,
+    "gpt-oss": GPT_OSS,
+    "Phi-3.5": PHI_3_5,
+    "Llama 4": LLAMA_4,
+    "EXAONE 4": EXAONE_4,
+    "DeepSeek V3": DEEPSEEK_V3,
 }

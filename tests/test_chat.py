@@ -6,14 +6,21 @@ import json
 import os
 import time
 from collections.abc import Callable
+from datetime import date, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import models
 import templates
 import tiny
+import train_lora
 from conftest import ROOT, Ended, Run, one_error
+from lora_finetune.base.errors import UserError
+from lora_finetune.run import checkpoint
+from lora_finetune.run.config import read_config
+from lora_finetune.run.run import open_run
 from lora_finetune.texts import batching, chat, dataset, tokenizing
+from lora_finetune.training.distributed import ALONE
 from test_tokenizing import TOKENIZERS, build
 
 import numpy as np
@@ -69,7 +76,10 @@ def make_model(tmp_path: Path) -> MakeModel:
     """A model folder with one of the chat templates."""
 
     def make_model(template: str | None, adds_bos: bool = False) -> Path:
-        return write_tokenizer(tiny.make_model(tmp_path / "model"), template, adds_bos)
+        folder = tmp_path / "model"
+        return write_tokenizer(
+            folder if folder.exists() else tiny.make_model(folder), template, adds_bos
+        )
 
     return make_model
 
@@ -96,7 +106,7 @@ def learn(tmp_path: Path, make_model: MakeModel) -> Learn:
         else:
             file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         read = {"train": dataset.read(file, mask)}
-        template = chat.Template(tokenizer) if tokenizer.has_chat_template else None
+        template = chat.template_of(tokenizer)
         examples = tokenizing.load(read, tokenizer, template, 300, False, mask, 9999)["train"]
         return [learnt_of(examples, row, tokenizer) for row in range(len(examples))]
 
@@ -555,3 +565,230 @@ def test_a_template_decides_alone_on_the_beginning_of_a_chat(
     found = tokenizing.tokenize([text], tokenizer, False, 999).tokens.tolist()
     assert found.count(BOS) == templates.ALL[name].count("'<s>'")
     assert tokenizer.decode(found) == text.whole
+
+
+# --- As they were meant -------------------------------------------------------------------------
+
+TURNS = turns("하늘은?", "파랗다.", "바다는?", "푸르다.")
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("Qwen 3", "파랗다.<|im_end|>\n", f"{EMPTY_THOUGHT}푸르다.<|im_end|>\n"),
+        ("Qwen 3.5", "파랗다.<|im_end|>\n", "\n</think>\n\n푸르다.<|im_end|>\n"),
+        ("Gemma 4", "파랗다.<turn|>\n", "푸르다.<turn|>\n"),
+        (
+            "gpt-oss",
+            "<|channel|>final<|message|>파랗다.<|end|>",
+            "<|channel|>final<|message|>푸르다.<|return|>",
+        ),
+        ("Llama 4", "파랗다.<|eot|>", "푸르다.<|eot|>"),
+        ("EXAONE 4", "파랗다.[|endofturn|]\n", "푸르다.[|endofturn|]\n"),
+        ("R1", "파랗다.</s>", "푸르다.</s>"),
+        ("DeepSeek V3", "파랗다.</s>", "푸르다.</s>"),
+        ("Phi-3.5", "파랗다.<|end|>\n", "푸르다.<|end|>\n<|endoftext|>"),
+    ],
+)
+def test_all_answers_count_each_with_what_closes_it(
+    learn: Learn, capsys: pytest.CaptureFixture, name: str, first: str, last: str
+) -> None:
+    assert learn(templates.ALL[name], TURNS, mask=True)[0].counted == [first, last]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["Qwen 3", "Qwen 3.5", "gpt-oss", "EXAONE 4"])
+def test_answers_that_call_a_tool_or_think_count_too(learn: Learn, name: str) -> None:
+    call = {"function": {"name": "기온", "arguments": {"도시": "제주"}}}
+    messages = [
+        {"role": "user", "content": "제주는?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "21"},
+        {"role": "assistant", "content": "21도."},
+        {"role": "user", "content": "서울은?"},
+        {"role": "assistant", "content": "모른다.", "reasoning_content": "글쎄"},
+    ]
+    [learnt] = learn(templates.ALL[name], {"messages": messages}, mask=True)
+    called, said, last = learnt.counted
+    assert "제주" in called
+    assert "21도." in said
+    assert "모른다." in last
+    assert "글쎄" in last
+    assert not any(asked in "".join(learnt.counted) for asked in ("제주는?", "서울은?"))
+
+
+@pytest.mark.parametrize("name", templates.ALL)
+def test_a_message_of_weight_0_is_not_learnt(learn: Learn, name: str) -> None:
+    case, template = CASES / "chat-weight.jsonl", templates.ALL[name]
+    [answer] = learn(template, case, mask=True)[0].counted
+    assert "맞은답2" in answer
+    assert "다시" not in answer
+    rest = "".join(learn(template, case)[0].counted)
+    assert "틀린답3" not in rest
+    assert all(said in rest for said in ("+1은?", "다시 보세요", "맞은답2"))
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}]
+)
+@pytest.mark.parametrize("mask", [True, False])
+def test_each_mark_says_what_is_not_learnt(learn: Learn, mark: dict, mask: bool) -> None:
+    chat = turns("a?", "b", "c?", "d")
+    chat["messages"][1] |= mark
+    chat["messages"][3] |= dict.fromkeys(mark, True)
+    counted = learn(templates.CHATML, chat, mask=mask)[0].counted
+    assert counted[-1].endswith("d<|im_end|>\n")
+    assert "b" not in "".join(counted)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"weight": "0"}, {"train": "no"}, {"loss": [0]}])
+def test_a_mark_of_another_value_is_an_error(tmp_path: Path, mark: dict) -> None:
+    chat = turns("a?", "b")
+    chat["messages"][1] |= mark
+    (tmp_path / "train.jsonl").write_text(json.dumps(turns("a?", "b")) + "\n" + json.dumps(chat))
+    with pytest.raises(UserError, match=f'line 2: message 2.*"{next(iter(mark))}"'):
+        dataset.read(tmp_path / "train.jsonl", False)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_text_of_which_nothing_is_left_is_skipped_and_counted(
+    learn: Learn, capsys: pytest.CaptureFixture, mask: bool
+) -> None:
+    nothing = turns("c?", "d")
+    for message in nothing["messages"]:
+        message["weight"] = 0
+    assert len(learn(templates.CHATML, nothing, turns("a?", "b"), nothing, mask=mask)) == 1
+    assert "2 texts, the first in line 1, have nothing to learn" in capsys.readouterr().err
+
+
+ASKING = (
+    "{{ 'none' if enable_thinking is not defined else enable_thinking }}: "
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_row_s_arguments_go_to_the_template_and_nothing_else_does(learn: Learn) -> None:
+    first, second = learn(ASKING, CASES / "chat-ctk.jsonl")
+    assert first.text == second.text == "False: 수도는?서울입니다."
+    as_text = turns("a", "b") | {"chat_template_kwargs": '{"enable_thinking": true}'}
+    assert [x.text for x in learn(ASKING, turns("a", "b"), as_text)] == ["none: ab", "True: ab"]
+
+
+def test_arguments_typed_are_for_rows_without_and_kept_for_prompts(
+    call: Run, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model, adapter = make_model(ASKING), tmp_path / "a.npz"
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(TURNS) + "\n")
+    args = ["--model", model, "--data", tmp_path, "--adapter-file", adapter]
+    typed = ["--chat-template-args", '{"enable_thinking":  false}']
+    ended = call("--train", *args, "--iters", 1, *typed)
+    assert ended.returncode == 0, ended.stderr
+    config = read_config(train_lora.build_parser(), [*map(str, args), "--prompt", "a"])
+    run = open_run(config, {}, ALONE)
+    template = train_lora.read_template(run, models.load(str(model))[1])
+    assert template.render(chat.Chat([USER])) == "False: 물은?"
+    asked = call(*args, "--prompt", "하늘은?", "--max-tokens", 1)
+    assert asked.returncode == 0, asked.stderr
+
+
+@pytest.mark.parametrize("typed", ["[1]", "{", "1"])
+def test_arguments_that_are_no_object_are_an_error(call: Run, typed: str) -> None:
+    one_error(call("--train", "--chat-template-args", typed), "--chat-template-args")
+
+
+@pytest.mark.parametrize("case", ["chat-glaive.jsonl", "chat-legacyfn.jsonl"])
+def test_bare_functions_are_tools_as_openai_has_them(learn: Learn, case: str) -> None:
+    text = learn(templates.QWEN_2_5, CASES / case)[0].text
+    assert '<tool>{"type": "function", "function": {"name": "get_rate", ' in text
+    assert '{"name": "get_rate", "arguments": {"base": "USD"}}' in text
+    assert '<|im_start|>user\n{"rate": 1400}<|im_end|>' in text  # the role is tool
+
+
+@pytest.mark.parametrize("tools", [None, "", " ", [], "[]"])
+def test_no_tools_are_none(learn: Learn, tools: object) -> None:
+    assert "tool" not in learn(templates.QWEN_2_5, turns("a", "b") | {"tools": tools})[0].text
+
+
+SHOWING = (
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.arguments }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        (templates.QWEN_2_5, '"arguments": {"city": "서울"}}'),
+        (templates.DEEPSEEK_V3, 'get_weather\n```json\n{"city": "서울"}\n```'),
+        (templates.QWEN_3_5, "<parameter=city>\n서울\n</parameter>"),
+        (SHOWING, '{"city": "서울"}'),
+    ],
+)
+def test_arguments_of_calls_go_in_as_the_template_takes_them(
+    learn: Learn, template: str, shown: str
+) -> None:
+    for learnt in learn(template, CASES / "chat-toolstr.jsonl"):
+        assert shown in learnt.text
+        assert "\\" not in learnt.text
+
+
+def test_an_assistant_s_turn_with_nothing_in_it_is_an_error(call: Run, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes((CASES / "chat-emptyans.jsonl").read_bytes())
+    one_error(call("--train", "--data", tmp_path), "line 1", "message 2")
+
+
+def test_prompt_and_completion_may_be_lists_of_messages(learn: Learn) -> None:
+    for mask in (True, False):
+        found = learn(templates.CHATML, CASES / "chat-trlpc.jsonl", mask=mask)
+        chat = turns("하늘은 왜 파래?", "빛이 흩어져서요.")
+        assert found == learn(templates.CHATML, chat, mask=mask) * 2
+
+
+def test_the_day_of_the_first_run_stands_in_the_texts_of_a_resumed_one(
+    call: Run, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model, adapter = make_model(templates.GPT_OSS), tmp_path / "a.npz"
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(TURNS) + "\n")
+    args = ["--train", "--model", model, "--data", tmp_path, "--adapter-file", adapter]
+    assert call(*args, "--iters", 1).returncode == 0
+    state = tmp_path / "a.run" / "state.npz"
+    arrays = dict(np.load(state))
+    notes = json.loads(arrays["notes"].tobytes())
+    assert notes["settings"][train_lora.DAY] == date.today().isoformat()
+    notes["settings"][train_lora.DAY] = "2020-01-02"
+    np.savez(state, **arrays | {"notes": np.frombuffer(json.dumps(notes).encode(), np.uint8)})
+    ended = call(*args, "--iters", 2, "--resume-adapter-file", adapter)
+    assert ended.stderr == ""
+    assert checkpoint.settings_of(adapter)[train_lora.DAY] == "2020-01-02"
+    tokenizer = models.load(str(model))[1]
+    then = chat.Template(tokenizer, now=datetime(2020, 1, 2)).render(chat.Chat([USER]))
+    assert then.startswith("<|start|>system<|message|>Date: 2020-01-02<|end|>")
+    assert f"{date.today()}" in chat.Template(tokenizer).render(chat.Chat([USER]))
+
+
+@pytest.mark.parametrize("content", ["text", "list"])
+def test_a_template_in_chat_template_json_alone_is_the_model_s(
+    make_model: MakeModel, content: str
+) -> None:
+    model, found = make_model(None), templates.CHATML
+    if content == "list":
+        found = [{"name": "default", "template": templates.CHATML}]
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": found}))
+    tokenizer = models.load(str(model))[1]
+    assert tokenizer.has_chat_template
+    text = chat.Template(tokenizer).render(chat.Chat([USER]))
+    assert text == "<|im_start|>user\n물은?<|im_end|>\n"
+
+
+def test_a_template_for_tools_is_for_rows_with_tools(make_model: MakeModel) -> None:
+    model = make_model(None)
+    (model / "chat_template.jinja").write_text(templates.CHATML)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text(templates.QWEN_2_5)
+    template = chat.Template(models.load(str(model))[1])
+    tool = {"type": "function", "function": {"name": "a"}}
+    assert template.render(chat.Chat([USER], [tool])).startswith("<|im_start|>system\nBe helpful.")
+    assert template.render(chat.Chat([USER])) == "<|im_start|>user\n물은?<|im_end|>\n"

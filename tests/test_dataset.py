@@ -9,8 +9,10 @@ from pathlib import Path
 
 import models
 import tiny
-from conftest import Run
+from conftest import Run, one_error
+from lora_finetune.run import checkpoint
 from lora_finetune.texts import batching, dataset, tokenizing
+from lora_finetune.texts.chat import template_of
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ settings.load_profile("no clock")
 
 # ChatML, as Qwen has it, with the tools before all, and the tiny tokenizer's end of text.
 TEMPLATE = (
-    "{% for tool in tools or [] %}tool {{ tool.name }}\n{% endfor %}"
+    "{% for tool in tools or [] %}tool {{ tool.function.name }}\n{% endfor %}"
     "{% for message in messages %}"
     "{% if message.role not in ('system', 'user', 'assistant') %}"
     "{{ raise_exception('an unknown role: ' + message.role) }}{% endif %}"
@@ -91,7 +93,7 @@ def tokenized(tmp_path: Path) -> Tokenized:
         longest=999,
     ) -> batching.Examples:
         file = write_entries(tmp_path / "a.jsonl", *entries)
-        texts = dataset.render_rows(dataset.read(file, mask), tokenizer, mask)
+        texts = dataset.render_rows(dataset.read(file, mask), template_of(tokenizer), mask)
         return tokenizing.tokenize(texts, tokenizer, end, longest)
 
     return tokenized
@@ -386,3 +388,55 @@ def test_a_tokenizer_with_an_encoding_of_its_own_keeps_it(model: Path, tmp_path:
     tokenizer = models.load(str(folder))[1]
     found = tokenizing.tokenize([dataset.Text("a\nb")], tokenizer, False, 9999)
     assert found.tokens.tolist() == tokenizer.encode("a\nb") == [*b"a<n>b"]
+
+
+# --- Without valid.jsonl ------------------------------------------------------------------------
+
+HELD = "texts to train on, chosen by their hashes, are held out for validation"
+
+
+def test_without_a_validation_set_one_text_in_twenty_is_held_out(
+    call: Run, model: Path, tmp_path: Path
+) -> None:
+    """The same ones whenever the run is resumed, and in whatever order they stand."""
+    texts = [f"{i}는 수입니다." for i in range(60)]
+    tiny.write_jsonl(tmp_path, "train", texts)
+    args = ["--train", "--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
+    ended = call(*args, "--iters", 1, "--lora-layers", 4)
+    assert ended.stderr == f"hint: there is no {tmp_path / 'valid.jsonl'}, so 3 of the 60 {HELD}\n"
+    assert "Training: 57 examples" in ended.stdout
+    held = checkpoint.settings_of(tmp_path / "a.npz")["the texts held out"]
+    assert len(held) == 3
+    more = [*reversed(texts), *(f"{i}도 수입니다." for i in range(60))]
+    tiny.write_jsonl(tmp_path, "train", more)
+    ended = call(*args, "--iters", 2, "--resume-adapter-file", tmp_path / "a.npz")
+    assert f"so 3 of the 120 {HELD}" in ended.stderr
+    assert checkpoint.settings_of(tmp_path / "a.npz")["the texts held out"] == held
+
+
+@pytest.mark.parametrize(
+    ("number", "copies", "held"), [(1, 1, 1), (2, 1, 1), (39, 1, 1), (40, 1, 2), (20000, 1, 500)]
+)
+def test_at_least_one_and_at_most_500_are_held_out(
+    tmp_path: Path, number: int, copies: int, held: int
+) -> None:
+    texts = [str(i) for i in range(number)] * copies
+    tiny.write_jsonl(tmp_path, "train", texts)
+    train, valid, hashes = dataset.hold_out(dataset.read(tmp_path / "train.jsonl", False), None)
+    assert len(valid.rows) == held
+    assert len(train.rows) == number - held or number == held == len(train.rows)
+    assert len(hashes) in (held, 0)
+
+
+def test_equal_texts_are_held_out_together(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path, "train", [str(i % 7) for i in range(140)])
+    train, valid, _ = dataset.hold_out(dataset.read(tmp_path / "train.jsonl", False), None)
+    sides = [{row["text"] for _, row in file.rows} for file in (train, valid)]
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == set("0123456")
+
+
+def test_a_test_without_test_jsonl_is_an_error(call: Run, model: Path, tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path, "train", ["물", "불"])
+    args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
+    one_error(call("--train", "--test", *args), "test.jsonl")

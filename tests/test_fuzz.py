@@ -27,6 +27,7 @@ from lora_finetune.adapters import loading, mlx_lm, npz
 from lora_finetune.base.errors import UserError
 from lora_finetune.run import checkpoint
 from lora_finetune.texts import dataset, tokenizing
+from lora_finetune.texts.chat import template_of
 from mutations import REPLACED, mutate
 
 import pytest
@@ -204,6 +205,7 @@ def read_data(file: Path) -> None:
         tokenizing.load(
             {"train": dataset.read(file, mask_prompt)},
             tokenizer,
+            template_of(tokenizer),
             vocabulary_size=300,
             add_eos=True,
             mask_prompt=mask_prompt,

@@ -133,13 +133,16 @@ def test_the_forms_can_be_asked_for_by_hand(call: Run, speaker: Path, tmp_path: 
     assert answers(ask(call, speaker, tmp_path, *wrapped)) == [asked["qa"]]
 
 
-def test_after_questions_a_prompt_without_their_headings_gets_one_hint(
+def test_after_questions_a_prompt_gets_their_headings_and_one_line_says_so(
     call: Run, speaker: Path, tmp_path: Path
 ) -> None:
     learn(call, speaker, tmp_path, QUESTION)
     ended = ask(call, speaker, tmp_path, "--prompt", "물은?", "--prompt", "불은?")
     assert ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("hint: ") and "--prompt-format qa" in ended.stderr
+    by_hand = ask(call, speaker, tmp_path, "--prompt", "물은?", "--prompt-format", "qa")
+    assert answers(ended)[:1] == answers(by_hand)
+    assert "### 질문:\n물은?\n\n### 답변:\n" in ended.stdout
     for prompt in (["--prompt", QUESTION["text"]], ["--prompt", "물", "--prompt-format", "raw"]):
         assert ask(call, speaker, tmp_path, *prompt).stderr == ""
 
@@ -151,7 +154,8 @@ def test_an_answer_ends_at_the_special_token_that_the_template_ends_it_with(
     model = tiny.make_model(tmp_path / "model")
     write_tokenizer(model, TEMPLATE.replace("<|endoftext|>", "<|pad|>\n"))
     tokenizer = models.load(str(model))[1]
-    [prompt] = prompts.encode(["물"], "chat", None, None, tokenizer, 9, LIMITS)
+    template = chat.Template(tokenizer)
+    [prompt] = prompts.encode(["물"], "chat", None, None, tokenizer, template, 9, LIMITS)
     assert prompt.end_tokens == {tiny.PAD}
 
 
@@ -159,7 +163,8 @@ def test_an_answer_ends_at_the_special_token_that_the_template_ends_it_with(
 
 
 def prompt_of(tokenizer: TokenizerWrapper, text: str, form: str, system: str | None = None) -> str:
-    [prompt] = prompts.encode([text], form, None, system, tokenizer, 9, LIMITS)
+    template = chat.Template(tokenizer)
+    [prompt] = prompts.encode([text], form, None, system, tokenizer, template, 9, LIMITS)
     return tokenizer.decode(prompt.tokens)
 
 
@@ -187,8 +192,9 @@ def test_a_system_message_that_the_template_does_not_take_is_an_error(tmp_path: 
     for template in (templates.GEMMA, templates.ZEPHYR.replace("'system', ", "")):
         model = tiny.make_model(tmp_path / str(len(template)))
         tokenizer = models.load(str(write_tokenizer(model, template)))[1]
+        of_model = chat.Template(tokenizer)
         with pytest.raises(dataset.UserError, match=r"(?i)system"):
-            prompts.encode(["물"], "chat", None, "짧게.", tokenizer, 9, LIMITS)
+            prompts.encode(["물"], "chat", None, "짧게.", tokenizer, of_model, 9, LIMITS)
 
 
 # --- The same tokens as in training -------------------------------------------------------------
@@ -234,7 +240,7 @@ def test_the_tokens_of_a_prompt_are_those_that_training_had_at_its_place(
     text = dataset.render(entry, of_model, mask_prompt=True)
     learnt = tokenizing.tokenize([text], tokenizer, True, 999)
     first = learnt.is_target.tolist().index(True)
-    [prompt] = prompts.encode([asked], form, None, None, tokenizer, 9, LIMITS)
+    [prompt] = prompts.encode([asked], form, None, None, tokenizer, of_model, 9, LIMITS)
     assert prompt.tokens == learnt.tokens[:first].tolist()
     assert prompt.tokens.count(BOS) <= 1
     unmasked = tokenizing.tokenize([text._replace(answers=None)], tokenizer, True, 999)
@@ -278,7 +284,7 @@ def test_standard_input_without_a_prompt_is_an_error(
 
 
 def test_standard_input_is_read_once(pipe: Callable[..., Ended]) -> None:
-    one_error(pipe(b"a", "--prompt", "-"), "--prompt", "once")
+    one_error(pipe(b"a", "--prompt", "-"), "--prompt", "no prompt")
 
 
 def test_several_prompts_are_answered_in_order_after_one_load_each_as_alone(

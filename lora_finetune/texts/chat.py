@@ -318,6 +318,13 @@ class Template:
         return start, len(text) - same_end
 
 
+def template_of(tokenizer: TokenizerWrapper, arguments: str | None = None) -> Template | None:
+    """A model's chat template with arguments, a JSON object; None where the model has none."""
+    return (
+        Template(tokenizer, json.loads(arguments or "{}")) if tokenizer.has_chat_template else None
+    )
+
+
 @contextmanager
 def time_is(now: datetime | None) -> Iterator[None]:
     """While it lasts, the present is another time for the `strftime_now` of templates."""

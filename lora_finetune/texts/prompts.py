@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # The formats: as it stands, as a user's message through the chat template, or as the question of a
 # text with headings.
 RAW, CHAT, QA = "raw", "chat", "qa"
-NAMES = {CHAT: "a message of a chat", QA: f"a question below {dataset.QUESTION_HEADING}"}
+NAMES = {CHAT: "messages of a chat", QA: f"questions below {dataset.QUESTION_HEADING}"}
 
 
 class Prompt(NamedTuple):
@@ -73,13 +73,13 @@ def encode(
 
     `asked` is the format asked for, or "auto"; `learnt` the one that the adapter learnt, if known.
     """
-    prompts = []
-    for text in texts:
-        format = choose_format(text, asked, learnt, tokenizer)
+    prompts, formats = [], [choose_format(text, asked, learnt, tokenizer) for text in texts]
+    for format in dict.fromkeys(formats):
+        if format not in (asked, RAW):
+            hint(f"prompts go in as {NAMES[format]}, as in training (--prompt-format {format})")
+    for text, format in zip(texts, formats, strict=True):
         if system and format != CHAT:
             raise UserError("--system is for the chat form of a prompt (--prompt-format chat)")
-        if format not in (asked, RAW):
-            hint(f"the prompt goes in as {NAMES[format]}, as in training")
         if format == QA:
             text = dataset.join_question(dataset.question_of(text), "")
         if format == CHAT:
@@ -104,10 +104,10 @@ def encode_chat(
     answered = Chat([*asked.messages, {"role": "assistant", "content": "a"}])
     try:
         opened = template.render(asked, add_generation_prompt=True)
-        template.left_out(asked, opened)
+        if whole := template.try_render(answered):  # else it wants thoughts in answers
+            template.left_out(answered, whole)
     except ValueError as error:
         raise UserError(f"the prompt in the chat form: {error}") from None
-    whole = template.try_render(answered)  # "" where the template wants thoughts in answers
     if not (found := whole and template.find(answered, whole, len(asked.messages))):
         return Prompt(text + "\n", encode_open(opened, tokenizer, True), max_tokens)
     [encoded] = tokenizing.encode(tokenizer, [whole], templated=True)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import models  # noqa: E402, F401
 from lora_finetune.demo import demo_model  # noqa: E402
 from lora_finetune.texts import dataset, tokenizing  # noqa: E402
+from lora_finetune.texts.chat import template_of  # noqa: E402
 
 from mlx_lm import tokenizer_utils  # noqa: E402
 
@@ -56,7 +57,7 @@ def main() -> None:
         start = time.perf_counter()
         read = dataset.read(file, args.mask_prompt)
         number = len(read.rows)
-        texts = dataset.render_rows(read, tokenizer, args.mask_prompt)
+        texts = dataset.render_rows(read, template_of(tokenizer), args.mask_prompt)
         examples = tokenizing.tokenize(texts, tokenizer, add_eos=True, max_length=2048)
         seconds = time.perf_counter() - start
     print(
