@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -133,7 +132,20 @@ def warn_of_other_tokens(tokenizer: TokenizerWrapper, texts: list[str], template
 
 # --- Examples -----------------------------------------------------------------------------------
 
-CHUNK_TEXTS = 256  # tokenized at a time, on all cores
+CHUNK_CHARACTERS = 2**18  # tokenized at a time, on all cores
+
+
+def chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """Lists of texts of about CHUNK_CHARACTERS together."""
+    chunk, characters = [], 0
+    for text in texts:
+        chunk.append(text)
+        characters += len(text.whole)
+        if characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def tokenize(
@@ -141,8 +153,7 @@ def tokenize(
 ) -> Examples:
     """Tokenize texts, with one end-of-text token if `add_eos`, and cut them to `max_length`."""
     tokens, starts, is_target, num_truncated = array("I"), array("q", [0]), bytearray(), 0
-    texts = iter(texts)
-    while chunk := list(islice(texts, CHUNK_TEXTS)):
+    for chunk in chunks(texts):
         wholes, templated = [text.whole for text in chunk], chunk[0].templated
         if len(starts) < 1000:
             warn_of_other_tokens(tokenizer, wholes, templated)
