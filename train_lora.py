@@ -74,8 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt -p", nonempty, None, "generate after this text; repeatable; - is standard input",
         action="append", metavar="TEXT")  # fmt: skip
 
-    add("--show-texts", positive, None, "show so many training texts as they are learnt, and end")
-
     parser.section("model and texts")
     add("--model", nonempty, None, "model folder, or Hugging Face repository (default: demo model)")
     add("--data", nonempty, "lora_finetune/data", "folder of {train,valid,test}.jsonl",
@@ -114,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--patience", positive, None, "early-stopping patience, in validations")
     add("--chat-template-args", json_object, None, "arguments of the chat template, such as "
         "'{\"enable_thinking\": false}'", metavar="JSON")  # fmt: skip
+    add("--show-texts", positive, None, "show so many training texts as they are learnt, and end")
     switch("--plain", "use MLX's own attention, activations, losses and recurrences")
     add("--prompt-format", str, "auto", f"prompt format: {', '.join(PROMPT_FORMATS)}",
         choices=PROMPT_FORMATS, metavar="FORM")  # fmt: skip

@@ -260,7 +260,9 @@ def test_a_text_beyond_the_memory_is_trained_on_with_layers_computed_twice(
     deep = tiny.make_model(tmp_path / "deep", num_hidden_layers=8, intermediate_size=1024)
     args = ["--model", deep, "--lora-layers", 8, "--batch-size", 1, "--iters", 2]
     one = peak_gb(bounded(100 * GB, "one.npz", *args))
-    ended = bounded(0.7 * one * GB, "twice.npz", *args)
+    gc.collect()
+    held = mx.get_active_memory()  # by other tests
+    ended = bounded(held + 0.7 * (one * GB - held), "twice.npz", *args)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.startswith("warning: a text of 483 tokens takes too much memory, so ")
     assert_same_adapter(tmp_path / "one.npz", tmp_path / "twice.npz")

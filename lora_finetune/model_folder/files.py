@@ -25,6 +25,7 @@ HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*
 # How the file begins that a clone without Git LFS has in the place of a large one.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
+NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 CONTEXT_LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 # Files that decide how texts become tokens.
@@ -77,7 +78,18 @@ def check_files(folder: Path) -> Any:
         files = set(map(str, listed.values())) if isinstance(listed, dict) else {"weight_map"}
         if missing := sorted(files - {file.name for file in folder.iterdir()}):
             raise UserError(f"{abbreviated(missing)} of {index} is missing; download it again")
-    return read_object(folder / "config.json").get("model_type")
+    config = read_object(folder / "config.json")
+    number = 0
+    for file in folder.glob("model*.safetensors"):
+        check_whole(file)
+        number += len(mx.load(str(file)))
+    for name, value in text_settings(config):  # building a million layers takes minutes
+        if name in NUM_LAYERS and isinstance(value, int) and value > number:
+            raise UserError(
+                f"{folder / 'config.json'} has {name} {value}, and the weights beside it are only "
+                f"{number} arrays; download the model again"
+            )
+    return config.get("model_type")
 
 
 def check_memory(folder: Path, error: BaseException | None = None) -> None:
