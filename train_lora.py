@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", positive, 10, "texts in a batch")
     add("--epochs", positive, 1, "passes over the texts; overrides --iters")
     add("--iters", positive, None, "iterations, in place of epochs")
-    add("--start-iter", whole_number(0), 0, "iterations done before, if not as the checkpoint has it")
+    add("--start-iter", whole_number(0), 0, "iterations done before; the checkpoint has them too")
     add("--learning-rate", nonnegative_number, 2e-5, "learning rate of Adam")
     add("--steps-per-report", positive, 10, "iterations between training reports")
     add("--steps-per-eval", positive, 200, "iterations between validations")
