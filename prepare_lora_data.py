@@ -262,8 +262,8 @@ def text_in(row: Row, name: str) -> str:
     value = row.get(name)
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):  # SQuAD's answers
         value = value[0] if value else None
-    if isinstance(value, dict) and "text" in value:
-        value = value["text"]
+    if isinstance(value, dict) and (not value or "text" in value):
+        value = value.get("text")
         if isinstance(value, list):
             value = value[0] if value else None
     if not isinstance(value, str | None):

@@ -787,6 +787,115 @@ def test_columns_that_datasets_stores_as_json_come_decoded(
     assert takes(source) == takes(file) == (pairs, "")
 
 
+def store(folder: Path, form: str, rows: datasets.Dataset) -> Path:
+    """Rows as `datasets` writes them."""
+    if form == "parquet":
+        rows.to_parquet(folder / "a.parquet")
+        return folder / "a.parquet"
+    rows.save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def load(file: Path) -> datasets.Dataset:
+    cache = str(file.parent / "cache")
+    return datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=cache)
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_json_is_decoded_in_a_column_a_list_and_a_struct(
+    takes: Takes, tmp_path: Path, form: str
+) -> None:
+    rows = [
+        {"question": "하나?", "answers": [{"text": "\\ 첫째"}]},
+        {"question": {"text": "둘?"}, "answers": [{"text": ["둘째"]}]},
+    ]
+    stored = load(write_lines(tmp_path / "a.jsonl", *rows))
+    assert stored.features["question"] == datasets.Json()
+    assert stored.features["answers"] == datasets.List({"text": datasets.Json()})
+    made, _ = takes(store(tmp_path, form, stored), "--answer-column", "answers")
+    assert made == [text_of("하나?", "\\ 첫째"), text_of("둘?", "둘째")]
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_chats_with_a_key_that_some_messages_lack_are_kept_as_they_were(
+    takes: Takes, tmp_path: Path, form: str
+) -> None:
+    """`datasets` stores each message as JSON text, with its own null, but none of other rows."""
+    call = {"function": {"name": "환율", "arguments": {"base": "USD", "to": None}}}
+    rows = [
+        {"messages": [message("user", "하나?"), message("assistant", "둘")]},
+        {"messages": [message("user", "셋?"), {**message("assistant", ""), "tool_calls": [call]}]},
+    ]
+    stored = load(write_lines(tmp_path / "a.jsonl", *rows))
+    assert stored.features["messages"] == datasets.List(datasets.Json())
+    assert takes(store(tmp_path, form, stored), "--keep-chats") == (rows, "")
+
+
+def tool(name: str, properties: dict, **more: object) -> dict:
+    parameters = {"type": "object", "properties": properties, **more}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def chat_with_call(name: str, arguments: dict) -> list[dict]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [message("user", f"{name}?"), {**message("assistant", ""), "tool_calls": [call]}]
+
+
+CALLS = [
+    {
+        "messages": chat_with_call("환율", {"base": "USD", "days": [1, None, 3]}),
+        "tools": [tool("환율", {"base": {"type": "string"}}, required=["base"])],
+    },
+    {
+        "messages": chat_with_call("날씨", {"city": "서울"}),
+        "tools": [tool("날씨", {"city": {"type": "string", "enum": ["서울", "부산"]}})],
+    },
+    {"messages": chat_with_call("시각", {}), "tools": [tool("시각", {})]},
+    {"messages": [message("user", "가?"), message("assistant", "나")]},
+]
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_nulls_that_arrow_adds_for_the_keys_of_other_rows_are_taken_out(
+    takes: Takes, tmp_path: Path, form: str
+) -> None:
+    """At any depth; an empty object stays one, and so does a null among the values of a list."""
+    stored = datasets.Dataset.from_list(CALLS)
+    assert stored[1]["messages"][1]["tool_calls"][0]["function"]["arguments"]["base"] is None
+    assert takes(store(tmp_path, form, stored), "--keep-chats") == (CALLS, "")
+
+
+def test_a_parquet_file_of_tools_has_no_nulls_that_its_rows_did_not_have(takes: Takes) -> None:
+    made, said = takes(ROOT / "tests/cases/tools-with-nulls.parquet", "--keep-chats")
+    assert (len(made), said) == (30, "")
+    schema = {"base": {"type": "string", "description": "통화"}}
+    parameters = {"type": "object", "properties": schema, "required": ["base"]}
+    function = {"name": "rate", "description": "환율", "parameters": parameters}
+    call = {"type": "function", "function": {"name": "rate", "arguments": {"base": "USD0"}}}
+    assert made[0] == {
+        "messages": [
+            message("user", "질문 0"),
+            {**message("assistant", ""), "tool_calls": [call]},
+            message("tool", "값"),
+            message("assistant", "답 0"),
+        ],
+        "tools": [{"type": "function", "function": function}],
+    }
+
+
+def test_a_null_that_stands_in_json_lines_stays(takes: Takes, tmp_path: Path) -> None:
+    row = {"messages": chat_with_call("환율", {"base": None}), "tools": [tool("환율", {"a": None})]}
+    assert takes(write_lines(tmp_path / "a.jsonl", row), "--keep-chats") == ([row], "")
+
+
+def test_answers_of_squad_that_are_null_are_none(takes: Takes, tmp_path: Path) -> None:
+    answers = [{"text": ["나"], "answer_start": [1]}, {"text": None, "answer_start": None}, None]
+    table = pa.table({"question": ["가", "다", "라"], "answers": answers})
+    write_parquet(tmp_path / "a.parquet", table)
+    made = takes(tmp_path / "a.parquet", "--answer-column", "answers")
+    assert made == ([text_of("가", "나"), None, None], "")
+
+
 def test_chats_that_are_kept_are_split_by_their_first_question_and_taken_once(
     prepare: Run, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from lora_finetune.texts.chat import is_objects
 from lora_finetune.texts.dataset import Row, check_format, read_json_lines
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 datasets.disable_progress_bars()
@@ -91,12 +92,8 @@ def read_parquet(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
     """Not by load_dataset, which decodes a whole row group at once: often all of the file."""
     stored = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16)
     names = stored.schema_arrow.names
-    batches = stored.iter_batches(BATCH_ROWS, columns=wanted(names, columns), use_threads=False)
-    decoded = (
-        datasets.Features.from_arrow_schema(batch.schema).decode_batch(batch.to_pydict())
-        for batch in batches
-    )
-    return rows_of(names, decoded)
+    kept = wanted(names, columns)
+    return rows_of(names, stored.iter_batches(BATCH_ROWS, columns=kept, use_threads=False))
 
 
 def read_arrow(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
@@ -108,7 +105,8 @@ def read_arrow(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
         cache_dir="memory://",  # it makes a folder for it, though streaming puts nothing in
     )
     names = stored.column_names
-    return rows_of(names, stored.select_columns(wanted(names, columns)).iter(BATCH_ROWS))
+    kept = stored.select_columns(wanted(names, columns)).with_format("arrow")
+    return rows_of(names, kept.iter(BATCH_ROWS))
 
 
 def wanted(names: list[str], columns: set[str]) -> list[str]:
@@ -119,12 +117,28 @@ def wanted(names: list[str], columns: set[str]) -> list[str]:
     return kept or names[:1]
 
 
-def rows_of(names: list[str], batches: Iterable[dict[str, list]]) -> Iterator[Row]:
-    """The rows of columnar batches; a column that was not read is None."""
+def rows_of(names: list[str], tables: Iterable[pa.Table | pa.RecordBatch]) -> Iterator[Row]:
+    """The rows of tables; a column that was not read is None."""
     empty = dict.fromkeys(names)
-    for batch in batches:
-        for values in zip(*batch.values(), strict=True):
-            yield empty | dict(zip(batch, values, strict=True))
+    for table in tables:
+        features = datasets.Features.from_arrow_schema(table.schema)
+        for row in table.to_pylist():
+            yield empty | decode(row, features)
+
+
+def decode(value: object, feature: object) -> object:
+    """A stored value as it was before `datasets` stored it.
+
+    Arrow gives each object the keys of all, with null where it had none: these go. What `datasets`
+    stores as JSON text, such as values of several types, has no nulls but its own: these stay.
+    """
+    if value is None:
+        return None
+    if isinstance(feature, dict):
+        return {k: decode(one, feature[k]) for k, one in value.items() if one is not None}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return [decode(one, feature.feature) for one in value]
+    return feature.decode_example(value) if isinstance(feature, datasets.Json) else value
 
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
