@@ -12,14 +12,17 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice, pairwise
+from numbers import Number
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+from unicodedata import is_normalized
 
 from lora_finetune.base import errors
 from lora_finetune.base.command_line import Parser, in_project, nonempty, number, whole_number
@@ -28,13 +31,14 @@ from lora_finetune.base.files import atomic_write, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
 from lora_finetune.texts.chat import is_objects, read_messages, read_tools
 from lora_finetune.texts.dataset import Row, join_question, question_of
-from lora_finetune.texts.sources import Note, find_files, read_rows
+from lora_finetune.texts.sources import Note, find_files, find_speaker, named_speaker, read_rows
 
 from tqdm import tqdm
 
-Notes = dict[str, dict[Path, None]]  # what to say of the files once they are read, and of which
+Notes = dict[str, Counter[Path]]  # what to say of files once they are read, how often in which
 NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
 CHATS = ("messages", "conversations")
+MESSAGES = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 SPLITS = ("train", "valid", "test")
 
 
@@ -65,6 +69,8 @@ def build_parser() -> Parser:
         "(default: all)")  # fmt: skip
     switch("--keep-splits", "keep the splits of a saved DatasetDict; a validation or test set that "
            "it lacks is taken from train")  # fmt: skip
+    switch("--normalize", "compose letters (NFC): decomposed Hangul, as of a Mac, takes six to "
+           "nine times the tokens")  # fmt: skip
     switch("--dry-run", "print the counts and three examples, write nothing")
     return parser
 
@@ -110,7 +116,7 @@ def known_kinds(args: argparse.Namespace, note: Note) -> list[Kind]:
 
     def pairs(question: str, answer: str, below: str | None = None) -> Kind:
         asked = tuple(dict.fromkeys(name for name in (context, question, below) if name))
-        return Kind((question, answer), asked, partial(make_pair, question, answer, asked))
+        return Kind((question, answer), asked, partial(make_pair, note, question, answer, asked))
 
     if args.keep_chats:
         return [Kind((name,), (*CHATS, "system", "tools"), make_chat) for name in CHATS]
@@ -126,7 +132,7 @@ def known_kinds(args: argparse.Namespace, note: Note) -> list[Kind]:
     if context:  # which stands before questions alone
         return kinds
     chats = (Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS)
-    return [*kinds, *chats, Kind(("text",), (), lambda row: [make_example(text_in(row, "text"))])]
+    return [*kinds, *chats, Kind(("text",), (), partial(make_text, note))]
 
 
 def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
@@ -135,14 +141,14 @@ def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
 
 def filled(row: Row) -> Row:
     """A row without what it lacks where others have it."""
-    return {name: value for name, value in row.items() if value is not None and value != []}
+    return {k: v for k, v in row.items() if v is not None and v != [] and v == v}  # not NaN
 
 
 def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterator[Example]:
     """The examples in each row of a file; a row of no kind, as without an answer, is empty."""
 
-    def note(remark: str) -> None:
-        notes.setdefault(remark, {})[file] = None
+    def note(remark: str, times: int = 0) -> None:
+        notes.setdefault(remark, Counter())[file] += times
 
     kinds = known_kinds(args, note)
     rows = read_rows(file, {name for kind in kinds for name in kind.columns + kind.more}, note)
@@ -154,6 +160,10 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
             for example in kind.make(row) if kind else [EMPTY]:
                 if not is_unicode(example.line + example.topic):
                     raise ValueError("holds half a character, an unpaired surrogate")
+                if args.normalize and not is_normalized("NFC", example.line):
+                    example = example._replace(line=to_json(composed(json.loads(example.line))))
+                if APART.search(example.line):
+                    note(DECOMPOSED, 1)
                 yield example
     except ValueError as error:
         raise UserError(f"{file}, row {number}: {error}") from None
@@ -168,33 +178,73 @@ def check_columns(
     if rows and not any(kind_of(row, kinds) for row in rows):
         flag = " for --keep-chats" * args.keep_chats or " for --context-column" * bool(context)
         raise UserError(
-            f"{file} has no columns {' and '.join(kinds[0].columns)}{flag}; it has {there}, of "
-            "which --question-column and --answer-column can name two"
+            f"{file} has no columns {' and '.join(kinds[0].columns)}{flag}; it has {there}"
+            + (advice_on(rows) or ", of which --question-column and --answer-column can name two")
         )
     if rows and context and not {context, *NESTED} & set(names):
         raise UserError(f"{file} has no column {context} for --context-column; it has {there}")
     found = [kind for row in rows if (kind := kind_of(filled(row), kinds))]
+    if {kind.columns for kind in found} == {("text",)} and (speaker := named_speaker(names)):
+        raise UserError(f"{file}: {dialogues(speaker)}; texts that stand alone go without it")
     used = {name for kind in found for name in kind.columns + kind.more}
     if found and not used.issuperset(names):
         left_out = abbreviated(name for name in names if name not in used)
         note(f"columns that are left out: {left_out}")
 
 
+def advice_on(rows: list[Row]) -> str:
+    """What to do with rows of no kind, where their form is known."""
+    if any(isinstance(row.get("contents"), list) for row in rows):
+        return (
+            f"; these are chats in Gemini's form: write each as {MESSAGES}, with the text of its "
+            "parts as content, and assistant for the role model"
+        )
+    speakers = filter(None, [named_speaker(rows[0]), *map(find_speaker, rows)])
+    return f"; {dialogues(speaker)}" if (speaker := next(speakers, None)) else ""
+
+
+def dialogues(speaker: str) -> str:
+    advice = f"write each dialogue as {MESSAGES}"
+    return f"by {speaker:.40} these are utterances of dialogues: {advice}"
+
+
 # --- The examples in a row ----------------------------------------------------------------------
+
+APART = re.compile("[\u1100-\u1112][\u1161-\u1175]")  # a consonant and a vowel that compose
+DECOMPOSED = (
+    "examples with decomposed Hangul (NFD), which takes six to nine times the tokens; --normalize "
+    "composes it"
+)
+
+
+def composed(value: object) -> object:
+    """A JSON value with all its strings in NFC; its text could not be, for escapes compose too."""
+    if isinstance(value, dict):
+        return {nfc(key): composed(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [composed(one) for one in value]
+    return nfc(value) if isinstance(value, str) else value
+
 
 # Times and the like, which a Parquet file may have beside the messages of a chat, become strings.
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def make_pair(question: str, answer: str, asked: tuple[str, ...], row: Row) -> list[Example]:
+def make_pair(
+    note: Note, question: str, answer: str, asked: tuple[str, ...], row: Row
+) -> list[Example]:
     """The example of two columns; `asked` are those that make up the whole question."""
-    texts = {name: text_in(row, name) for name in asked}
+    texts = {name: text_in(row, name, note) for name in asked}
     whole = "\n\n".join(filter(None, texts.values())) if texts[question] else ""
-    return [question_and_answer(whole, text_in(row, answer))]
+    return [question_and_answer(whole, text_in(row, answer, note))]
 
 
 def question_and_answer(question: str, answer: str) -> Example:
     return make_example(join_question(question, answer) if question and answer else "")
+
+
+def make_text(note: Note, row: Row) -> list[Example]:
+    return [make_example(text_in(row, "text", note))]
 
 
 def make_example(text: str) -> Example:
@@ -211,9 +261,10 @@ def make_passages(context: str | None, note: Note, article: Row) -> Iterator[Exa
         note("questions without a context, which --context-column can name")
     for row in rows:
         answer = None if row.get("is_impossible") else row.get("answers", row.get("answer"))
+        above = text_in(row, passage, note)
         columns = "question", "answer", (passage, "question")
-        [example] = make_pair(*columns, row | {"answer": answer})
-        yield example._replace(topic=nfc(text_in(row, passage)) or example.topic)
+        [example] = make_pair(note, *columns, row | {passage: above, "answer": answer})
+        yield example._replace(topic=nfc(above) or example.topic)
 
 
 def innermost(row: Row) -> list[Row]:
@@ -257,7 +308,7 @@ def make_chat(row: Row) -> list[Example]:
     return [Example(question, question, line)]
 
 
-def text_in(row: Row, name: str) -> str:
+def text_in(row: Row, name: str, note: Note) -> str:
     """The trimmed text of a column, "" where there is none; of several answers the first."""
     value = row.get(name)
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):  # SQuAD's answers
@@ -266,9 +317,18 @@ def text_in(row: Row, name: str) -> str:
         value = value.get("text")
         if isinstance(value, list):
             value = value[0] if value else None
+    value = spelled_out(value, name, note)
     if not isinstance(value, str | None):
         raise ValueError(f"the column {name} holds {str(value)[:50]}, not text")
     return (value or "").strip()
+
+
+def spelled_out(value: object, name: str, note: Note) -> object:
+    """A number or a boolean as its text, as JSON has it; any other value as it is."""
+    if not isinstance(value, Number):
+        return value
+    note(f"numbers and booleans in the column {name} are written as text", 1)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # --- Splitting ----------------------------------------------------------------------------------
@@ -385,8 +445,10 @@ def run(args: argparse.Namespace) -> None:
 
 def say(notes: Notes) -> None:
     """Warn of what the files have that is left out or was guessed; of those alike, once."""
-    for remark, (first, *more) in notes.items():
-        warn(f"{first}{f' and {len(more)} more' if more else ''}: {remark}")
+    for remark, files in notes.items():
+        first, *more = files
+        times = f": {files.total()} in all" if files.total() else ""
+        warn(f"{first}{f' and {len(more)} more' if more else ''}: {remark}{times}")
 
 
 def main() -> None:

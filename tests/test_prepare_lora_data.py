@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import prepare_lora_data
@@ -127,8 +128,9 @@ LEFT_OUT = ": columns that are left out: "
 
 
 def other_warnings(ended: Ended) -> list[str]:
-    """What a run warned of besides columns that it leaves out, which most sources here have."""
-    return [line for line in ended.stderr.splitlines() if LEFT_OUT not in line]
+    """What a run warned of besides left-out columns and Hangul's form, which most sources have."""
+    usual = (LEFT_OUT, "decomposed Hangul")
+    return [line for line in ended.stderr.splitlines() if not any(what in line for what in usual)]
 
 
 def text_of(question: str, answer: str) -> str:
@@ -559,6 +561,197 @@ def test_a_context_column_that_cannot_be_used_is_reported(fails: Fails, tmp_path
         fails(source, "--context-column", "text", mentions=("b.jsonl", "--context-column", *row))
 
 
+# --- Numbers and booleans -----------------------------------------------------------------------
+
+NUMBERS = [("1 + 1?", 2), ("반은?", 0.5), ("원주율?", 3.14), (5, 10**20), ("크다?", None)]
+OTHERS = [("맞다?", True), ("틀리다?", False), ("말?", "글")]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_numbers_and_booleans_are_written_as_json_has_them_and_said_once(
+    takes: Takes, tmp_path: Path, suffix: str
+) -> None:
+    rows = [{"question": q, "answer": a} for q, a in [*NUMBERS, *OTHERS]]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "\n".join(lines) if suffix == "jsonl" else f"[{','.join(lines)}]"
+    file = write_text(tmp_path / f"a.{suffix}", text)
+    made = [
+        text_of("1 + 1?", "2"),
+        text_of("반은?", "0.5"),
+        text_of("원주율?", "3.14"),
+        text_of("5", "100000000000000000000"),
+        None,
+        text_of("맞다?", "true"),
+        text_of("틀리다?", "false"),
+        text_of("말?", "글"),
+    ]
+    said = f"warning: {file}: numbers and booleans in the column"
+    assert takes(file) == (
+        made,
+        f"{said} answer are written as text: 6 in all\n"
+        f"{said} question are written as text: 1 in all\n",
+    )
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize(("answers", "texts"), [
+    ([7, None], ["7"]), ([True, False], ["true", "false"]), ([2.5, float("nan")], ["2.5"]),
+    ([Decimal("3.10"), None], ["3.10"]),
+])  # fmt: skip
+def test_columns_of_numbers_and_booleans_are_written_as_text(
+    takes: Takes, tmp_path: Path, suffix: str, answers: list, texts: list[str]
+) -> None:
+    """Where there is none, as NaN says too, there is no answer."""
+    WRITERS[suffix](
+        tmp_path / f"a.{suffix}", pa.table({"question": ["가", "나"], "answer": answers})
+    )
+    made, said = takes(tmp_path / f"a.{suffix}")
+    assert made[: len(texts)] == [text_of(*pair) for pair in zip("가나", texts, strict=False)]
+    assert made[len(texts) :] == [None] * (2 - len(texts))
+    assert f"in the column answer are written as text: {len(texts)} in all" in said
+
+
+def test_numbers_in_several_files_are_said_in_one_line(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for part in range(2):
+        rows = [{"question": f"{part} + {i}?", "answer": part + i} for i in range(20)]
+        write_lines(tmp_path / "a" / f"{part}.jsonl", *rows)
+    ended = prepare(tmp_path / "a", tmp_path / "out")
+    what = "numbers and booleans in the column answer are written as text: 40 in all"
+    assert ended.stderr == f"warning: {tmp_path}/a/0.jsonl and 1 more: {what}\n"
+
+
+def test_numbers_in_squad_are_counted_once_each(takes: Takes, tmp_path: Path) -> None:
+    passage = {"context": 12, "qas": [{"question": "몇?", "answers": [{"text": 12}]}]}
+    file = write_text(tmp_path / "a.json", json.dumps({"data": [{"paragraphs": [passage]}]}))
+    made, said = takes(file)
+    assert made == [text_of("12\n\n몇?", "12")]
+    assert said.count(": 1 in all") == 2
+
+
+# --- Decomposed Hangul --------------------------------------------------------------------------
+
+DECOMPOSED = (
+    "examples with decomposed Hangul (NFD), which takes six to nine times the tokens; --normalize "
+    "composes it"
+)
+
+
+def test_decomposed_hangul_is_counted_and_written_as_it_is_or_composed(
+    takes: Takes, tmp_path: Path
+) -> None:
+    """A line end is not what a mark combines with, though in JSON it is written \\n."""
+    apart = "\u1100\u1161\u11a8"
+    rows = [(f"{apart}?", "나"), ("다?", "\u1105\u1161"), ("마?", "바\n\u0303 e\u0301")]
+    file = write_lines(tmp_path / "a.jsonl", *({"question": q, "answer": a} for q, a in rows))
+    said = f"warning: {file}: {DECOMPOSED}: 2 in all\n"
+    assert takes(file) == ([text_of(*pair) for pair in rows], said)
+    made = [text_of("각?", "나"), text_of("다?", "라"), text_of("마?", "바\n\u0303 é")]
+    assert takes(file, "--normalize") == (made, "")
+
+
+def test_the_strings_of_a_chat_are_composed_at_any_depth(takes: Takes, tmp_path: Path) -> None:
+    chat = {"messages": chat_with_call("환율", {"돈": ["원"], "n": 1})}
+    apart = json.loads(unicodedata.normalize("NFD", json.dumps(chat, ensure_ascii=False)))
+    file = write_lines(tmp_path / "a.jsonl", apart)
+    said = f"warning: {file}: {DECOMPOSED}: 1 in all\n"
+    assert takes(file, "--keep-chats") == ([apart], said)
+    assert takes(file, "--keep-chats", "--normalize") == ([chat], "")
+
+
+def test_what_is_the_same_once_composed_is_taken_once(prepare: Run, tmp_path: Path) -> None:
+    apart = [tuple(unicodedata.normalize("NFD", side) for side in pair) for pair in FILLERS]
+    source = write(tmp_path, "a.csv", [*FILLERS, *apart])
+    assert counts_of(prepare(source, tmp_path / "out"))["duplicate"] == 0
+    ended = prepare(source, tmp_path / "out", "--normalize")
+    assert counts_of(ended)["duplicate"] == 40
+    assert sorted(all_of(read_sets(tmp_path / "out"))) == sorted(text_of(*p) for p in FILLERS)
+
+
+# --- One object a file, and dialogues -----------------------------------------------------------
+
+
+def indented(file: Path, content: object, encoding: str = "utf-8") -> Path:
+    file.parent.mkdir(exist_ok=True)
+    return write_text(file, json.dumps(content, ensure_ascii=False, indent=1), encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949"])
+def test_a_folder_of_files_with_one_object_each_gives_a_row_for_each(
+    takes: Takes, tmp_path: Path, encoding: str
+) -> None:
+    for i in range(3):
+        row = {"id": i, "question": f"질문 {i}은?", "answer": f"답 {i}입니다."}
+        indented(tmp_path / "a" / f"00{i}.json", row, encoding)
+    made, said = takes(tmp_path / "a")
+    assert made == [text_of(f"질문 {i}은?", f"답 {i}입니다.") for i in range(3)]
+    assert f"{tmp_path}/a/000.json and 2 more: columns that are left out: id\n" in said
+
+
+def said_by(speaker: str, words: str) -> list[dict]:
+    """A dialogue of three utterances, by two speakers."""
+    turns = [("가", "어디 가세요?"), ("나", "제주에 갑니다."), ("가", "언제 가세요?")]
+    return [{speaker: who, words: text} for who, text in turns]
+
+
+BODY = {"header": {}, "body": {"dialogue": said_by("participantID", "utterance")}}
+MODU = {
+    "id": "SD1",
+    "metadata": {"speaker": [{"id": "1", "sex": "남"}, {"id": "2", "sex": "여"}]},
+    "utterance": [
+        {"id": "SD1.1", "form": "어디 가?", "original_form": "어, 어디 가?", "speaker_id": "1"},
+        {"id": "SD1.2", "form": "제주에.", "original_form": "제주에.", "speaker_id": "2"},
+    ],
+}
+LINES = {"lines": [{"text": "네.", "speaker": {"id": "1"}}]}
+DIALOGUES = {
+    "of texts": ({"info": {"topic": "여행"}, "utterances": said_by("speaker", "text")}, "speaker"),
+    "of texts under other names": ({"info": {}, "대화": said_by("이", "text")}, "이"),
+    "under no usual name": ({"info": {"topic": "여행"}, "대화": said_by("누가", "말")}, "누가"),
+    "in lists": ({"version": "1", "data": [BODY]}, "participantID"),
+    "with several forms": ({"document": [MODU]}, "speaker_id"),
+    "with objects for speakers": ({"info": [{"annotations": LINES}]}, "speaker"),
+    "row by row": (said_by("화자", "text"), "화자"),
+}
+
+
+@pytest.mark.parametrize("how", DIALOGUES)
+@pytest.mark.parametrize("flags", [(), ("--keep-chats",)])
+def test_dialogues_of_utterances_are_reported_as_such_and_what_to_write(
+    fails: Fails, tmp_path: Path, how: str, flags: tuple[str, ...]
+) -> None:
+    """None is taken for a text of its own."""
+    content, speaker = DIALOGUES[how]
+    for i in range(2):
+        indented(tmp_path / "a" / f"{i}.json", content)
+    by = f"by {speaker} these are utterances of dialogues"
+    fails(tmp_path / "a", *flags, mentions=("0.json", by, 'write each dialogue as {"messages": '))
+
+
+def test_texts_and_questions_in_an_object_are_no_dialogues(takes: Takes, tmp_path: Path) -> None:
+    texts = [{"id": i, "text": f"글 {i}.", "date": f"2026-01-0{i}"} for i in range(1, 6)]
+    file = indented(tmp_path / "a.json", {"info": {"v": 1}, "data": texts})
+    assert takes(file)[0] == [f"글 {i}." for i in range(1, 6)]
+    asked = [{"question": f"{i}?", "answer": "답 하나", "speaker": "가나"[i % 2]} for i in range(5)]
+    file = indented(tmp_path / "a.json", {"info": {"v": 1}, "data": asked})
+    assert takes(file)[0] == [text_of(f"{i}?", "답 하나") for i in range(5)]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+@pytest.mark.parametrize("flags", [(), ("--keep-chats",)])
+def test_chats_in_geminis_form_are_reported_with_what_to_write(
+    fails: Fails, tmp_path: Path, suffix: str, flags: tuple[str, ...]
+) -> None:
+    turns = [("user", "수도는?"), ("model", "서울")]
+    row = {"contents": [{"role": role, "parts": [{"text": text}]} for role, text in turns]}
+    if suffix == "json":
+        indented(tmp_path / "a.json", row)
+    else:
+        WRITERS[suffix](tmp_path / f"a.{suffix}", pa.Table.from_pylist([row]))
+    advice = ("in Gemini's form: write each as", "messages", "assistant for the role model")
+    fails(tmp_path / f"a.{suffix}", *flags, mentions=advice)
+
+
 # --- SQuAD's form -------------------------------------------------------------------------------
 
 KORQUAD = {
@@ -907,7 +1100,7 @@ def test_chats_that_are_kept_are_split_by_their_first_question_and_taken_once(
     chats = [chat(unicodedata.normalize(f, f"질문 {i}?"), f) for i in range(40) for f in forms]
     file = write_lines(tmp_path / "a.jsonl", *chats, *chats[:7])
     ended = prepare(file, tmp_path / "out", "--keep-chats")
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (ended.returncode, other_warnings(ended)) == (0, [])
     assert counts_of(ended)["duplicate"] == 7
     owners = {}
     assert len(dataset.read(tmp_path / "out" / "train.jsonl", mask_prompt=True).rows) > 1
@@ -1078,6 +1271,29 @@ def test_how_files_are_read_is_said_once_for_those_that_are_alike(
     first = f"warning: {tmp_path / 'a/1.csv'} and 2 more:"
     said = f"{first} read as cp949\n{first} read with semicolons between the values\n"
     assert prepare(tmp_path / "a", tmp_path / "out").stderr == said
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|", "^"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949", "utf-16"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_first_line_that_names_the_separator_is_obeyed(
+    takes: Takes, tmp_path: Path, name: str, encoding: str, separator: str
+) -> None:
+    """As Excel has it, also where the names have more of another."""
+    names = separator.join(["question", "answer", '",,;;||\t\t"'])
+    lines = [f"sep={separator}", names, f"가{separator}나{separator}"]
+    file = write_text(tmp_path / name, "\r\n".join(lines), encoding)
+    made, said = takes(file)
+    assert made == [text_of("가", "나")]
+    assert "between the values" not in said
+
+
+@pytest.mark.parametrize("line", ["sep=\\t", '"sep=\t"', "SEP=\t"])
+def test_the_line_that_names_the_separator_may_be_written_by_hand(
+    takes: Takes, tmp_path: Path, line: str
+) -> None:
+    file = write_text(tmp_path / "a.csv", f"{line}\nquestion\tanswer\n가\t나, 다\n")
+    assert takes(file) == ([text_of("가", "나, 다")], "")
 
 
 @pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
@@ -1688,13 +1904,7 @@ def test_a_column_that_is_named_must_be_there_even_beside_a_text(
     fails(tmp_path / "a.jsonl", *args, mentions=names)
 
 
-NO_TEXT = {
-    "numbers": pa.array(range(40)),
-    "decimals": pa.array([0.5] * 40),
-    "yes and no": pa.array([True] * 40),
-    "lists": pa.array([["가"]] * 40),
-    "objects": pa.array([{"가": "나"}] * 40),
-}
+NO_TEXT = {"lists": pa.array([["가"]] * 40), "objects": pa.array([{"가": "나"}] * 40)}
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "jsonl", "json"])
@@ -1710,7 +1920,7 @@ def test_a_column_that_holds_no_text_is_reported(
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
-@pytest.mark.parametrize("value", [3, 0.5, True, ["가"], {"가": "나"}])
+@pytest.mark.parametrize("value", [["가"], {"가": "나"}])
 def test_a_json_column_of_text_and_other_things_is_reported(
     fails: Fails, tmp_path: Path, suffix: str, value: object
 ) -> None:
@@ -1941,6 +2151,7 @@ HELP = {
     "--seed": "0",
     "--limit": "all",
     "--keep-splits": None,
+    "--normalize": None,
     "--dry-run": None,
 }
 

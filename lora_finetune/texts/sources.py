@@ -6,6 +6,7 @@ import codecs
 import csv
 import glob
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -25,7 +26,8 @@ datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or each file is reported to
 datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)  # an error here is one line
 csv.field_size_limit(sys.maxsize)
 
-Note = Callable[[str], None]  # takes what the user should know of how a file is read
+# Takes what the user should know of how a file is read, and how many times more it was so.
+Note = Callable[..., None]
 
 BATCH_ROWS = 1000
 
@@ -142,16 +144,21 @@ def decode(value: object, feature: object) -> object:
 
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+# A first line by which Excel knows the separator.
+SEPARATOR_LINE = re.compile(r'"?sep=(.|\\t)"?\s*', re.IGNORECASE)
 
 
 def read_csv(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
     usual = "\t" if file.suffix.lower() == ".tsv" else ","
     with file.open(encoding=find_encoding(file, note), newline="") as stream:
-        names = stream.readline()
-        separator = max([usual, *SEPARATORS], key=names.count)
-        if separator != usual:
-            note(f"read with {SEPARATORS[separator]} between the values")
-        stream.seek(0)
+        first = stream.readline()
+        if named := SEPARATOR_LINE.fullmatch(first):
+            separator = named[1].replace("\\t", "\t")
+        else:
+            separator = max([usual, *SEPARATORS], key=first.count)
+            if separator != usual:
+                note(f"read with {SEPARATORS[separator]} between the values")
+            stream.seek(0)
         rows = csv.DictReader(stream, delimiter=separator, strict=True)
         wanted(rows.fieldnames or [], columns)
         for row in rows:
@@ -192,9 +199,44 @@ def is_object(line: str) -> bool:
 
 
 def find_rows(content: Row, columns: set[str]) -> list[Row]:
-    """The rows in the only object of a file: itself, or those of its only list of objects."""
+    """The rows in the only object of a file: itself, or those of its only list of objects.
+
+    Utterances of a dialogue are no rows, though they may have texts.
+    """
     lists = [value for value in content.values() if value and is_objects(value)]
-    return lists[0] if len(lists) == 1 and columns.isdisjoint(content) else [content]
+    if len(lists) != 1 or not columns.isdisjoint(content):
+        return [content]
+    is_dialogue = columns.intersection(lists[0][0]) <= {"text"} and speaker_of(lists[0])
+    return [content] if is_dialogue else lists[0]
+
+
+# Who speaks, as corpora of dialogues name it.
+SPEAKER = re.compile(r"(speaker|talker|participant)(?!s)|화자|^(role|from|who|sender)$", re.I)
+PROSE = re.compile(r"[^!-~]")  # what numbers and other identifiers have none of
+
+
+def named_speaker(names: Iterable[str]) -> str | None:
+    return next(filter(SPEAKER.search, names), None)
+
+
+def speaker_of(rows: list[Row]) -> str | None:
+    """The column that says who speaks, where rows are utterances.
+
+    By its name, or as one with few values, which come again, beside a single one of texts.
+    """
+    rows = rows[:50]
+    columns = {name: {str(row.get(name)) for row in rows} for name in rows[0]}
+    several = [name for name, values in columns.items() if len(values) > 1]
+    few = [name for name in several if 2 * len(columns[name]) <= len(rows) + 1]
+    texts = [name for name in several if name not in few and any(map(PROSE.search, columns[name]))]
+    return named_speaker(columns) or (few[0] if few and len(texts) == 1 else None)
+
+
+def find_speaker(value: object) -> str | None:
+    """As `speaker_of`, in the first list of utterances inside a value."""
+    found = speaker_of(value) if value and is_objects(value) else None
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return found or next(filter(None, map(find_speaker, inner)), None)
 
 
 def find_encoding(file: Path, note: Note) -> str:
