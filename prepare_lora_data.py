@@ -27,18 +27,22 @@ from unicodedata import is_normalized
 from lora_finetune.base import errors
 from lora_finetune.base.command_line import Parser, in_project, nonempty, number, whole_number
 from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
-from lora_finetune.base.files import atomic_write, nfc
+from lora_finetune.base.files import atomic_write, composed, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
 from lora_finetune.texts.chat import is_objects, read_messages, read_tools
 from lora_finetune.texts.dataset import Row, join_question, question_of
-from lora_finetune.texts.sources import Note, find_files, find_speaker, named_speaker, read_rows
+from lora_finetune.texts.sources import Note, advice_on, find_files, named_speaker, read_rows
 
 from tqdm import tqdm
 
 Notes = dict[str, Counter[Path]]  # what to say of files once they are read, how often in which
 NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
 CHATS = ("messages", "conversations")
-MESSAGES = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+TURNS = ("prompt", "completion")  # which TRL has as lists of messages too
+MARKS = ("weight", "train", "loss")  # zero or false: the message is not to be learnt
+FOR_TEMPLATE = ("functions", "chat_template_kwargs")  # beside a chat, besides its tools
+APART = re.compile("[\u1100-\u1112][\u1161-\u1175]")  # decomposed Hangul
+REMARK = "examples with decomposed Hangul, of six to nine times the tokens; --normalize composes it"
 SPLITS = ("train", "valid", "test")
 
 
@@ -119,20 +123,22 @@ def known_kinds(args: argparse.Namespace, note: Note) -> list[Kind]:
         return Kind((question, answer), asked, partial(make_pair, note, question, answer, asked))
 
     if args.keep_chats:
-        return [Kind((name,), (*CHATS, "system", "tools"), make_chat) for name in CHATS]
+        more, make = (*CHATS, "system", "tools", *FOR_TEMPLATE), partial(make_chat, note)
+        return [Kind((name,), more, make) for name in CHATS]
     if args.typed & {"question_column", "answer_column"}:
         return [pairs(args.question_column, args.answer_column)]
     passages = partial(make_passages, context, note)
     kinds = [
         pairs("question", "answer"),
         pairs("instruction", "output", "input"),
-        pairs("prompt", "completion"),
+        pairs(*TURNS),
         *(Kind((name,), (context or "context",), passages) for name in NESTED),
     ]
     if context:  # which stands before questions alone
         return kinds
     chats = (Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS)
-    return [*kinds, *chats, Kind(("text",), (), partial(make_text, note))]
+    texts = Kind(("text",), (), lambda row: [make_example(text_in(row, "text", note))])
+    return [*kinds, *chats, texts]
 
 
 def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
@@ -144,6 +150,14 @@ def filled(row: Row) -> Row:
     return {k: v for k, v in row.items() if v is not None and v != [] and v == v}  # not NaN
 
 
+def as_chat(row: Row) -> Row:
+    """A row of messages where prompt and completion are lists of them; any other as it is."""
+    turns = [row.get(name) for name in TURNS]
+    if not all(messages and is_objects(messages) for messages in turns):
+        return row
+    return {k: v for k, v in row.items() if k not in TURNS} | {"messages": sum(turns, [])}
+
+
 def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterator[Example]:
     """The examples in each row of a file; a row of no kind, as without an answer, is empty."""
 
@@ -151,7 +165,9 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
         notes.setdefault(remark, Counter())[file] += times
 
     kinds = known_kinds(args, note)
-    rows = read_rows(file, {name for kind in kinds for name in kind.columns + kind.more}, note)
+    also = TURNS if args.keep_chats else ()
+    columns = set(also).union(*(kind.columns + kind.more for kind in kinds))
+    rows = map(as_chat, read_rows(file, columns, note))
     first = list(islice(rows, 50))  # not more, since articles and chats may have a megabyte each
     check_columns(file, first, kinds, args, note)
     try:
@@ -163,7 +179,7 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
                 if args.normalize and not is_normalized("NFC", example.line):
                     example = example._replace(line=to_json(composed(json.loads(example.line))))
                 if APART.search(example.line):
-                    note(DECOMPOSED, 1)
+                    note(REMARK, 1)
                 yield example
     except ValueError as error:
         raise UserError(f"{file}, row {number}: {error}") from None
@@ -175,7 +191,9 @@ def check_columns(
     """Note the columns that the first rows of a file do not need; refuse those that lack some."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     there, context = abbreviated(names) or "nothing", args.context_column
-    if rows and not any(kind_of(row, kinds) for row in rows):
+    found = [kind for row in rows if (kind := kind_of(filled(row), kinds))]
+    utterances = {kind.columns for kind in found} == {("text",)} and named_speaker(names)
+    if rows and (utterances or not any(kind_of(row, kinds) for row in rows)):
         flag = " for --keep-chats" * args.keep_chats or " for --context-column" * bool(context)
         raise UserError(
             f"{file} has no columns {' and '.join(kinds[0].columns)}{flag}; it has {there}"
@@ -183,56 +201,19 @@ def check_columns(
         )
     if rows and context and not {context, *NESTED} & set(names):
         raise UserError(f"{file} has no column {context} for --context-column; it has {there}")
-    found = [kind for row in rows if (kind := kind_of(filled(row), kinds))]
-    if {kind.columns for kind in found} == {("text",)} and (speaker := named_speaker(names)):
-        raise UserError(f"{file}: {dialogues(speaker)}; texts that stand alone go without it")
     used = {name for kind in found for name in kind.columns + kind.more}
     if found and not used.issuperset(names):
         left_out = abbreviated(name for name in names if name not in used)
         note(f"columns that are left out: {left_out}")
 
 
-def advice_on(rows: list[Row]) -> str:
-    """What to do with rows of no kind, where their form is known."""
-    if any(isinstance(row.get("contents"), list) for row in rows):
-        return (
-            f"; these are chats in Gemini's form: write each as {MESSAGES}, with the text of its "
-            "parts as content, and assistant for the role model"
-        )
-    speakers = filter(None, [named_speaker(rows[0]), *map(find_speaker, rows)])
-    return f"; {dialogues(speaker)}" if (speaker := next(speakers, None)) else ""
-
-
-def dialogues(speaker: str) -> str:
-    advice = f"write each dialogue as {MESSAGES}"
-    return f"by {speaker:.40} these are utterances of dialogues: {advice}"
-
-
 # --- The examples in a row ----------------------------------------------------------------------
-
-APART = re.compile("[\u1100-\u1112][\u1161-\u1175]")  # a consonant and a vowel that compose
-DECOMPOSED = (
-    "examples with decomposed Hangul (NFD), which takes six to nine times the tokens; --normalize "
-    "composes it"
-)
-
-
-def composed(value: object) -> object:
-    """A JSON value with all its strings in NFC; its text could not be, for escapes compose too."""
-    if isinstance(value, dict):
-        return {nfc(key): composed(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [composed(one) for one in value]
-    return nfc(value) if isinstance(value, str) else value
-
 
 # Times and the like, which a Parquet file may have beside the messages of a chat, become strings.
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def make_pair(
-    note: Note, question: str, answer: str, asked: tuple[str, ...], row: Row
-) -> list[Example]:
+def make_pair(note: Note, question: str, answer: str, asked: tuple, row: Row) -> list[Example]:
     """The example of two columns; `asked` are those that make up the whole question."""
     texts = {name: text_in(row, name, note) for name in asked}
     whole = "\n\n".join(filter(None, texts.values())) if texts[question] else ""
@@ -241,10 +222,6 @@ def make_pair(
 
 def question_and_answer(question: str, answer: str) -> Example:
     return make_example(join_question(question, answer) if question and answer else "")
-
-
-def make_text(note: Note, row: Row) -> list[Example]:
-    return [make_example(text_in(row, "text", note))]
 
 
 def make_example(text: str) -> Example:
@@ -280,11 +257,12 @@ def innermost(row: Row) -> list[Row]:
 
 def make_turns(note: Note, row: Row) -> Iterator[Example]:
     """An example for each question of a chat with the answer directly after it."""
-    messages = read_messages(row)
+    messages = messages_in(row, note)
     turns = [
         (asked["content"].strip(), answered["content"].strip())
         for asked, answered in pairwise(messages)
         if (asked["role"], answered["role"]) == ("user", "assistant")
+        and all(answered.get(mark, True) for mark in MARKS)
     ]
     if len(messages) > 2 * len(turns):
         note(
@@ -296,15 +274,25 @@ def make_turns(note: Note, row: Row) -> Iterator[Example]:
         yield example._replace(topic=nfc(turns[0][0])) if turns else example
 
 
-def make_chat(row: Row) -> list[Example]:
+def messages_in(row: Row, note: Note) -> list[Row]:
+    """The messages of a row, with numbers and booleans in contents as text."""
+    for name in filter(lambda name: is_objects(row.get(name)), CHATS):
+        for message in row[name]:
+            for key in message.keys() & {"content", "value"}:
+                message[key] = spelled_out(message[key], key, note)
+    return read_messages(row)
+
+
+def make_chat(note: Note, row: Row) -> list[Example]:
     """A chat as it is; one without a question or an answer has an empty side."""
-    messages, tools = read_messages(row), read_tools(row.get("tools"))
+    messages = messages_in(row, note)
+    others = {"tools": read_tools(row.get("tools"))} | {k: row.get(k) for k in FOR_TEMPLATE}
     asked = [m["content"].strip() for m in messages if m["role"] == "user"]
     answers = [m for m in messages if m["role"] == "assistant"]
     if not (any(asked) and any(m["content"].strip() or "tool_calls" in m for m in answers)):
         return [EMPTY]
     question = nfc(next(filter(None, asked)))
-    line = to_json({"messages": messages} | ({"tools": tools} if tools else {}))
+    line = to_json({"messages": messages} | {k: v for k, v in others.items() if v})
     return [Example(question, question, line)]
 
 

@@ -631,10 +631,7 @@ def test_numbers_in_squad_are_counted_once_each(takes: Takes, tmp_path: Path) ->
 
 # --- Decomposed Hangul --------------------------------------------------------------------------
 
-DECOMPOSED = (
-    "examples with decomposed Hangul (NFD), which takes six to nine times the tokens; --normalize "
-    "composes it"
-)
+REMARK = "examples with decomposed Hangul, of six to nine times the tokens; --normalize composes it"
 
 
 def test_decomposed_hangul_is_counted_and_written_as_it_is_or_composed(
@@ -644,7 +641,7 @@ def test_decomposed_hangul_is_counted_and_written_as_it_is_or_composed(
     apart = "\u1100\u1161\u11a8"
     rows = [(f"{apart}?", "나"), ("다?", "\u1105\u1161"), ("마?", "바\n\u0303 e\u0301")]
     file = write_lines(tmp_path / "a.jsonl", *({"question": q, "answer": a} for q, a in rows))
-    said = f"warning: {file}: {DECOMPOSED}: 2 in all\n"
+    said = f"warning: {file}: {REMARK}: 2 in all\n"
     assert takes(file) == ([text_of(*pair) for pair in rows], said)
     made = [text_of("각?", "나"), text_of("다?", "라"), text_of("마?", "바\n\u0303 é")]
     assert takes(file, "--normalize") == (made, "")
@@ -654,7 +651,7 @@ def test_the_strings_of_a_chat_are_composed_at_any_depth(takes: Takes, tmp_path:
     chat = {"messages": chat_with_call("환율", {"돈": ["원"], "n": 1})}
     apart = json.loads(unicodedata.normalize("NFD", json.dumps(chat, ensure_ascii=False)))
     file = write_lines(tmp_path / "a.jsonl", apart)
-    said = f"warning: {file}: {DECOMPOSED}: 1 in all\n"
+    said = f"warning: {file}: {REMARK}: 1 in all\n"
     assert takes(file, "--keep-chats") == ([apart], said)
     assert takes(file, "--keep-chats", "--normalize") == ([chat], "")
 
@@ -943,6 +940,100 @@ def test_chats_come_from_columns_of_lists_too(takes: Takes, tmp_path: Path, suff
     assert takes(file, "--keep-chats") == ([{"messages": kept}, None], "")
 
 
+def store(folder: Path, form: str, rows: datasets.Dataset) -> Path:
+    """Rows as `datasets` writes them."""
+    if form == "parquet":
+        rows.to_parquet(folder / "a.parquet")
+        return folder / "a.parquet"
+    rows.save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def load(file: Path) -> datasets.Dataset:
+    cache = str(file.parent / "cache")
+    return datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=cache)
+
+
+TRL = [
+    {"prompt": [message("user", "하늘은 왜 파래?")],
+     "completion": [message("assistant", "빛이 흩어져서요.")]},
+    {"prompt": [message("system", "짧게."), message("user", "하나?"), message("assistant", "둘"),
+                message("user", "셋?")],
+     "completion": [message("assistant", "넷"), message("user", "다섯?"),
+                    message("assistant", "여섯")]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "arrow", "saved"])
+def test_prompts_and_completions_that_are_lists_of_messages_make_chats(
+    takes: Takes, tmp_path: Path, form: str
+) -> None:
+    """TRL's own form."""
+    if form == "saved":
+        source = store(tmp_path, form, datasets.Dataset.from_list(TRL))
+    else:
+        source = tmp_path / f"a.{form}"
+        WRITERS[form](source, pa.Table.from_pylist(TRL))
+    kept = [
+        {"messages": TRL[0]["prompt"] + TRL[0]["completion"]},
+        {"messages": [
+            message("system", "짧게."), message("user", "하나?"), message("assistant", "둘"),
+            message("user", "셋?"), message("assistant", "넷"), message("user", "다섯?"),
+            message("assistant", "여섯"),
+        ]},
+    ]  # fmt: skip
+    assert takes(source, "--keep-chats") == (kept, "")
+    pairs = [
+        ("하늘은 왜 파래?", "빛이 흩어져서요."),
+        ("하나?", "둘"),
+        ("셋?", "넷"),
+        ("다섯?", "여섯"),
+    ]
+    assert takes(source)[0] == [text_of(*pair) for pair in pairs]
+
+
+def test_prompts_as_messages_and_as_texts_may_be_in_one_file(takes: Takes, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "a.jsonl", {"prompt": "가?", "completion": "나"}, TRL[0])
+    made = [text_of("가?", "나"), text_of("하늘은 왜 파래?", "빛이 흩어져서요.")]
+    assert takes(file) == (made, "")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_chats_that_are_kept_keep_what_is_for_training_and_the_template(
+    takes: Takes, tmp_path: Path, form: str
+) -> None:
+    marked = [
+        {"messages": [message("user", "가?"), {**message("assistant", "나"), mark: value},
+                      message("user", "다?"), message("assistant", "라")],
+         "functions": [{"name": "환율", "parameters": {"type": "object"}}],
+         "chat_template_kwargs": {"enable_thinking": False}}
+        for mark, value in (("weight", 0), ("train", False), ("loss", False))
+    ]  # fmt: skip
+    WRITERS[form](tmp_path / f"a.{form}", pa.Table.from_pylist(marked))
+    if form == "jsonl":
+        write_lines(tmp_path / "a.jsonl", *marked)
+    assert takes(tmp_path / f"a.{form}", "--keep-chats") == (marked, "")
+    assert takes(tmp_path / f"a.{form}")[0] == [text_of("다?", "라")] * 3
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_contents_that_are_numbers_are_written_as_text(
+    takes: Takes, tmp_path: Path, form: str
+) -> None:
+    """So `datasets` decodes a text such as 42 where other contents are lists."""
+    parts = [{"type": "text", "text": "6 × 7은?"}]
+    rows = [{"messages": [message("user", parts), message("assistant", "42")]}] * 3
+    source = write_lines(tmp_path / "a.jsonl", *rows)
+    if form == "parquet":
+        source = store(tmp_path, form, load(source))
+    else:
+        source.write_text(source.read_text("utf-8").replace('"42"', "42"), "utf-8")
+    said = "numbers and booleans in the column content are written as text: 3 in all"
+    kept = {"messages": [message("user", "6 × 7은?"), message("assistant", "42")]}
+    assert takes(source, "--keep-chats") == ([kept] * 3, f"warning: {source}: {said}\n")
+    assert takes(source)[0] == [text_of("6 × 7은?", "42")] * 3
+
+
 MIXED = [  # contents of two types in one column, which datasets stores as JSON text
     {"messages": [
         message("user", [{"type": "text", "text": f"질문 {i}"}] if i % 2 else f"질문 {i}"),
@@ -978,20 +1069,6 @@ def test_columns_that_datasets_stores_as_json_come_decoded(
     assert takes(source, "--keep-chats") == (kept, "")
     pairs = [text_of(f"질문 {i}", f'답 "{i}"') for i in range(8)]
     assert takes(source) == takes(file) == (pairs, "")
-
-
-def store(folder: Path, form: str, rows: datasets.Dataset) -> Path:
-    """Rows as `datasets` writes them."""
-    if form == "parquet":
-        rows.to_parquet(folder / "a.parquet")
-        return folder / "a.parquet"
-    rows.save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
-def load(file: Path) -> datasets.Dataset:
-    cache = str(file.parent / "cache")
-    return datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=cache)
 
 
 @pytest.mark.parametrize("form", ["parquet", "saved"])

@@ -210,6 +210,54 @@ def find_rows(content: Row, columns: set[str]) -> list[Row]:
     return [content] if is_dialogue else lists[0]
 
 
+def find_encoding(file: Path, note: Note) -> str:
+    """UTF-8; UTF-16 where its mark says so; or, as a guess, cp949, which Korean Windows writes."""
+    with file.open("rb") as stream:
+        if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+    for encoding in ("utf-8-sig", "cp949"):
+        with suppress(UnicodeDecodeError), file.open(encoding=encoding, newline="") as stream:
+            while stream.read(2**16):
+                pass
+            if encoding == "cp949":
+                note("read as cp949")
+            return encoding
+    raise UserError(f"{file} cannot be read: it is not UTF-8; save it as UTF-8")
+
+
+# The formats, by the suffix.
+READERS = {
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+}
+
+
+# --- Forms that cannot be read -------------------------------------------------------------------
+
+MESSAGES = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+
+
+def advice_on(rows: list[Row]) -> str:
+    """What to do with rows of no kind, where their form is known."""
+    if any(isinstance(row.get("contents"), list) for row in rows):
+        return (
+            f"; these are chats in Gemini's form: write each as {MESSAGES}, with the text of its "
+            "parts as content, and assistant for the role model"
+        )
+    names = (name for row in rows for name in row)
+    speaker = named_speaker(names) or next(filter(None, map(find_speaker, rows)), None)
+    if not speaker:
+        return ""
+    return (
+        f"; by {speaker:.40} these are utterances of dialogues: write each dialogue as {MESSAGES}, "
+        f"and texts that stand alone without {speaker:.40}"
+    )
+
+
 # Who speaks, as corpora of dialogues name it.
 SPEAKER = re.compile(r"(speaker|talker|participant)(?!s)|화자|^(role|from|who|sender)$", re.I)
 PROSE = re.compile(r"[^!-~]")  # what numbers and other identifiers have none of
@@ -237,29 +285,3 @@ def find_speaker(value: object) -> str | None:
     found = speaker_of(value) if value and is_objects(value) else None
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return found or next(filter(None, map(find_speaker, inner)), None)
-
-
-def find_encoding(file: Path, note: Note) -> str:
-    """UTF-8; UTF-16 where its mark says so; or, as a guess, cp949, which Korean Windows writes."""
-    with file.open("rb") as stream:
-        if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return "utf-16"
-    for encoding in ("utf-8-sig", "cp949"):
-        with suppress(UnicodeDecodeError), file.open(encoding=encoding, newline="") as stream:
-            while stream.read(2**16):
-                pass
-            if encoding == "cp949":
-                note("read as cp949")
-            return encoding
-    raise UserError(f"{file} cannot be read: it is not UTF-8; save it as UTF-8")
-
-
-# The formats, by the suffix.
-READERS = {
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
-    ".jsonl": read_json,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-}
