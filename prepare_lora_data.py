@@ -12,27 +12,40 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice, pairwise
+from numbers import Number
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+from unicodedata import is_normalized
 
 from lora_finetune.base.command_line import Parser, in_project, nonempty, number, whole_number
 from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
-from lora_finetune.base.files import atomic_write, nfc
+from lora_finetune.base.files import atomic_write, composed, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
-from lora_finetune.texts.chat import is_objects, read_messages, read_tools
+from lora_finetune.texts.chat import (
+    is_learnt,
+    is_objects,
+    read_arguments,
+    read_messages,
+    read_tools,
+)
 from lora_finetune.texts.dataset import Row, join_question, question_of
-from lora_finetune.texts.sources import Note, find_files, read_rows
+from lora_finetune.texts.sources import Note, advice_on, find_files, named_speaker, read_rows
 
 from tqdm import tqdm
 
-Notes = dict[str, dict[Path, None]]  # what to say of the files once they are read, and of which
+Notes = dict[str, Counter[Path]]  # what to say of files once they are read, how often in which
 NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
 CHATS = ("messages", "conversations")
+TURNS = ("prompt", "completion")  # which TRL has as lists of messages too
+FOR_TEMPLATE = ("tools", "functions", "chat_template_kwargs")  # beside a chat
+APART = re.compile("[\u1100-\u1112][\u1161-\u1175]")  # decomposed Hangul
+REMARK = "examples with decomposed Hangul, of six to nine times the tokens; --normalize composes it"
 SPLITS = ("train", "valid", "test")
 
 
@@ -63,6 +76,8 @@ def build_parser() -> Parser:
         "(default: all)")  # fmt: skip
     switch("--keep-splits", "keep the splits of a saved DatasetDict; a validation or test set that "
            "it lacks is taken from train")  # fmt: skip
+    switch("--normalize", "compose letters (NFC): decomposed Hangul, as of a Mac, takes six to "
+           "nine times the tokens")  # fmt: skip
     switch("--dry-run", "print the counts and three examples, write nothing")
     return parser
 
@@ -108,23 +123,25 @@ def known_kinds(args: argparse.Namespace, note: Note) -> list[Kind]:
 
     def pairs(question: str, answer: str, below: str | None = None) -> Kind:
         asked = tuple(dict.fromkeys(name for name in (context, question, below) if name))
-        return Kind((question, answer), asked, partial(make_pair, question, answer, asked))
+        return Kind((question, answer), asked, partial(make_pair, note, question, answer, asked))
 
     if args.keep_chats:
-        return [Kind((name,), (*CHATS, "system", "tools"), make_chat) for name in CHATS]
+        more, make = (*CHATS, "system", "tools", *FOR_TEMPLATE), partial(make_chat, note)
+        return [Kind((name,), more, make) for name in CHATS]
     if args.typed & {"question_column", "answer_column"}:
         return [pairs(args.question_column, args.answer_column)]
     passages = partial(make_passages, context, note)
     kinds = [
         pairs("question", "answer"),
         pairs("instruction", "output", "input"),
-        pairs("prompt", "completion"),
+        pairs(*TURNS),
         *(Kind((name,), (context or "context",), passages) for name in NESTED),
     ]
     if context:  # which stands before questions alone
         return kinds
     chats = (Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS)
-    return [*kinds, *chats, Kind(("text",), (), lambda row: [make_example(text_in(row, "text"))])]
+    texts = Kind(("text",), (), lambda row: [make_example(text_in(row, "text", note))])
+    return [*kinds, *chats, texts]
 
 
 def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
@@ -133,17 +150,27 @@ def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
 
 def filled(row: Row) -> Row:
     """A row without what it lacks where others have it."""
-    return {name: value for name, value in row.items() if value is not None and value != []}
+    return {k: v for k, v in row.items() if v is not None and v != [] and v == v}  # not NaN
+
+
+def as_chat(row: Row) -> Row:
+    """A row of messages where prompt and completion are lists of them; any other as it is."""
+    turns = [row.get(name) for name in TURNS]
+    if not all(messages and is_objects(messages) for messages in turns):
+        return row
+    return {k: v for k, v in row.items() if k not in TURNS} | {"messages": sum(turns, [])}
 
 
 def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterator[Example]:
     """The examples in each row of a file; a row of no kind, as without an answer, is empty."""
 
-    def note(remark: str) -> None:
-        notes.setdefault(remark, {})[file] = None
+    def note(remark: str, times: int = 0) -> None:
+        notes.setdefault(remark, Counter())[file] += times
 
     kinds = known_kinds(args, note)
-    rows = read_rows(file, {name for kind in kinds for name in kind.columns + kind.more}, note)
+    also = TURNS if args.keep_chats else ()
+    columns = set(also).union(*(kind.columns + kind.more for kind in kinds))
+    rows = map(as_chat, read_rows(file, columns, note))
     first = list(islice(rows, 50))  # not more, since articles and chats may have a megabyte each
     check_columns(file, first, kinds, args, note)
     try:
@@ -152,6 +179,10 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
             for example in kind.make(row) if kind else [EMPTY]:
                 if not is_unicode(example.line + example.topic):
                     raise ValueError("holds half a character, an unpaired surrogate")
+                if args.normalize and not is_normalized("NFC", example.line):
+                    example = example._replace(line=to_json(composed(json.loads(example.line))))
+                if APART.search(example.line):
+                    note(REMARK, 1)
                 yield example
     except ValueError as error:
         raise UserError(f"{file}, row {number}: {error}") from None
@@ -163,15 +194,16 @@ def check_columns(
     """Note the columns that the first rows of a file do not need; refuse those that lack some."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     there, context = abbreviated(names) or "nothing", args.context_column
-    if rows and not any(kind_of(row, kinds) for row in rows):
+    found = [kind for row in rows if (kind := kind_of(filled(row), kinds))]
+    utterances = {kind.columns for kind in found} == {("text",)} and named_speaker(names)
+    if rows and (utterances or not any(kind_of(row, kinds) for row in rows)):
         flag = " for --keep-chats" * args.keep_chats or " for --context-column" * bool(context)
         raise UserError(
-            f"{file} has no columns {' and '.join(kinds[0].columns)}{flag}; it has {there}, of "
-            "which --question-column and --answer-column can name two"
+            f"{file} has no columns {' and '.join(kinds[0].columns)}{flag}; it has {there}"
+            + (advice_on(rows) or ", of which --question-column and --answer-column can name two")
         )
     if rows and context and not {context, *NESTED} & set(names):
         raise UserError(f"{file} has no column {context} for --context-column; it has {there}")
-    found = [kind for row in rows if (kind := kind_of(filled(row), kinds))]
     used = {name for kind in found for name in kind.columns + kind.more}
     if found and not used.issuperset(names):
         left_out = abbreviated(name for name in names if name not in used)
@@ -184,11 +216,11 @@ def check_columns(
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def make_pair(question: str, answer: str, asked: tuple[str, ...], row: Row) -> list[Example]:
+def make_pair(note: Note, question: str, answer: str, asked: tuple, row: Row) -> list[Example]:
     """The example of two columns; `asked` are those that make up the whole question."""
-    texts = {name: text_in(row, name) for name in asked}
+    texts = {name: text_in(row, name, note) for name in asked}
     whole = "\n\n".join(filter(None, texts.values())) if texts[question] else ""
-    return [question_and_answer(whole, text_in(row, answer))]
+    return [question_and_answer(whole, text_in(row, answer, note))]
 
 
 def question_and_answer(question: str, answer: str) -> Example:
@@ -209,9 +241,10 @@ def make_passages(context: str | None, note: Note, article: Row) -> Iterator[Exa
         note("questions without a context, which --context-column can name")
     for row in rows:
         answer = None if row.get("is_impossible") else row.get("answers", row.get("answer"))
+        above = text_in(row, passage, note)
         columns = "question", "answer", (passage, "question")
-        [example] = make_pair(*columns, row | {"answer": answer})
-        yield example._replace(topic=nfc(text_in(row, passage)) or example.topic)
+        [example] = make_pair(note, *columns, row | {passage: above, "answer": answer})
+        yield example._replace(topic=nfc(above) or example.topic)
 
 
 def innermost(row: Row) -> list[Row]:
@@ -227,11 +260,11 @@ def innermost(row: Row) -> list[Row]:
 
 def make_turns(note: Note, row: Row) -> Iterator[Example]:
     """An example for each question of a chat with the answer directly after it."""
-    messages = read_messages(row)
+    messages = messages_in(row, note)
     turns = [
         (asked["content"].strip(), answered["content"].strip())
         for asked, answered in pairwise(messages)
-        if (asked["role"], answered["role"]) == ("user", "assistant")
+        if (asked["role"], answered["role"]) == ("user", "assistant") and is_learnt(answered)
     ]
     if len(messages) > 2 * len(turns):
         note(
@@ -243,30 +276,49 @@ def make_turns(note: Note, row: Row) -> Iterator[Example]:
         yield example._replace(topic=nfc(turns[0][0])) if turns else example
 
 
-def make_chat(row: Row) -> list[Example]:
+def messages_in(row: Row, note: Note) -> list[Row]:
+    """The messages of a row, with numbers and booleans in contents as text."""
+    for name in filter(lambda name: is_objects(row.get(name)), CHATS):
+        for message in row[name]:
+            for key in message.keys() & {"content", "value"}:
+                message[key] = spelled_out(message[key], key, note)
+    return read_messages(row)
+
+
+def make_chat(note: Note, row: Row) -> list[Example]:
     """A chat as it is; one without a question or an answer has an empty side."""
-    messages, tools = read_messages(row), read_tools(row.get("tools"))
+    messages = messages_in(row, note)
+    others = {"tools": read_tools(row), "chat_template_kwargs": read_arguments(row)}
     asked = [m["content"].strip() for m in messages if m["role"] == "user"]
     answers = [m for m in messages if m["role"] == "assistant"]
     if not (any(asked) and any(m["content"].strip() or "tool_calls" in m for m in answers)):
         return [EMPTY]
     question = nfc(next(filter(None, asked)))
-    line = to_json({"messages": messages} | ({"tools": tools} if tools else {}))
+    line = to_json({"messages": messages} | {k: v for k, v in others.items() if v})
     return [Example(question, question, line)]
 
 
-def text_in(row: Row, name: str) -> str:
+def text_in(row: Row, name: str, note: Note) -> str:
     """The trimmed text of a column, "" where there is none; of several answers the first."""
     value = row.get(name)
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):  # SQuAD's answers
         value = value[0] if value else None
-    if isinstance(value, dict) and "text" in value:
-        value = value["text"]
+    if isinstance(value, dict) and (not value or "text" in value):
+        value = value.get("text")
         if isinstance(value, list):
             value = value[0] if value else None
+    value = spelled_out(value, name, note)
     if not isinstance(value, str | None):
         raise ValueError(f"the column {name} holds {str(value)[:50]}, not text")
     return (value or "").strip()
+
+
+def spelled_out(value: object, name: str, note: Note) -> object:
+    """A number or a boolean as its text, as JSON has it; any other value as it is."""
+    if not isinstance(value, Number):
+        return value
+    note(f"numbers and booleans in the column {name} are written as text", 1)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # --- Splitting ----------------------------------------------------------------------------------
@@ -383,8 +435,10 @@ def run(args: argparse.Namespace) -> None:
 
 def say(notes: Notes) -> None:
     """Warn of what the files have that is left out or was guessed; of those alike, once."""
-    for remark, (first, *more) in notes.items():
-        warn(f"{first}{f' and {len(more)} more' if more else ''}: {remark}")
+    for remark, files in notes.items():
+        first, *more = files
+        times = f": {files.total()} in all" if files.total() else ""
+        warn(f"{first}{f' and {len(more)} more' if more else ''}: {remark}{times}")
 
 
 def main() -> None:

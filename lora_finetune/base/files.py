@@ -35,6 +35,15 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def composed(value: object) -> object:
+    """A JSON value with all its strings in NFC; its text could not be, for escapes compose too."""
+    if isinstance(value, dict):
+        return {nfc(key): composed(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [composed(one) for one in value]
+    return nfc(value) if isinstance(value, str) else value
+
+
 def file_checksum(file: Path) -> str | None:
     """The SHA-256 of a file, None where there is none."""
     if not file.is_file():

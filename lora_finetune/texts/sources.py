@@ -6,6 +6,7 @@ import codecs
 import csv
 import glob
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -17,6 +18,7 @@ from lora_finetune.texts.chat import is_objects
 from lora_finetune.texts.dataset import Row, check_format, read_json_lines
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 datasets.disable_progress_bars()
@@ -24,7 +26,8 @@ datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or each file is reported to
 datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)  # an error here is one line
 csv.field_size_limit(sys.maxsize)
 
-Note = Callable[[str], None]  # takes what the user should know of how a file is read
+# Takes what the user should know of how a file is read, and how many times more it was so.
+Note = Callable[..., None]
 
 BATCH_ROWS = 1000
 
@@ -91,12 +94,8 @@ def read_parquet(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
     """Not by load_dataset, which decodes a whole row group at once: often all of the file."""
     stored = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16)
     names = stored.schema_arrow.names
-    batches = stored.iter_batches(BATCH_ROWS, columns=wanted(names, columns), use_threads=False)
-    decoded = (
-        datasets.Features.from_arrow_schema(batch.schema).decode_batch(batch.to_pydict())
-        for batch in batches
-    )
-    return rows_of(names, decoded)
+    kept = wanted(names, columns)
+    return rows_of(names, stored.iter_batches(BATCH_ROWS, columns=kept, use_threads=False))
 
 
 def read_arrow(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
@@ -108,7 +107,8 @@ def read_arrow(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
         cache_dir="memory://",  # it makes a folder for it, though streaming puts nothing in
     )
     names = stored.column_names
-    return rows_of(names, stored.select_columns(wanted(names, columns)).iter(BATCH_ROWS))
+    kept = stored.select_columns(wanted(names, columns)).with_format("arrow")
+    return rows_of(names, kept.iter(BATCH_ROWS))
 
 
 def wanted(names: list[str], columns: set[str]) -> list[str]:
@@ -119,25 +119,46 @@ def wanted(names: list[str], columns: set[str]) -> list[str]:
     return kept or names[:1]
 
 
-def rows_of(names: list[str], batches: Iterable[dict[str, list]]) -> Iterator[Row]:
-    """The rows of columnar batches; a column that was not read is None."""
+def rows_of(names: list[str], tables: Iterable[pa.Table | pa.RecordBatch]) -> Iterator[Row]:
+    """The rows of tables; a column that was not read is None."""
     empty = dict.fromkeys(names)
-    for batch in batches:
-        for values in zip(*batch.values(), strict=True):
-            yield empty | dict(zip(batch, values, strict=True))
+    for table in tables:
+        features = datasets.Features.from_arrow_schema(table.schema)
+        for row in table.to_pylist():
+            yield empty | decode(row, features)
+
+
+def decode(value: object, feature: object) -> object:
+    """A stored value as it was before `datasets` stored it.
+
+    Arrow gives each object the keys of all, with null where it had none: these go. What `datasets`
+    stores as JSON text, such as values of several types, has no nulls but its own: these stay.
+    """
+    if value is None:
+        return None
+    if isinstance(feature, dict):
+        return {k: decode(one, feature[k]) for k, one in value.items() if one is not None}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return [decode(one, feature.feature) for one in value]
+    return feature.decode_example(value) if isinstance(feature, datasets.Json) else value
 
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+# A first line by which Excel knows the separator.
+SEPARATOR_LINE = re.compile(r'"?sep=(.|\\t)"?\s*', re.IGNORECASE)
 
 
 def read_csv(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
     usual = "\t" if file.suffix.lower() == ".tsv" else ","
     with file.open(encoding=find_encoding(file, note), newline="") as stream:
-        names = stream.readline()
-        separator = max([usual, *SEPARATORS], key=names.count)
-        if separator != usual:
-            note(f"read with {SEPARATORS[separator]} between the values")
-        stream.seek(0)
+        first = stream.readline()
+        if named := SEPARATOR_LINE.fullmatch(first):
+            separator = named[1].replace("\\t", "\t")
+        else:
+            separator = max([usual, *SEPARATORS], key=first.count)
+            if separator != usual:
+                note(f"read with {SEPARATORS[separator]} between the values")
+            stream.seek(0)
         rows = csv.DictReader(stream, delimiter=separator, strict=True)
         wanted(rows.fieldnames or [], columns)
         for row in rows:
@@ -178,9 +199,15 @@ def is_object(line: str) -> bool:
 
 
 def find_rows(content: Row, columns: set[str]) -> list[Row]:
-    """The rows in the only object of a file: itself, or those of its only list of objects."""
+    """The rows in the only object of a file: itself, or those of its only list of objects.
+
+    Utterances of a dialogue are no rows, though they may have texts.
+    """
     lists = [value for value in content.values() if value and is_objects(value)]
-    return lists[0] if len(lists) == 1 and columns.isdisjoint(content) else [content]
+    if len(lists) != 1 or not columns.isdisjoint(content):
+        return [content]
+    is_dialogue = columns.intersection(lists[0][0]) <= {"text"} and speaker_of(lists[0])
+    return [content] if is_dialogue else lists[0]
 
 
 def find_encoding(file: Path, note: Note) -> str:
@@ -207,3 +234,54 @@ READERS = {
     ".csv": read_csv,
     ".tsv": read_csv,
 }
+
+
+# --- Forms that cannot be read -------------------------------------------------------------------
+
+MESSAGES = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+
+
+def advice_on(rows: list[Row]) -> str:
+    """What to do with rows of no kind, where their form is known."""
+    if any(isinstance(row.get("contents"), list) for row in rows):
+        return (
+            f"; these are chats in Gemini's form: write each as {MESSAGES}, with the text of its "
+            "parts as content, and assistant for the role model"
+        )
+    names = (name for row in rows for name in row)
+    speaker = named_speaker(names) or next(filter(None, map(find_speaker, rows)), None)
+    if not speaker:
+        return ""
+    return (
+        f"; by {speaker:.40} these are utterances of dialogues: write each dialogue as {MESSAGES}, "
+        f"and texts that stand alone without {speaker:.40}"
+    )
+
+
+# Who speaks, as corpora of dialogues name it.
+SPEAKER = re.compile(r"(speaker|talker|participant)(?!s)|화자|^(role|from|who|sender)$", re.I)
+PROSE = re.compile(r"[^!-~]")  # what numbers and other identifiers have none of
+
+
+def named_speaker(names: Iterable[str]) -> str | None:
+    return next(filter(SPEAKER.search, names), None)
+
+
+def speaker_of(rows: list[Row]) -> str | None:
+    """The column that says who speaks, where rows are utterances.
+
+    By its name, or as one with few values, which come again, beside a single one of texts.
+    """
+    rows = rows[:50]
+    columns = {name: {str(row.get(name)) for row in rows} for name in rows[0]}
+    several = [name for name, values in columns.items() if len(values) > 1]
+    few = [name for name in several if 2 * len(columns[name]) <= len(rows) + 1]
+    texts = [name for name in several if name not in few and any(map(PROSE.search, columns[name]))]
+    return named_speaker(columns) or (few[0] if few and len(texts) == 1 else None)
+
+
+def find_speaker(value: object) -> str | None:
+    """As `speaker_of`, in the first list of utterances inside a value."""
+    found = speaker_of(value) if value and is_objects(value) else None
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return found or next(filter(None, map(find_speaker, inner)), None)
