@@ -922,7 +922,7 @@ def test_chats_can_be_kept_as_messages(takes: Takes, tmp_path: Path, form: str) 
     )
     file = write_lines(tmp_path / "a.jsonl", *rows)
     said = f"warning: {file}: columns that are left out: id\n"
-    made = [KEPT | {"tools": tools}, KEPT, None, None, None]
+    made = [KEPT | {"tools": [{"type": "function", "function": tools[0]}]}, KEPT, None, None, None]
     assert takes(file, "--keep-chats") == (made, said)
 
 
@@ -1011,6 +1011,8 @@ def test_chats_that_are_kept_keep_what_is_for_training_and_the_template(
     WRITERS[form](tmp_path / f"a.{form}", pa.Table.from_pylist(marked))
     if form == "jsonl":
         write_lines(tmp_path / "a.jsonl", *marked)
+    for row in marked:
+        row["tools"] = [{"type": "function", "function": row.pop("functions")[0]}]
     assert takes(tmp_path / f"a.{form}", "--keep-chats") == (marked, "")
     assert takes(tmp_path / f"a.{form}")[0] == [text_of("다?", "라")] * 3
 
