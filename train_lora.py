@@ -9,6 +9,7 @@ generation.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -36,10 +37,10 @@ from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import patches, rope
 from lora_finetune.mlx_patches.loading import Limits, find_limits
 from lora_finetune.model_folder.files import context_length, find_model, fingerprints, public_name
-from lora_finetune.run import checkpoint, generate, report
+from lora_finetune.run import checkpoint, generate, report, show
 from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
 from lora_finetune.run.run import Run, must_agree, open_run
-from lora_finetune.texts import batching, dataset, prompts, show, tokenizing
+from lora_finetune.texts import batching, dataset, prompts, tokenizing
 from lora_finetune.texts.chat import Template, template_of
 from lora_finetune.training import distributed, frozen_prefix, losses
 from lora_finetune.training import step as training_step
@@ -130,7 +131,7 @@ def main() -> None:
     if not shares_work and process_rank() > 0:
         return
     if config.show_texts:
-        return show.show(config, find_model(config.model or str(demo_model.fetch())))
+        return show.show(config)
     with distributed.join() if shares_work else nullcontext(ALONE) as group:
         run_phases(config, group)
 
@@ -140,7 +141,9 @@ def main() -> None:
 Files = dict[str, dataset.File]  # by the names of their splits
 Splits = dict[str, batching.Examples]
 
-LEARNT_FORMAT, DAY = "the form of the texts", "the day of the first run"  # among its settings
+# Names among the settings of a run.
+LEARNT_FORMAT, DAY = "the form of the texts", "the day of the first run"
+ARGUMENTS = "the arguments of the chat template"
 SMALLER_BATCHES = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
@@ -162,7 +165,7 @@ def run_phases(config: Config, group: Group) -> None:
 
     if config.train:
         run.settings |= identity | {LEARNT_FORMAT: prompts.learnt_format(files["train"], tokenizer)}
-    template = read_template(run, tokenizer)
+    template = read_template(run, files, tokenizer)
     asked = encode_prompts(run, texts, tokenizer, template, limits)
     examples = read_examples(config, files, tokenizer, template, limits)
     prompts.warn_beyond_context(examples, asked, context_length(folder))
@@ -230,16 +233,18 @@ def adapt(run: Run, model: nn.Module) -> None:
     print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
 
 
-def read_template(run: Run, tokenizer: TokenizerWrapper) -> Template | None:
-    """The model's chat template, with the arguments and the day that an adapter's texts had."""
-    config, saved, name = run.config, run.start.settings, "--chat-template-args"
-    arguments = config.chat_template_args or (None if config.train else saved.get(name))
-    template = template_of(tokenizer, arguments)
-    if config.chat_template_args and not template:
-        raise UserError(f"{name}: this model has no chat template")
-    if template and template.has_date and (config.train or DAY in saved):
+def read_template(run: Run, files: Files, tokenizer: TokenizerWrapper) -> Template | None:
+    """The model's chat template, with the arguments and the day that an adapter's texts have."""
+    typed, saved = run.config.chat_template_args, run.start.settings
+    if typed and not tokenizer.has_chat_template:
+        raise UserError("--chat-template-args: this model has no chat template")
+    if run.config.train:  # a row's own arguments count more, and are for prompts if all have them
+        of_rows = files["train"].arguments
+        run.settings[ARGUMENTS] = json.dumps(json.loads(typed or "{}") | of_rows, sort_keys=True)
+    template = template_of(tokenizer, typed or run.settings.get(ARGUMENTS))
+    if template and template.has_date and (run.config.train or DAY in saved):
         day = saved.get(DAY) or date.today().isoformat()
-        run.settings |= {DAY: day} if config.train else {}
+        run.settings |= {DAY: day} if run.config.train else {}
         template.now = datetime.fromisoformat(day)
     return template
 

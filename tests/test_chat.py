@@ -687,7 +687,7 @@ def test_arguments_typed_are_for_rows_without_and_kept_for_prompts(
     assert ended.returncode == 0, ended.stderr
     config = read_config(train_lora.build_parser(), [*map(str, args), "--prompt", "a"])
     run = open_run(config, {}, ALONE)
-    template = train_lora.read_template(run, models.load(str(model))[1])
+    template = train_lora.read_template(run, {}, models.load(str(model))[1])
     assert template.render(chat.Chat([USER])) == "False: 물은?"
     asked = call(*args, "--prompt", "하늘은?", "--max-tokens", 1)
     assert asked.returncode == 0, asked.stderr

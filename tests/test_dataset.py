@@ -361,7 +361,7 @@ def test_a_text_without_an_answer_is_reported_before_the_model_is_loaded(
 def test_texts_beyond_a_batch_of_the_tokenizer_stay_in_order(
     without_template: TokenizerWrapper,
 ) -> None:
-    words = [f"{i} {'가' * (i % 7)}" for i in range(40 * tokenizing.CHUNK_TEXTS + 7)]
+    words = [f"{i} {'가' * (i % 7)}" for i in range(tokenizing.CHUNK_CHARACTERS // 20)]
     found = tokenizing.tokenize(map(dataset.Text, words), without_template, False, 9999)
     assert found.tokens.tolist() == [*"".join(words).encode()]
     assert found.lengths.tolist() == [len(word.encode()) for word in words]
@@ -392,7 +392,7 @@ def test_a_tokenizer_with_an_encoding_of_its_own_keeps_it(model: Path, tmp_path:
 
 # --- Without valid.jsonl ------------------------------------------------------------------------
 
-HELD = "texts to train on, chosen by their hashes, are held out for validation"
+HELD = "texts in train.jsonl, chosen by their hashes, are for validation, held out of training"
 
 
 def test_without_a_validation_set_one_text_in_twenty_is_held_out(
@@ -415,7 +415,8 @@ def test_without_a_validation_set_one_text_in_twenty_is_held_out(
 
 
 @pytest.mark.parametrize(
-    ("number", "copies", "held"), [(1, 1, 1), (2, 1, 1), (39, 1, 1), (40, 1, 2), (20000, 1, 500)]
+    ("number", "copies", "held"),
+    [(1, 1, 1), (2, 1, 1), (39, 1, 1), (40, 1, 2), (20000, 1, 500), (100, 20, 100), (1000, 3, 150)],
 )
 def test_at_least_one_and_at_most_500_are_held_out(
     tmp_path: Path, number: int, copies: int, held: int
@@ -424,13 +425,14 @@ def test_at_least_one_and_at_most_500_are_held_out(
     tiny.write_jsonl(tmp_path, "train", texts)
     train, valid, hashes = dataset.hold_out(dataset.read(tmp_path / "train.jsonl", False), None)
     assert len(valid.rows) == held
-    assert len(train.rows) == number - held or number == held == len(train.rows)
-    assert len(hashes) in (held, 0)
+    assert len(train.rows) == number * copies - (held if number > 1 else 0)
+    assert len(hashes) == held / copies
 
 
 def test_equal_texts_are_held_out_together(tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path, "train", [str(i % 7) for i in range(140)])
     train, valid, _ = dataset.hold_out(dataset.read(tmp_path / "train.jsonl", False), None)
+    assert len(valid.rows) == 20
     sides = [{row["text"] for _, row in file.rows} for file in (train, valid)]
     assert not sides[0] & sides[1]
     assert sides[0] | sides[1] == set("0123456")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ CONTEXT_LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 # Files that decide how texts become tokens.
 TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.jinja", "generation_config.json")
+TOKENIZER_FILES += ("chat_template.json", "additional_chat_templates/*.jinja")
 
 # --- Finding ------------------------------------------------------------------------------------
 
 
-def find_model(path_or_repo: str | Path) -> Path:
+def find_model(path_or_repo: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
     """The folder of a model; a Hugging Face repository is downloaded, or found in the cache."""
     folder = Path(os.path.expanduser(path_or_repo))  # noqa: PTH111 (raises for ~nobody)
     if folder.is_dir():
@@ -42,7 +44,7 @@ def find_model(path_or_repo: str | Path) -> Path:
     if folder.exists():
         raise UserError(f"{path_or_repo} is a file; --model takes a folder or a repository id")
     try:
-        return Path(snapshot_download(path_or_repo, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(path_or_repo, allow_patterns=list(files)))
     except hub_errors.HFValidationError:
         why = "it is not the name of a repository either, OWNER/NAME"
     except hub_errors.GatedRepoError:

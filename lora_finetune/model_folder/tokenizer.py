@@ -32,10 +32,11 @@ def load(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
         tokenizer_utils.AutoTokenizer = AutoTokenizer
     of_processor = folder / "chat_template.json"  # in which transformers' tokenizers do not look
     if not wrapper.has_chat_template and of_processor.exists():
-        found = json.loads(of_processor.read_bytes())["chat_template"]
+        found = json.loads(of_processor.read_bytes()).get("chat_template")
         if isinstance(found, list):
             found = {each["name"]: each["template"] for each in found}
-        wrapper.chat_template, wrapper.has_chat_template = found, True
+        wrapper.chat_template = found
+        wrapper.has_chat_template = found is not None
     if type(wrapper._detokenizer) is NaiveStreamingDetokenizer:
         wrapper._detokenizer = Detokenizer(wrapper._tokenizer)
     return wrapper

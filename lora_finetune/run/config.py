@@ -44,7 +44,7 @@ class Config:
     mask_prompt: bool = field(metadata=RESULT)
     lora_scale: float | None = field(metadata=RESULT)
     plain: bool = field(metadata=RESULT)
-    chat_template_args: str | None = field(metadata=RESULT)
+    chat_template_args: str | None = field(metadata=TRAINING)
     lora_layers: int | None = field(metadata=TRAINING)
     lora_rank: int | None = field(metadata=TRAINING)
     epochs: int = field(metadata=TRAINING)
@@ -122,7 +122,7 @@ def read_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with an error where flags do not go together."""
     if not (args.train or args.test or args.prompt or args.export or args.show_texts):
-        parser.error("nothing to do: ask for --train, --test, --prompt or --export, or several")
+        parser.error("nothing to do: ask for --train, --test, --prompt, --export or --show-texts")
     if not all(map(is_unicode, [*(args.prompt or []), args.system or ""])):
         parser.error("argument --prompt or --system: is not UTF-8")
     if args.system and not (args.prompt and args.prompt_format in ("auto", "chat")):

@@ -221,7 +221,8 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
     """The run of a configuration, checked as far as that goes without a model.
 
     Args:
-        files: the data files, by their splits.
+        files: the data files, by their splits; without one for validation, some of the training
+            texts are put there.
 
     Raises:
         UserError: there is no such adapter, it is damaged, a run cannot save there, or nothing is

@@ -1,167 +1,23 @@
-"""Chats: messages in the forms that people have them in, and through a model's chat template."""
+"""Chats through a model's chat template, and where their messages are in its text."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_finetune.base.errors import first_line
+from lora_finetune.texts.messages import MARKS, REASONING, Message, function_of, with_arguments
 
 from transformers.utils import chat_template_utils
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-Message = dict[str, Any]
-
-# --- Reading ------------------------------------------------------------------------------------
-
-# Who speaks in ShareGPT's form, as roles; some exports have the roles themselves.
-SHAREGPT_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"
-}  # fmt: skip
-
-# Keys of messages that say whether one is learnt: OpenAI's, axolotl's and another; 0 and false say
-# that it is not, 1 and true that it is.
-MARKS = ("weight", "train", "loss")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-
-
-def read_messages(row: dict[str, Any]) -> list[Message]:
-    """The messages of a row, as templates take them.
-
-    They are in "messages", in "conversations", or in "prompt" and "completion"; each is {"role",
-    "content"} or ShareGPT's {"from", "value"}. The result has strings as contents, objects as
-    arguments of tool calls, and no null. ValueError says what is wrong where.
-    """
-    key = next((key for key in ("messages", "conversations") if row.get(key) is not None), "prompt")
-    found = row[key]
-    if key == "prompt" and isinstance(found, list) and isinstance(row["completion"], list):
-        found = found + row["completion"]
-    if not found or not is_objects(found):
-        raise ValueError(f'its "{key}" are not a list of messages')
-    messages = []
-    for number, message in enumerate(found, 1):
-        try:
-            messages.append(read_message(message))
-        except ValueError as error:
-            raise ValueError(f"message {number} of its {key}: {error}") from None
-    system = row.get("system")  # beside the conversations in some exports
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
-
-
-def read_message(found: dict[str, Any]) -> Message:
-    message = {key: value for key, value in found.items() if value is not None}
-    if message.get("from") == "function_call":  # LLaMA-Factory's: a call, or a list of them
-        calls = parse(str(message.pop("value", "")), "its function_call")
-        calls = calls if isinstance(calls, list) else [calls]
-        message |= {"from": "gpt", "tool_calls": [{"function": call} for call in calls]}
-    if "role" not in message and isinstance(speaker := message.pop("from", None), str):
-        if speaker not in SHAREGPT_ROLES:
-            raise ValueError(f'is from "{speaker:.40}", none of {", ".join(SHAREGPT_ROLES)}')
-        message["role"] = SHAREGPT_ROLES[speaker]
-        if "value" in message:
-            message.setdefault("content", message.pop("value"))
-    if not isinstance(message.get("role"), str):
-        raise ValueError("has no role")
-    if message["role"] == "function":  # OpenAI's earlier name
-        message["role"] = "tool"
-    for mark in MARKS:
-        if message.get(mark, 1) not in (0, 1):
-            raise ValueError(f'its "{mark}" is {message[mark]!r:.50}, not 0 or 1, false or true')
-    if call := message.pop("function_call", None):  # OpenAI's earlier form of a single call
-        message.setdefault("tool_calls", [{"type": "function", "function": call}])
-    if calls := message.pop("tool_calls", None):
-        if not is_objects(calls):
-            raise ValueError("its tool_calls are not a list of objects")
-        message["tool_calls"] = [read_tool_call(call) for call in calls]
-        message.setdefault("content", "")
-    message["content"] = read_content(message.get("content"))
-    return message
-
-
-def read_content(content: object) -> str:
-    """The content of a message, a string or a list of objects with text."""
-    if isinstance(content, str):
-        return content
-    if content is None:
-        raise ValueError("has no content")
-    if not is_objects(content):
-        raise ValueError(f"its content is not a string, but {content!r:.50}")
-    for item in content:
-        if item.get("type") != "text" or not isinstance(item.get("text"), str):
-            raise ValueError(f"its content has something other than text: {item!r:.50}")
-    return "".join(item["text"] for item in content)
-
-
-def read_tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call with an object of arguments, which OpenAI has as a string of JSON."""
-    if "function" in call:
-        if not isinstance(call["function"], dict):
-            raise ValueError("the function of a tool call is not an object")
-        return call | {"function": read_tool_call(call["function"])}
-    arguments = call.get("arguments") or "{}"
-    if isinstance(arguments, str):
-        arguments = parse(arguments.strip() or "{}", "the arguments of a tool call")
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments of a tool call are not an object")
-    return call | {"arguments": arguments}
-
-
-def read_tools(row: dict[str, Any]) -> list[dict] | None:
-    """The tools of a row, a list or a string of JSON, as OpenAI has them; None without any.
-
-    OpenAI's earlier "functions" and LLaMA-Factory's tools are the functions themselves.
-    """
-    key = "functions" if row.get("tools") is None else "tools"
-    tools = row.get(key)
-    if isinstance(tools, str):
-        tools = parse(tools.strip() or "null", f'its "{key}"')
-    if not tools:
-        return None
-    if not is_objects(tools):
-        raise ValueError(f'its "{key}" are not a list of objects')
-    are_whole = ["function" in tool or "type" in tool for tool in tools]
-    return [
-        tool if is_whole else {"type": "function", "function": tool}
-        for tool, is_whole in zip(tools, are_whole, strict=True)
-    ]
-
-
-def read_arguments(row: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that a row has for the chat template, an object or a string of JSON."""
-    found = row.get("chat_template_kwargs") or {}
-    found = parse(found, 'its "chat_template_kwargs"') if isinstance(found, str) else found
-    if not isinstance(found, dict):
-        raise ValueError('its "chat_template_kwargs" are not an object')
-    return found
-
-
-def is_learnt(message: Message) -> bool:
-    return all(message.get(mark, 1) for mark in MARKS)
-
-
-def is_objects(value: object) -> bool:
-    """Whether a JSON value is a list of objects."""
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-def parse(text: str, what: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{what}: a string that is not JSON") from None
-
-
-# --- Through the template -----------------------------------------------------------------------
 
 Span = tuple[int, int]  # start and end, in characters
 
@@ -176,12 +32,18 @@ class Chat(NamedTuple):
     def until(self, end: int) -> Chat:
         return self._replace(messages=self.messages[:end])
 
-    def saying(self, number: int, content: str) -> Chat:
-        """The chat with another content, and nothing else, in one of its messages."""
-        other = {"role": self.messages[number]["role"], "content": content}
+    def changed(self, number: int, message: Message) -> Chat:
+        """The chat with another message in the place of one."""
         return self._replace(
-            messages=[*self.messages[:number], other, *self.messages[number + 1 :]]
+            messages=[*self.messages[:number], message, *self.messages[number + 1 :]]
         )
+
+
+class CallForm(NamedTuple):
+    """How a template takes tool calls."""
+
+    json_arguments: bool = False  # as JSON text, not as an object
+    null_content: bool = False  # where there is none, which is else an empty string
 
 
 @dataclass
@@ -195,42 +57,60 @@ class Template:
     tokenizer: TokenizerWrapper
     arguments: dict[str, Any] = field(default_factory=dict)  # where a row has none of its own
     now: datetime | None = None  # the time that it may put into texts; None: the present
-    takes_json: bool = False  # whether the arguments of tool calls are JSON text for it
+    call_form: CallForm | None = None  # how it takes tool calls, once that is known
 
     @property
     def has_date(self) -> bool:
         return "strftime_now" in str(self.tokenizer.chat_template)
 
     def render(self, chat: Chat, **options: bool) -> str:
-        """The text of a chat; raises ValueError where the template does not take it.
+        """The text of a chat; raises ValueError where the template does not take it."""
+        if self.call_form is None and any("tool_calls" in message for message in chat.messages):
+            self.call_form = self.find_call_form(chat)
+        try:
+            return self.apply(chat, self.call_form or CallForm(), options)
+        except Exception as error:  # a template may raise anything
+            raise ValueError(
+                f"the model's chat template does not take it: {first_line(error)} "
+                "(--chat-template-args can change what it takes)"
+            ) from None
 
-        Some templates take the arguments of a tool call as an object, and some as JSON text, which
-        they join to a string. They refuse the other form, or show an object in Python's words.
+    def find_call_form(self, chat: Chat) -> CallForm | None:
+        """The form in which a template shows the calls of a chat, tried with made-up arguments.
+
+        Templates take the arguments as an object, or as JSON text, which they join to a string;
+        some of DeepSeek's show calls only where the content is null. None where none shows them.
         """
-        refused = None
-        calls = [call for m in chat.messages for call in m.get("tool_calls", [])]
-        objects = [
-            str(arguments) for call in calls if (arguments := function_of(call)["arguments"])
-        ]
-        for takes_json in (self.takes_json, not self.takes_json)[: 2 if calls else 1]:
-            try:
-                text = self.apply(chat, takes_json, options)
-            except Exception as error:  # a template may raise anything
-                refused = refused or first_line(error)
-                continue
-            if takes_json or not any(shown in text for shown in objects):
-                self.takes_json = takes_json
-                return text
-        raise ValueError(f"the model's chat template does not take it: {refused}")
+        probe = {"probed": "probe"}
+        for number, message in enumerate(chat.messages):
+            if "tool_calls" in message:
+                calls = [with_arguments(call, probe) for call in message["tool_calls"]]
+                chat = chat.changed(number, message | {"tool_calls": calls})
+        for form in (CallForm(j, n) for n in (False, True) for j in (False, True)):
+            with suppress(Exception):
+                text = self.apply(chat, form, {})
+                if "probed" in text and str(probe) not in text and json.dumps('"') not in text:
+                    return form
+        return None
 
-    def apply(self, chat: Chat, takes_json: bool, options: dict[str, bool]) -> str:
-        messages = [for_template(message, takes_json) for message in chat.messages]
+    def apply(self, chat: Chat, form: CallForm, options: dict[str, bool]) -> str:
+        messages = [for_template(message, form) for message in chat.messages]
         options = self.arguments | chat.arguments | options
         if in_python := self.tokenizer._chat_template:  # one of mlx-lm's own
             return in_python(messages, tools=chat.tools, **options)
-        apply = self.tokenizer._tokenizer.apply_chat_template
+        tokenizer = self.tokenizer._tokenizer
         with time_is(self.now):
-            return apply(messages, tools=chat.tools, tokenize=False, **options)
+            if not form.null_content:
+                return tokenizer.apply_chat_template(
+                    messages, tools=chat.tools, tokenize=False, **options
+                )
+            # apply_chat_template takes nulls away.
+            template = tokenizer.get_chat_template(tools=chat.tools)
+            options = tokenizer.special_tokens_map | options
+            [text], _ = chat_template_utils.render_jinja_template(
+                [messages], chat.tools, chat_template=template, **options
+            )
+            return text
 
     def try_render(self, chat: Chat, **options: bool) -> str:
         """As `render`, but "" where the template does not take the messages."""
@@ -250,7 +130,8 @@ class Template:
             found = {name: shown.find(field, end) for name, field in fields.items()}
             end = max([end, *(at + len(fields[name]) for name, at in found.items() if at >= 0)])
             if -1 in found.values():
-                if self.try_render(chat.saying(number, "")) == text:
+                blank = {"role": message["role"], "content": ""}
+                if self.try_render(chat.changed(number, blank)) == text:
                     raise ValueError(
                         f"the model's chat template puts message {number + 1}, of the role "
                         f'"{message["role"]:.40}", nowhere in its text'
@@ -265,35 +146,54 @@ class Template:
     def find(self, chat: Chat, text: str, number: int) -> Span | None:
         """Where a message is in the text of its chat, with what closes it; None if that is unsure.
 
-        An answer starts after the generation prompt, and ends where the text of the messages up to
-        it does. Templates that change earlier messages when more follow have no such places: then
-        they are where the text changes when the message says something else, and what closes the
-        message is what the two texts have in common behind it.
+        An answer starts after the generation prompt, and ends where the text of the chat ends if no
+        more follows. Templates that change earlier messages when more follow have no such places:
+        then they are found by what changes with the message.
         """
-        before, through = chat.until(number), chat.until(number + 1)
-        opened, prompt = self.opened(before) if number else ("", "")
-        closed = text
-        if len(chat.messages) > number + 1:
-            closed = self.try_render(through, add_generation_prompt=True) if prompt else ""
-            if not closed.endswith(prompt or "\0"):
-                closed, prompt = self.try_render(through), ""
-            closed = closed[: len(closed) - len(prompt)]
-        is_answer = chat.messages[number]["role"] == "assistant"
-        starts = is_answer and opened and text.startswith(opened)
-        ends = closed and text.startswith(closed)
-        if starts and ends:
-            span = len(opened), len(closed)
-        elif found := self.changing(chat, text, number):
-            alone = self.changing(through, closed, number) if closed and not ends else None
-            closing = commonprefix(text[found[1] :], closed[alone[1] :]) if alone else 0
-            span = len(opened) if starts else found[0], found[1] + closing
-            span = span if not ends else (span[0], len(closed))
-        else:
-            return None
-        return span if span[0] < span[1] else None
+        start = self.find_start(chat, text, number)
+        end = None if start is None else self.find_end(chat, text, number, start)
+        return None if end is None or end <= start else (start, end)
 
-    def opened(self, chat: Chat) -> tuple[str, str]:
-        """The text of a chat with the generation prompt, and that alone, "" where it is unsure.
+    def find_start(self, chat: Chat, text: str, number: int) -> int | None:
+        message, before = chat.messages[number], chat.until(number)
+        if message["role"] == "assistant" and number:
+            opened = self.try_render(before, add_generation_prompt=True)
+            if opened and text.startswith(opened):
+                return len(opened)
+        thoughts = [name for name in REASONING if name in message]
+        without = {name: value for name, value in message.items() if name not in thoughts}
+        for kept in (without, message) if thoughts else (message,):
+            others = [
+                kept | dict.fromkeys(["content", *(n for n in thoughts if n in kept)], other)
+                for other in "ab"
+            ]
+            if span := self.find_change(chat, text, number, others):
+                return span[0]
+        return None
+
+    def find_end(self, chat: Chat, text: str, number: int, start: int) -> int | None:
+        """Where a message that starts there ends: behind what closes it.
+
+        That is what the text has in common behind the message with the text that ends in it.
+        """
+        message, through = chat.messages[number], chat.until(number + 1)
+        if number + 1 == len(chat.messages):
+            return len(text)
+        closed = self.without_prompt(through, self.generation_prompt(chat.until(number)))
+        if len(closed) > start and text.startswith(closed):
+            return len(closed)
+        others = [message | {"content": other} for other in "ab"]
+        if calls := message.get("tool_calls"):
+            changed = [with_arguments(calls[-1], {"a": other}) for other in "ab"]
+            others = [message | {"tool_calls": [*calls[:-1], call]} for call in changed]
+        span = self.find_change(chat, text, number, others)
+        alone = self.find_change(through, closed, number, others)
+        if not span:
+            return None
+        return span[1] + (num_common(text[span[1] :], closed[alone[1] :]) if alone else 0)
+
+    def generation_prompt(self, chat: Chat) -> str:
+        """What an answer to a chat begins behind, "" where that is unsure.
 
         Some templates end a text without a generation prompt in the end-of-text token.
         """
@@ -301,21 +201,30 @@ class Template:
         for end in ("", self.tokenizer.eos_token or ""):
             start = before.removesuffix(end)
             if start and opened.startswith(start):
-                return opened, opened[len(start) :]
-        return opened, ""
+                return opened[len(start) :]
+        return ""
 
-    def changing(self, chat: Chat, text: str, number: int) -> Span | None:
-        """Where the text of a chat changes when a message says something else, if it may."""
+    def without_prompt(self, chat: Chat, prompt: str) -> str:
+        """The text of a chat as if more followed, without the generation prompt at its end."""
+        opened = self.try_render(chat, add_generation_prompt=True) if prompt else ""
+        return (
+            opened.removesuffix(prompt)
+            if opened.endswith(prompt or "\0")
+            else self.try_render(chat)
+        )
+
+    def find_change(self, chat: Chat, text: str, number: int, others: list[Message]) -> Span | None:
+        """Where the text of a chat changes with others in the place of a message; None: nowhere."""
         start = same_end = len(text)
-        for other in "ab":
-            changed = self.try_render(chat.saying(number, other))
+        for other in others:
+            changed = self.try_render(chat.changed(number, other))
             if not changed:
                 return None
             if changed != text:
-                same = commonprefix(text, changed)
+                same = num_common(text, changed)
                 start = min(start, same)
-                same_end = min(same_end, commonprefix(text[same:][::-1], changed[same:][::-1]))
-        return start, len(text) - same_end
+                same_end = min(same_end, num_common(text[same:][::-1], changed[same:][::-1]))
+        return (start, len(text) - same_end) if start < len(text) else None
 
 
 def template_of(tokenizer: TokenizerWrapper, arguments: str | None = None) -> Template | None:
@@ -337,21 +246,21 @@ def time_is(now: datetime | None) -> Iterator[None]:
         chat_template_utils.datetime = present
 
 
-def for_template(message: Message, takes_json: bool) -> Message:
-    """A message without the marks that are not for templates."""
+def for_template(message: Message, form: CallForm) -> Message:
+    """A message without the marks that are not for templates, its calls in the given form."""
     found = {key: value for key, value in message.items() if key not in MARKS}
-    if takes_json and "tool_calls" in found:
-        found["tool_calls"] = [with_json(call) for call in found["tool_calls"]]
+    if "tool_calls" in found and form.json_arguments:
+        texts = [
+            json.dumps(function_of(c)["arguments"], ensure_ascii=False) for c in found["tool_calls"]
+        ]
+        calls = zip(found["tool_calls"], texts, strict=True)
+        found["tool_calls"] = [with_arguments(call, text) for call, text in calls]
+    if "tool_calls" in found and form.null_content and not found["content"]:
+        found["content"] = None
     return found
 
 
-def with_json(call: dict[str, Any]) -> dict[str, Any]:
-    if "function" in call:
-        return call | {"function": with_json(call["function"])}
-    return call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-
-
-def commonprefix(one: str, other: str) -> int:
+def num_common(one: str, other: str) -> int:
     """The number of characters that two texts have in common at their start."""
     return len(os.path.commonprefix([one, other]))
 
@@ -362,11 +271,6 @@ def strings_of(message: Message) -> dict[str, str]:
     for number, call in enumerate(message.get("tool_calls", []), 1):
         fields[f"tool call {number}"] = function_of(call).get("name")
     return {name: squeeze(field) for name, field in fields.items() if isinstance(field, str)}
-
-
-def function_of(tool: dict[str, Any]) -> dict[str, Any]:
-    """The function in a tool or a tool call; in some forms it is that itself."""
-    return tool["function"] if isinstance(tool.get("function"), dict) else tool
 
 
 def squeeze(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 
 from lora_finetune.base.errors import UserError, abbreviated, first_line, hint, is_unicode, warn
 from lora_finetune.base.files import file_checksum
-from lora_finetune.texts.chat import (
+from lora_finetune.texts.chat import Chat, Span, Template
+from lora_finetune.texts.messages import (
     REASONING,
-    Chat,
     Message,
-    Span,
-    Template,
     is_learnt,
     read_arguments,
     read_messages,
@@ -66,6 +64,7 @@ class File:
     rows: deque[tuple[int, Row]]  # with line numbers; `render_rows` frees them one by one
     kind: str  # "messages", "prompt and completion", "text"; "questions" if all texts are such
     checksum: str  # SHA-256 of its bytes
+    arguments: dict[str, Any]  # of the chat template, if all rows have the same
 
 
 def read(path: Path, mask_prompt: bool) -> File:
@@ -81,7 +80,7 @@ def read(path: Path, mask_prompt: bool) -> File:
                 first, first_kind = (first, first_kind) if first_kind else (number, kind)
                 if kind != first_kind:
                     raise ValueError(f"has {kind}, but line {first} has {first_kind}")
-                if not leaves_something(row, mask_prompt):
+                if is_skipped(row, mask_prompt):
                     skipped.append(number)
                     continue
                 rows.append((number, row))
@@ -103,7 +102,9 @@ def read(path: Path, mask_prompt: bool) -> File:
             "since all that counts is marked with weight 0 or the like; they are left out"
         )
     kind = "questions" if num_questions == len(rows) else first_kind
-    return File(path, rows, kind, checksum)
+    arguments = [row.get("chat_template_kwargs", {}) for _, row in rows]
+    same = all(each == arguments[0] for each in arguments)
+    return File(path, rows, kind, checksum, arguments[0] if same else {})
 
 
 def hold_out(train: File, held: list[str] | None) -> tuple[File, File, list[str]]:
@@ -117,16 +118,25 @@ def hold_out(train: File, held: list[str] | None) -> tuple[File, File, list[str]
     Returns:
         What is left to train on, what is held out, and its hashes.
     """
-    hashes = [blake2b(json.dumps(r).encode(), digest_size=8).hexdigest() for _, r in train.rows]
-    distinct = sorted(set(hashes))
-    number = min(max(1, len(hashes) // 20), 500, len(distinct) - 1)
-    chosen = set(held or ()).intersection(hashes) or set(distinct[:number])
-    pairs = list(zip(hashes, train.rows, strict=True))
-    valid = deque(row for digest, row in pairs if digest in chosen or not number)
-    rest = deque(row for digest, row in pairs if digest not in chosen)
+    rows = [
+        (blake2b(json.dumps(row).encode(), digest_size=8).hexdigest(), (number, row))
+        for number, row in train.rows
+    ]
+    counts = Counter(digest for digest, _ in rows)
+    chosen, room = counts.keys() & set(held or ()), min(max(1, len(rows) // 20), 500)
+    if not chosen or len(chosen) == len(counts):
+        chosen = set()
+        for digest in sorted(counts):
+            if counts[digest] <= room:
+                chosen.add(digest)
+                room -= counts[digest]
+        chosen = chosen or {min(counts, key=counts.__getitem__)}
+    valid = deque(row for digest, row in rows if digest in chosen)
+    rest = deque(row for digest, row in rows if digest not in chosen) or train.rows
     hint(
-        f"there is no {train.path.with_name('valid.jsonl')}, so {len(valid)} of the {len(pairs)} "
-        "texts to train on, chosen by their hashes, are held out for validation"
+        f"there is no {train.path.with_name('valid.jsonl')}, so {len(valid)} of the {len(rows)} "
+        "texts in train.jsonl, chosen by their hashes, are for validation"
+        + (" too" if rest is train.rows else ", held out of training")
     )
     return replace(train, rows=rest), replace(train, rows=valid), sorted(chosen)
 
@@ -196,10 +206,10 @@ def check_answers(messages: list[Message]) -> None:
             raise ValueError(f"message {number} of its messages: the assistant's is empty")
 
 
-def leaves_something(row: Row, mask_prompt: bool) -> bool:
-    """Whether something of a row is learnt, by the marks of its messages."""
+def is_skipped(row: Row, mask_prompt: bool) -> bool:
+    """Whether all messages of a row that would count are marked as not to be learnt."""
     counting = [m for m in row.get("messages", []) if not mask_prompt or m["role"] == "assistant"]
-    return not counting or any(map(is_learnt, counting))
+    return bool(counting) and not any(map(is_learnt, counting))
 
 
 # --- Text ---------------------------------------------------------------------------------------
@@ -255,10 +265,12 @@ def render_chat(chat: Chat, template: Template | None, mask_prompt: bool) -> Tex
         whole = template.render(chat)
     learnt = [i for i in answers if is_learnt(chat.messages[i])]
     spans = [template.find(chat, whole, number) for number in learnt]
-    if None in spans:
-        spans = [span for span in spans[-1:] if span]
-        return Text(whole, spans, True, left_out, last_only=True)
-    return Text(whole, spans, True, left_out)
+    found = [span for span in spans if span]
+    if not found:
+        raise ValueError("no answer's place is sure in what the model's chat template makes of it")
+    if len(found) < len(spans):
+        return Text(whole, found[-1:], True, left_out, last_only=True)
+    return Text(whole, found, True, left_out)
 
 
 def between(spans: list[Span], length: int) -> list[Span]:
@@ -287,6 +299,6 @@ def render_rows(file: File, template: Template | None, mask_prompt: bool) -> Ite
     if last_only:
         warn(
             f"{file.path}: in {len(last_only)} of {total} chats, the first in line {last_only[0]}, "
-            "the places of all answers cannot be found in what the model's chat template makes of "
-            "it, so --mask-prompt counts only the last one"
+            "the places of some answers cannot be found in what the model's chat template makes of "
+            "it, so --mask-prompt counts only the last that can"
         )

@@ -14,8 +14,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from lora_finetune.base.errors import UserError, first_line
-from lora_finetune.texts.chat import is_objects
 from lora_finetune.texts.dataset import Row, check_format, read_json_lines
+from lora_finetune.texts.messages import is_objects
 
 import datasets
 import pyarrow as pa

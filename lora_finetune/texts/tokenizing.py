@@ -208,11 +208,15 @@ def load(
     if add_eos and files and tokenizer.eos_token_id is None:
         warn("the tokenizer has no end-of-text token, so texts end without one")
         add_eos = False
-    examples = {}
+    examples, first = {}, next(iter(files), None)
     for split, file in files.items():
         texts = render_rows(file, template, mask_prompt)
         bar = tqdm(texts, f"Tokenizing {file.path.name}", len(file.rows), leave=False, disable=None)
         examples[split] = tokenize(bar, tokenizer, add_eos, max_length)
+        held_out = split != first and file.path == files[first].path
+        if held_out and not examples[split].num_targets.any():
+            warn(f"what is held out of {file.path} has nothing to learn, so all is validated on")
+            examples[split] = examples[first]
         check_tokens(examples[split].tokens, vocabulary_size, file.path)
         check_lengths(examples[split], file.path, max_length)
     tokenizer.as_built = None  # for comparing only

@@ -1,0 +1,164 @@
+"""Chats: messages, tools and the rest of a row in the forms that people have them in."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+Message = dict[str, Any]
+
+# Who speaks in ShareGPT's form, as roles; some exports have the roles themselves.
+SHAREGPT_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"
+}  # fmt: skip
+
+# Keys of messages that say whether one is learnt: OpenAI's, axolotl's and another; 0 and false say
+# that it is not, 1 and true that it is.
+MARKS = ("weight", "train", "loss")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+KWARGS = 'its "chat_template_kwargs"'
+
+
+def read_messages(row: dict[str, Any]) -> list[Message]:
+    """The messages of a row, as templates take them.
+
+    They are in "messages", in "conversations", or in "prompt" and "completion"; each is {"role",
+    "content"} or ShareGPT's {"from", "value"}. The result has strings as contents, objects as
+    arguments of tool calls, and no null. ValueError says what is wrong where.
+    """
+    key = next((key for key in ("messages", "conversations") if row.get(key) is not None), "prompt")
+    found = row[key]
+    if key == "prompt" and isinstance(found, list) and isinstance(row["completion"], list):
+        found = found + row["completion"]
+    if not found or not is_objects(found):
+        raise ValueError(f'its "{key}" are not a list of messages')
+    messages = []
+    for number, message in enumerate(found, 1):
+        try:
+            messages.append(read_message(message))
+        except ValueError as error:
+            raise ValueError(f"message {number} of its {key}: {error}") from None
+    system = row.get("system")  # beside the conversations in some exports
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def read_message(found: dict[str, Any]) -> Message:
+    message = {key: value for key, value in found.items() if value is not None}
+    if message.get("from") == "function_call":  # LLaMA-Factory's: a call, or a list of them
+        calls = parse(str(message.pop("value", "")), "its function_call")
+        calls = calls if isinstance(calls, list) else [calls]
+        message |= {"from": "gpt", "tool_calls": [{"function": call} for call in calls]}
+    if "role" not in message and isinstance(speaker := message.pop("from", None), str):
+        if speaker not in SHAREGPT_ROLES:
+            raise ValueError(f'is from "{speaker:.40}", none of {", ".join(SHAREGPT_ROLES)}')
+        message["role"] = SHAREGPT_ROLES[speaker]
+        if "value" in message:
+            message.setdefault("content", message.pop("value"))
+    if not isinstance(message.get("role"), str):
+        raise ValueError("has no role")
+    if message["role"] == "function":  # OpenAI's earlier name
+        message["role"] = "tool"
+    for mark in MARKS:
+        if message.get(mark, 1) not in (0, 1):
+            raise ValueError(f'its "{mark}" is {message[mark]!r:.50}, not 0 or 1, false or true')
+    if call := message.pop("function_call", None):  # OpenAI's earlier form of a single call
+        message.setdefault("tool_calls", [{"type": "function", "function": call}])
+    if calls := message.pop("tool_calls", None):
+        if not is_objects(calls):
+            raise ValueError("its tool_calls are not a list of objects")
+        message["tool_calls"] = [read_tool_call(call) for call in calls]
+        message.setdefault("content", "")
+    message["content"] = read_content(message.get("content"))
+    return message
+
+
+def read_content(content: object) -> str:
+    """The content of a message, a string or a list of objects with text."""
+    if isinstance(content, str):
+        return content
+    if content is None:
+        raise ValueError("has no content")
+    if not is_objects(content):
+        raise ValueError(f"its content is not a string, but {content!r:.50}")
+    for item in content:
+        if item.get("type") != "text" or not isinstance(item.get("text"), str):
+            raise ValueError(f"its content has something other than text: {item!r:.50}")
+    return "".join(item["text"] for item in content)
+
+
+def read_tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with an object of arguments, which OpenAI has as a string of JSON."""
+    if "function" in call:
+        if not isinstance(call["function"], dict):
+            raise ValueError("the function of a tool call is not an object")
+        return call | {"function": read_tool_call(call["function"])}
+    arguments = call.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        arguments = parse(arguments.strip() or "{}", "the arguments of a tool call")
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments of a tool call are not an object")
+    return call | {"arguments": arguments}
+
+
+def read_tools(row: dict[str, Any]) -> list[dict] | None:
+    """The tools of a row, a list or a string of JSON, as OpenAI has them; None without any.
+
+    OpenAI's earlier "functions" and LLaMA-Factory's tools are the functions themselves, and the
+    tools of its newer interface have the function's keys beside their type.
+    """
+    for key in ("tools", "functions"):
+        tools = row.get(key)
+        if isinstance(tools, str):
+            tools = parse(tools.strip() or "null", f'its "{key}"')
+        if tools and not is_objects(tools):
+            raise ValueError(f'its "{key}" are not a list of objects')
+        if tools:
+            return [
+                tool
+                if "function" in tool
+                else {
+                    "type": "function",
+                    "function": {k: v for k, v in tool.items() if k != "type"},
+                }
+                for tool in tools
+            ]
+    return None
+
+
+def read_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a row has for the chat template, an object or a string of JSON."""
+    found = row.get("chat_template_kwargs")
+    found = parse(found.strip() or "{}", KWARGS) if isinstance(found, str) else found
+    if not isinstance(found or {}, dict):
+        raise ValueError(f"{KWARGS} are not an object")
+    return found or {}
+
+
+def is_learnt(message: Message) -> bool:
+    return all(message.get(mark, 1) for mark in MARKS)
+
+
+def is_objects(value: object) -> bool:
+    """Whether a JSON value is a list of objects."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def parse(text: str, what: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{what}: a string that is not JSON") from None
+
+
+def function_of(tool: dict[str, Any]) -> dict[str, Any]:
+    """The function in a tool or a tool call; in some forms it is that itself."""
+    return tool["function"] if isinstance(tool.get("function"), dict) else tool
+
+
+def with_arguments(call: dict[str, Any], arguments: object) -> dict[str, Any]:
+    """A tool call with other arguments."""
+    if "function" in call:
+        return call | {"function": with_arguments(call["function"], arguments)}
+    return call | {"arguments": arguments}
