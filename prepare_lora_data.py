@@ -27,14 +27,9 @@ from lora_finetune.base.command_line import Parser, in_project, nonempty, number
 from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
 from lora_finetune.base.files import atomic_write, composed, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
+from lora_finetune.texts import messages as chats
 from lora_finetune.texts.dataset import Row, join_question, question_of
-from lora_finetune.texts.messages import (
-    is_learnt,
-    is_objects,
-    read_arguments,
-    read_messages,
-    read_tools,
-)
+from lora_finetune.texts.messages import is_objects, read_messages
 from lora_finetune.texts.sources import Note, advice_on, find_files, named_speaker, read_rows
 
 from tqdm import tqdm
@@ -264,7 +259,7 @@ def make_turns(note: Note, row: Row) -> Iterator[Example]:
     turns = [
         (asked["content"].strip(), answered["content"].strip())
         for asked, answered in pairwise(messages)
-        if (asked["role"], answered["role"]) == ("user", "assistant") and is_learnt(answered)
+        if (asked["role"], answered["role"]) == ("user", "assistant") and chats.is_learnt(answered)
     ]
     if len(messages) > 2 * len(turns):
         note(
@@ -288,7 +283,7 @@ def messages_in(row: Row, note: Note) -> list[Row]:
 def make_chat(note: Note, row: Row) -> list[Example]:
     """A chat as it is; one without a question or an answer has an empty side."""
     messages = messages_in(row, note)
-    others = {"tools": read_tools(row), "chat_template_kwargs": read_arguments(row)}
+    others = {"tools": chats.read_tools(row), "chat_template_kwargs": chats.read_arguments(row)}
     asked = [m["content"].strip() for m in messages if m["role"] == "user"]
     answers = [m for m in messages if m["role"] == "assistant"]
     if not (any(asked) and any(m["content"].strip() or "tool_calls" in m for m in answers)):
