@@ -100,9 +100,9 @@ def assert_equal_to_rounding(folder: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(args: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 50 iterations by a single process."""
+    """A run of 23 iterations by a single process."""
     folder = tmp_path_factory.mktemp("alone")
-    process = background.start(folder, *args, "--test", "--iters", 50)
+    process = background.start(folder, *args, "--test", "--iters", 23)
     process.join()
     assert process.exitcode == 0
     return folder
@@ -113,7 +113,7 @@ def test_several_processes_do_what_one_does(
     args: list[object], alone: Path, tmp_path: Path, size: int
 ) -> None:
     """The last batch of an epoch has one text, so that some of them have none of it."""
-    assert join(launch(tmp_path, size, *args, "--test", "--iters", 50)) == [0] * size
+    assert join(launch(tmp_path, size, *args, "--test", "--iters", 23)) == [0] * size
     assert_equal_to_rounding(tmp_path, alone)
     out, err = printed(tmp_path, "out"), printed(tmp_path, "err")
     assert [line.split(",")[0] for line in out[0]] == [
@@ -126,11 +126,11 @@ def test_a_run_goes_on_with_another_number_of_processes(
     args: list[object], alone: Path, tmp_path: Path
 ) -> None:
     resume = ["--resume-adapter-file", "a.npz", "--test"]
-    assert join(launch(tmp_path, 4, *args, "--iters", 18)) == [0] * 4
-    process = background.start(tmp_path, *args, *resume[:2], "--iters", 33)
+    assert join(launch(tmp_path, 4, *args, "--iters", 8)) == [0] * 4
+    process = background.start(tmp_path, *args, *resume[:2], "--iters", 15)
     process.join()
     assert process.exitcode == 0
-    assert join(launch(tmp_path, 2, *args, *resume, "--iters", 50)) == [0] * 2
+    assert join(launch(tmp_path, 2, *args, *resume, "--iters", 23)) == [0] * 2
     found, expected = (npz.read_arrays(path / "a.npz") for path in (tmp_path, alone))
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
@@ -260,9 +260,9 @@ def test_a_full_disk_ends_all(args: list[object], tmp_path: Path) -> None:
 
 @pytest.fixture
 def long_texts(tmp_path: Path) -> list[object]:
-    """The arguments of a run on texts of some 480 tokens, whose memory is more than the model's."""
+    """The arguments of a run on texts of 243 tokens, whose memory is more than the model's."""
     for split in ("train", "valid"):
-        tiny.write_jsonl(tmp_path, split, [f"{i} " + "물은 H2O. " * 40 for i in range(8)])
+        tiny.write_jsonl(tmp_path, split, [f"{i} " + "물은 H2O. " * 20 for i in range(8)])
     return ["--data", tmp_path, "--batch-size", 8, "--iters", 3, "--learning-rate", "1e-3"]
 
 
@@ -273,7 +273,7 @@ def test_where_the_memory_of_one_does_not_do_all_end(
     assert join(launch(tmp_path, 2, *args, *long_texts, of=little), SOON) == [2, 2]
     [first, other] = printed(tmp_path, "err")
     assert len(other) == 1
-    assert re.match(r"error: process 1 \(on .*\): a text of 483 tokens takes more memory", other[0])
+    assert re.match(r"error: process 1 \(on .*\): a text of 243 tokens takes more memory", other[0])
     assert re.match(r"error: process 1 \(on .*\) has failed or was interrupted", first[-1])
     assert not (tmp_path / "a.npz").exists()
 
