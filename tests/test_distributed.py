@@ -187,16 +187,16 @@ def assert_saved_whole(folder: Path) -> int:
 
 @pytest.mark.parametrize("number", range(int(os.environ.get("STOPS", 1))))
 @pytest.mark.parametrize("kind", ["one", "all"])
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("signal_number", "size"), [(signal.SIGINT, 2), (signal.SIGTERM, 4)])
 def test_a_signal_to_one_or_all_stops_all_and_the_first_saves(
-    args: list[object], tmp_path: Path, signal_number: int, kind: str, number: int
+    args: list[object], tmp_path: Path, signal_number: int, size: int, kind: str, number: int
 ) -> None:
     rng = random.Random(number)
-    processes = launch(tmp_path, 4, *args, *LONG)
+    processes = launch(tmp_path, size, *args, *LONG)
     wait_for_iteration(tmp_path, processes, rng)
     for process in processes if kind == "all" else [rng.choice(processes)]:
         os.kill(process.pid, signal_number)
-    assert join(processes, SOON) == [128 + signal_number] * 4
+    assert join(processes, SOON) == [128 + signal_number] * size
     out, err = printed(tmp_path, "out"), printed(tmp_path, "err")
     iteration = assert_saved_whole(tmp_path)
     assert f"interrupted: iteration {iteration} is saved" in err[0][-1]
@@ -242,8 +242,8 @@ def test_where_one_answers_no_more_a_stop_ends_the_first_which_saves(
 def test_a_loss_that_is_not_finite_ends_all_with_one_line(
     args: list[object], tmp_path: Path
 ) -> None:
-    codes = join(launch(tmp_path, 4, *args, *LONG, "--learning-rate", "1e38"), SOON)
-    assert codes == [2] * 4
+    codes = join(launch(tmp_path, 3, *args, *LONG, "--learning-rate", "1e38"), SOON)
+    assert codes == [2] * 3
     err = printed(tmp_path, "err")
     assert "is not finite" in err[0][-1]
     assert not any(err[1:])
@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_line(
 
 def test_a_full_disk_ends_all(args: list[object], tmp_path: Path) -> None:
     sizes = {0: {"largest_file": 20_000}}
-    assert join(launch(tmp_path, 4, *args, *LONG, of=sizes), SOON) == [2] * 4
+    assert join(launch(tmp_path, 3, *args, *LONG, of=sizes), SOON) == [2] * 3
     err = printed(tmp_path, "err")
     assert err[0][-1].startswith("error: a.")
     assert "File too large" in err[0][-1]
