@@ -100,9 +100,9 @@ def assert_equal_to_rounding(folder: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(args: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 23 iterations by a single process."""
+    """A run of 13 iterations by a single process."""
     folder = tmp_path_factory.mktemp("alone")
-    process = background.start(folder, *args, "--test", "--iters", 23)
+    process = background.start(folder, *args, "--test", "--iters", 13)
     process.join()
     assert process.exitcode == 0
     return folder
@@ -113,7 +113,7 @@ def test_several_processes_do_what_one_does(
     args: list[object], alone: Path, tmp_path: Path, size: int
 ) -> None:
     """The last batch of an epoch has one text, so that some of them have none of it."""
-    assert join(launch(tmp_path, size, *args, "--test", "--iters", 23)) == [0] * size
+    assert join(launch(tmp_path, size, *args, "--test", "--iters", 13)) == [0] * size
     assert_equal_to_rounding(tmp_path, alone)
     out, err = printed(tmp_path, "out"), printed(tmp_path, "err")
     assert [line.split(",")[0] for line in out[0]] == [
@@ -126,11 +126,11 @@ def test_a_run_goes_on_with_another_number_of_processes(
     args: list[object], alone: Path, tmp_path: Path
 ) -> None:
     resume = ["--resume-adapter-file", "a.npz", "--test"]
-    assert join(launch(tmp_path, 4, *args, "--iters", 8)) == [0] * 4
-    process = background.start(tmp_path, *args, *resume[:2], "--iters", 15)
+    assert join(launch(tmp_path, 4, *args, "--iters", 4)) == [0] * 4
+    process = background.start(tmp_path, *args, *resume[:2], "--iters", 9)
     process.join()
     assert process.exitcode == 0
-    assert join(launch(tmp_path, 2, *args, *resume, "--iters", 23)) == [0] * 2
+    assert join(launch(tmp_path, 2, *args, *resume, "--iters", 13)) == [0] * 2
     found, expected = (npz.read_arrays(path / "a.npz") for path in (tmp_path, alone))
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
@@ -203,14 +203,14 @@ def test_a_signal_to_one_or_all_stops_all_and_the_first_saves(
     assert not any([*out[1:], *err[1:]])
 
 
-@pytest.mark.parametrize("number", range(int(os.environ.get("STOPS", 3))))
+@pytest.mark.parametrize("number", range(int(os.environ.get("STOPS", 2))))
 def test_where_one_is_killed_the_others_end_and_what_was_saved_is_whole(
     args: list[object], tmp_path: Path, number: int
 ) -> None:
     rng = random.Random(number)
     processes = launch(tmp_path, 4, *args, *LONG)
     wait_for_iteration(tmp_path, processes, rng)
-    dead = number % 4
+    dead = (0, 2, 1, 3)[number % 4]
     processes[dead].kill()
     codes = join(processes, SOON)
     assert codes == [-signal.SIGKILL if rank == dead else 2 for rank in range(4)]
