@@ -18,10 +18,14 @@ import mlx.core as mx
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# What a run imports where it comes to it, once for all runs here.
+LATER = ["matplotlib.figure", "matplotlib.backends.backend_agg", "mlx_lm.models.llama"]
+LATER += ["transformers.models.llama.configuration_llama"]
+
 # Processes are forked from one that has imported the program, which takes two seconds, once. Not
 # on a GPU, which a process does not share with one that it is forked from.
 CONTEXT = multiprocessing.get_context("spawn" if mx.default_device() == mx.gpu else "forkserver")
-CONTEXT.set_forkserver_preload(["background", "train_lora"])
+CONTEXT.set_forkserver_preload(["background", "train_lora", *LATER])
 
 
 def start(folder: Path, *args: object, **options: object) -> multiprocessing.Process:

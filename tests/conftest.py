@@ -14,6 +14,7 @@ from pathlib import Path
 
 # Threads only cost time with matrices as small as here, very much so on a busy computer.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import kernels  # noqa: E402
 import tiny  # noqa: E402
@@ -38,14 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Ended = subprocess.CompletedProcess
 Run = Callable[..., Ended]
 
-SENTENCES = [
-    "대한민국의 수도는 서울입니다.",
-    "물은 섭씨 100도에서 끓습니다.",
-    "Plants make sugar from light.",
-    "The moon goes around the earth.",
-    "김치 🥬🌶️ 는 배추로 담급니다.",
-    "네.",
-]
+SENTENCES = ["서울입니다.", "100도요.", "Sugar, from light.", "The earth.", "김치 🥬🌶️.", "네."]
 
 
 def make_texts(number: int, start: int) -> list[str]:
@@ -87,7 +81,7 @@ def run() -> Run:
         **options: object,
     ) -> Ended:
         """Run `script` with `args`; `env` adds to the environment, or with None takes away."""
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        environment = {**os.environ, **(env or {})}
         ended = subprocess.run(
             [sys.executable, *python, ROOT / script, *map(as_argument, args)],
             env={name: value for name, value in environment.items() if value is not None},

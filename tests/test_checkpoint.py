@@ -29,7 +29,7 @@ import pytest
 # A run in which reports, validations, saves and epochs (of 10) end at different iterations.
 RHYTHM = ["--steps-per-report", 3, "--steps-per-eval", 4, "--save-every", 2, "--val-batches", 2]
 SETTINGS = ["--train", "--lora-layers", 2, "--batch-size", 4, "--learning-rate", "1e-2", *RHYTHM]
-ITERS = 23
+ITERS = 13
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
         resume: list[object] = []
         longest = 2.0  # seconds; longer where the computer is too slow to save anything in them
         while True:
-            process = background.start(folder, *args, *resume, "--iters", ITERS, slow=0.01)
+            process = background.start(folder, *args, *resume, "--iters", ITERS, slow=0.02)
             process.join(rng.uniform(0.2, longest))
             if process.exitcode is None:
                 process.kill()
@@ -114,9 +114,9 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
                     loading.read_adapter(folder / "a.npz")
                 resume = ["--resume-adapter-file", "a.npz"]
         assert_same_run(folder, uninterrupted)
-        if kills >= 20:
+        if kills >= 15:
             break
-    assert kills >= 20
+    assert kills >= 15
 
 
 def test_a_state_that_is_a_save_ahead_of_its_adapter_is_used(
@@ -154,7 +154,7 @@ def test_a_state_that_is_a_save_ahead_of_its_adapter_is_used(
 def test_a_signal_ends_the_run_after_its_iteration_and_resuming_goes_on(
     args: list[object], uninterrupted: Path, tmp_path: Path, number: int, moment: str
 ) -> None:
-    process = background.start(tmp_path, *args, "--iters", ITERS)
+    process = background.start(tmp_path, *args, "--iters", ITERS, slow=0.03)
     wait_for(tmp_path / "out", moment, process)
     os.kill(process.pid, number)
     process.join()
@@ -178,18 +178,18 @@ def test_a_signal_ends_the_run_after_its_iteration_and_resuming_goes_on(
 def test_a_signal_within_a_validation_does_not_wait_for_its_end(
     args: list[object], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    often = ["--steps-per-eval", 1, "--val-batches", -1, "--batch-size", 1]
-    process = background.start(tmp_path, *args, *often, "--iters", ITERS)
+    often = ["--steps-per-eval", 1, "--val-batches", -1, "--batch-size", 1, "--iters", 23]
+    process = background.start(tmp_path, *args, *often)
     wait_for(tmp_path / "out", "Iter 3: Val", process)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 130
     resume = ["--resume-adapter-file", "a.npz"]
-    background.start(tmp_path, *args, *often, "--iters", ITERS, *resume).join()
+    background.start(tmp_path, *args, *often, *resume).join()
     other = tmp_path / "other"
     other.mkdir()
-    background.start(other, *args, *often, "--iters", ITERS).join()
+    background.start(other, *args, *often).join()
     other = other.rename(tmp_path.with_name("other"))
     assert_same_run(tmp_path, other)
 
@@ -251,15 +251,17 @@ def test_a_terminal_that_goes_away_ends_the_run_with_a_save(
 ) -> None:
     """As where a connection is lost: nothing can be printed any more, and SIGHUP comes."""
     terminal, end = os.openpty()
-    command = [sys.executable, ROOT / "train_lora.py", *args, "--iters", 100_000]
-    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, stdout=end, stderr=end)
-    os.close(end)
+    for name in ("out", "err"):
+        (tmp_path / name).symlink_to(os.ttyname(end))
+    process = background.start(tmp_path, *args, "--iters", 100_000)
     printed = b""
     while b"Iter 2: Saved" not in printed:
         printed += os.read(terminal, 1000)
+    os.close(end)
     os.close(terminal)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait() == 128 + signal.SIGHUP
+    os.kill(process.pid, signal.SIGHUP)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGHUP
     reported = [entry["iter"] for entry in entries(tmp_path / "a.run/log.jsonl")]
     assert checkpoint.read_state(tmp_path / "a.npz").progress.iteration >= max(2, *reported)
 
@@ -415,7 +417,7 @@ def test_a_report_is_in_the_log_once_however_often_a_run_is_cut(
 # --- Resumed ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cuts", [[1], [10], [11, 20], list(range(1, ITERS))])
+@pytest.mark.parametrize("cuts", [[1], [10], [5, 11], list(range(1, ITERS))])
 def test_a_run_cut_anywhere_ends_in_the_same_adapter(
     call: Run,
     args: list[object],
@@ -496,7 +498,7 @@ def test_what_has_changed_since_is_reported_in_one_line(
         "the model's config.json\n"
         "warning: the earlier run of a.npz is kept as a.previous-1.npz and a.previous-1.run\n"
     )
-    assert "Iter 24: Val loss" in ended.stdout
+    assert f"Iter {ITERS + 1}: Val loss" in ended.stdout
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "an adapter"])
@@ -556,12 +558,12 @@ def test_memory_does_not_grow_over_a_long_run_of_varied_lengths(
         lengths = [min(400, int(rng.lognormvariate(3, 1)) + 2) for _ in range(300)]
         tiny.write_jsonl(tmp_path / "data", split, ["a" * length for length in lengths])
     args = ["--model", model, "--data", tmp_path / "data", "--adapter-file", "a.npz", "--train"]
-    args += ["--lora-layers", 1, "--batch-size", 2, "--iters", 2000, "--val-batches", 10]
-    args += ["--steps-per-report", 20, "--steps-per-eval", 500, "--save-every", 100]
+    args += ["--lora-layers", 1, "--batch-size", 2, "--iters", 1200, "--val-batches", 10]
+    args += ["--steps-per-report", 15, "--steps-per-eval", 500, "--save-every", 100]
     process = background.start(tmp_path, *args)
     resident, peak = [], []  # bytes, at each report
     while process.is_alive():
-        time.sleep(0.02)
+        time.sleep(0.05)
         reports = entries(tmp_path / "a.run/log.jsonl", "train_loss")
         if len(reports) > len(resident) and (pages := resident_pages(process.pid)):
             resident.append(pages)

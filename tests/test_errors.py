@@ -219,7 +219,7 @@ def test_what_a_file_looks_like_is_reported(
     assert len(fails("--train", "--data", tmp_path, mentions=("train.jsonl", reason))) < 600
 
 
-def test_no_message_is_long_whatever_it_mentions(fails: Fails, run: Run, tmp_path: Path) -> None:
+def test_no_message_is_long_whatever_it_mentions(fails: Fails, tmp_path: Path) -> None:
     names = {f"{'x' * 5000}.{i}": np.zeros((64, 8), np.float32) for i in range(300)}
     (tmp_path / "bad.npz").write_bytes(npz.npz_content(names))
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}) + "\n" + '{"b": "' + "c" * 9999)
@@ -229,7 +229,7 @@ def test_no_message_is_long_whatever_it_mentions(fails: Fails, run: Run, tmp_pat
         ["--train", "--iters", "9" * 5000],
         ["--prompt", "a", "--model", "m/" * 2000],
     ):
-        assert len(fails(*args, by=run)) < 700
+        assert len(fails(*args)) < 700
 
 
 @pytest.mark.parametrize("folder", ["d" * 200, "d e " * 50, "\x01" * 200], ids=ascii)
@@ -684,26 +684,25 @@ def test_any_path_of_a_model_folder_works(
 
 
 @pytest.mark.parametrize("name", ["missing", "./missing", "owner/name/more", "a.npz", "/missing"])
-def test_a_model_that_is_not_there_is_reported(
-    run: Run, fails: Fails, tmp_path: Path, name: str
-) -> None:
+def test_a_model_that_is_not_there_is_reported(fails: Fails, tmp_path: Path, name: str) -> None:
     tiny.make_adapter(tmp_path / "a.npz")
-    fails("--prompt", "a", "--model", name, by=run, mentions=(name,))
+    fails("--prompt", "a", "--model", name, mentions=(name,))
 
 
-@pytest.mark.parametrize("offline", ["1", None])
+@pytest.mark.parametrize("offline", [True, False])
 def test_a_hub_out_of_reach_is_reported(
-    run: Run, fails: Fails, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, offline: str
+    run: Run, fails: Fails, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, offline: bool
 ) -> None:
-    """Nothing listens at port 9 of this computer."""
+    """Tests are offline; and nothing listens at port 9 of this computer."""
     tiny.make_adapter(tmp_path / "a.npz")
     env = {
         "HF_HOME": str(tmp_path_factory.mktemp("hub")),
         "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HUB_OFFLINE": offline,
+        "HF_HUB_OFFLINE": None,
     }
     args = ["--prompt", "a", "--model", "some-owner/some-model"]
-    fails(*args, by=run, env=env, mentions=("some-owner/some-model", "hub"))
+    how = {} if offline else {"by": run, "env": env}
+    fails(*args, **how, mentions=("some-owner/some-model", "hub"))
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -739,7 +738,7 @@ def test_a_repository_that_the_hub_lacks_is_reported(
 
 
 def test_what_else_is_wrong_is_reported_before_a_model_is_fetched(
-    run: Run, fails: Fails, tmp_path: Path
+    fails: Fails, tmp_path: Path
 ) -> None:
     hub = ["--model", "some-owner/some-model"]
     fails("--train", *hub, "--data", tmp_path / "missing", mentions=("train.jsonl",))
@@ -760,15 +759,18 @@ def test_what_else_is_wrong_is_reported_before_a_model_is_fetched(
     ],
 )
 def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(
-    run: Run, data: Path, copied: Path, tmp_path: Path, file: str, setting: dict[str, object]
-) -> None:
+    call: Run, data: Path, copied: Path, tmp_path: Path, file: str, setting: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Whether it can be done without is another matter: then all is well, else an error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\n"))
     (copied / "code.py").write_text("import pathlib\npathlib.Path('ran').mkdir()\n")
     settings = json.loads((copied / file).read_text())
     settings["tokenizer_class"] = "Tokenizer"
     (copied / file).write_text(json.dumps(settings | setting))
     args = ["--model", copied, "--data", data, "--adapter-file", tmp_path / "a.npz"]
-    ended = run(*args, "--prompt", "a", cwd=tmp_path, input=b"y\ny\n")
+    ended = call(*args, "--prompt", "a")
     assert not (tmp_path / "ran").exists()
     assert "[y/N]" not in ended.stdout + ended.stderr
     if ended.returncode:

@@ -15,6 +15,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from lora_finetune.texts.chat import template_of
 from mutations import REPLACED, mutate
 
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # How often each file is spoilt for the functions that read it, and for the command line.
 NUMBERS = {
@@ -199,8 +201,13 @@ def call_function(case: Case) -> int:
     return 0
 
 
+@cache
+def tokenizer_in_order() -> TokenizerWrapper:
+    return models.load("model")[1]
+
+
 def read_data(file: Path) -> None:
-    _, tokenizer = models.load("model")
+    tokenizer = tokenizer_in_order()
     for mask_prompt in (False, True):
         tokenizing.load(
             {"train": dataset.read(file, mask_prompt)},

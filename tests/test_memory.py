@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import background
 import tiny
 from conftest import TEXTS, Ended, Run, make_texts, one_error
 from lora_finetune.base import memory
@@ -178,7 +179,35 @@ def test_memory_that_lacks_in_loading_is_not_taken_for_a_damaged_file(
     files.check_memory(model, ValueError("Missing 1 parameters: a"))
 
 
-LONG = [f"{i} " + "물은 H2O. " * 40 for i in range(8)]  # 8 texts of some 560 tokens
+LONG = [f"{i} " + "물은 H2O. " * 20 for i in range(8)]  # 8 texts of 243 tokens
+
+
+BOUNDED = ["--train", "--lora-layers", 4, "--batch-size", 8, "--iters", 3]
+
+
+def write_long(folder: Path) -> list[object]:
+    """Write LONG as data; returns the arguments for it."""
+    for split in ("train", "valid"):
+        tiny.write_jsonl(folder, split, LONG)
+    return ["--data", folder]
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run whose batches are computed at once."""
+    folder = tmp_path_factory.mktemp("whole")
+    args = ["--model", model, *write_long(folder), *BOUNDED, "--adapter-file", "a.npz"]
+    background.start(folder, *args).join()
+    return folder
+
+
+def whole_peak(folder: Path) -> float:
+    """The gigabytes that it took."""
+    return max(e["peak_mem_gb"] for e in read_log(folder / "a.run") if "peak_mem_gb" in e)
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -188,16 +217,13 @@ def bounded(
     """Training on LONG, on a machine with so much memory."""
     before = mx.get_memory_limit()
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: None)
-    for split in ("train", "valid"):
-        tiny.write_jsonl(tmp_path, split, LONG)
+    fixed = ["--model", model, *write_long(tmp_path), *BOUNDED]
 
     def bounded(limit: float, adapter: str, *args: object) -> Ended:
         gc.collect()  # models of earlier tests would count as this one's memory
         device = M1 | {"max_recommended_working_set_size": int(limit)}
         monkeypatch.setattr(mx, "device_info", lambda: device)
-        fixed = ["--model", model, "--data", tmp_path, "--train", "--lora-layers", 4]
-        fixed += ["--batch-size", 8, "--iters", 3, "--adapter-file", tmp_path / adapter]
-        return call(*fixed, *args)
+        return call(*fixed, "--adapter-file", tmp_path / adapter, *args)
 
     yield bounded
     mx.set_memory_limit(before)
@@ -217,30 +243,27 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 
 
 def test_a_batch_of_four_times_the_memory_is_computed_in_micro_batches_with_the_same_result(
-    bounded: Callable[..., Ended], tmp_path: Path
+    bounded: Callable[..., Ended], whole: Path, tmp_path: Path
 ) -> None:
-    limit = peak_gb(bounded(100 * GB, "whole.npz")) / 4
+    limit = whole_peak(whole) / 4
     ended = bounded(limit * GB, "parts.npz")
     assert peak_gb(ended) < 1.1 * limit
     assert re.fullmatch(
-        r"warning: 8 texts of up to 483 tokens do not fit into the memory, so each batch is "
+        r"warning: 8 texts of up to 243 tokens do not fit into the memory, so each batch is "
         r"computed in \d micro-batches, with the same result\n", ended.stderr
     )  # fmt: skip
-    assert_same_adapter(tmp_path / "whole.npz", tmp_path / "parts.npz")
-    whole, parts = (
-        [json.loads(line) for line in (tmp_path / f"{name}.run/log.jsonl").read_text().splitlines()]
-        for name in ("whole", "parts")
-    )
+    assert_same_adapter(whole / "a.npz", tmp_path / "parts.npz")
+    logs = read_log(whole / "a.run"), read_log(tmp_path / "parts.run")
     for name in ("val_loss", "train_loss"):
-        expected = [entry[name] for entry in whole if name in entry]
-        assert [entry[name] for entry in parts if name in entry] == pytest.approx(expected, 1e-5)
+        expected, found = ([entry[name] for entry in log if name in entry] for log in logs)
+        assert found == pytest.approx(expected, 1e-5)
 
 
 def test_a_run_in_micro_batches_is_resumed_in_as_many_where_there_is_more_memory(
-    bounded: Callable[..., Ended], tmp_path: Path
+    bounded: Callable[..., Ended], whole: Path, tmp_path: Path
 ) -> None:
     """Bit for bit."""
-    limit = peak_gb(bounded(100 * GB, "whole.npz")) / 4
+    limit = whole_peak(whole) / 4
     assert bounded(limit * GB, "a.npz", "--iters", 2).returncode == 0
     shutil.copyfile(tmp_path / "a.npz", tmp_path / "b.npz")
     shutil.copytree(tmp_path / "a.run", tmp_path / "b.run")
@@ -264,7 +287,7 @@ def test_a_text_beyond_the_memory_is_trained_on_with_layers_computed_twice(
     held = mx.get_active_memory()  # by other tests
     ended = bounded(held + 0.7 * (one * GB - held), "twice.npz", *args)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.startswith("warning: a text of 483 tokens takes too much memory, so ")
+    assert ended.stderr.startswith("warning: a text of 243 tokens takes too much memory, so ")
     assert_same_adapter(tmp_path / "one.npz", tmp_path / "twice.npz")
 
 
@@ -279,7 +302,7 @@ def test_a_text_beyond_the_memory_even_so_is_an_error_before_training(
     assert ended.returncode == 2
     assert "Iter" not in ended.stdout
     *_, error = ended.stderr.splitlines()
-    assert error.startswith("error: a text of 483 tokens takes more memory than the 0.004 GB ")
+    assert error.startswith("error: a text of 243 tokens takes more memory than the 0.004 GB ")
     assert not (tmp_path / "a.npz").exists()
 
 

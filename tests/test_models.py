@@ -57,14 +57,23 @@ def build(name: str) -> nn.Module:
     config = copy.deepcopy(ARCHITECTURES[name]["config"])  # which some architectures change
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.float32)
-    model.update(tree_map(lambda x: noise(x) if is_zero(x) else x, model.parameters()))
-    mx.eval(model.parameters())
+    if name not in WEIGHTS:
+        WEIGHTS[name] = make_weights(model)
+    model.update(tree_map(mx.array, WEIGHTS[name]))  # copies, which may be changed
     return model
 
 
-def is_zero(array: mx.array) -> bool:
-    """Whether an array holds zeros alone; some start so, and would keep gradients from passing."""
-    return isinstance(array, mx.array) and array.size > 1 and not array.any().item()
+WEIGHTS: dict[str, dict] = {}  # of the models built so far
+
+
+def make_weights(model: nn.Module) -> dict:
+    """The weights a model starts with; some are zeros, and would keep gradients from passing."""
+    weights = model.parameters()
+    filled = tree_map(lambda x: x.any(), weights)
+    mx.eval(weights, filled)
+    weights = tree_map(lambda x, full: x if full or x.size <= 1 else noise(x), weights, filled)
+    mx.eval(weights)
+    return weights
 
 
 def noise(array: mx.array) -> mx.array:

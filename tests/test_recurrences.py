@@ -111,7 +111,7 @@ def test_memory_for_the_gradients_of_a_long_text_is_a_fraction_of_what_the_loop_
 
     assert peak(gated_delta_by_chunks, 256) < peak(gated_delta_by_tokens, 256) / 3
     # And it grows with the length, not with its square.
-    assert peak(gated_delta_by_chunks, 1024) < 3 * peak(gated_delta_by_chunks, 512)
+    assert peak(gated_delta_by_chunks, 512) < 3 * peak(gated_delta_by_chunks, 256)
 
 
 @pytest.mark.parametrize("length", [1, 128, 129, 300])

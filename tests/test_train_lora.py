@@ -103,7 +103,7 @@ def test_a_run_trains_then_tests_then_generates_and_says_so_in_these_lines(
         "Loading pretrained model",
         "Total parameters #M",
         "Trainable parameters #M",
-        "Training: 37 examples, 4076 tokens, longest 170, 0 cut",
+        "Training: 37 examples, 2169 tokens, longest 81, 0 cut",
         "Iter 1: Val loss #, Val took #s",
         "Iter 10: Train loss #, It/sec #, Tokens/sec #, Peak mem # GB",
         "Iter 10: Val loss #, Val took #s",
