@@ -6,7 +6,9 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,42 +99,30 @@ class LowRank(nn.Module):
         return self.lora_a, b
 
 
-def add_update(
-    x: mx.array, linear: Callable[[mx.array], mx.array], a: mx.array, b: mx.array
-) -> mx.array:
-    """linear(x) + SCALE · (x a) b, where only a and b, float32, are trained.
+@mx.custom_function
+def low_product(x: mx.array, a: mx.array) -> mx.array:
+    """SCALE · x a, in float32, the type of a. No float32 copy of x is saved for the gradients."""
+    return activations.scaled_product(x.astype(a.dtype), a, SCALE)
 
-    The update is rounded to the type of linear(x). No float32 copy of x is saved for the gradients.
-    """
 
-    @mx.custom_function
-    def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        y, z = linear(x), activations.scaled_product(x.astype(a.dtype), a, SCALE)
-        # Compiled without this, the cast and the sum would be one more kernel for CUDA to compile.
-        (update,) = mx.depends([(z @ b).astype(y.dtype)], [y])
-        return y + update, z
+@low_product.vjp
+def low_product_vjp(inputs: tuple, dz: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    x, a = inputs
+    (x,) = mx.depends([x], [dz])  # or, compiled, the float32 copy of above would be saved
+    x_rows, dz = x.flatten(0, -2).astype(a.dtype), dz.flatten(0, -2)
+    dx = activations.scaled_product(dz, a.T, SCALE).reshape(x.shape)
+    return dx.astype(x.dtype), activations.scaled_product(x_rows.T, dz, SCALE)
 
-    @forward.vjp
-    def gradients(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, ...]:
-        (x, a, b), (dy, _), (_, z) = primals, cotangents, outputs
-        (x,) = mx.depends([x], [dy])  # or, compiled, its float32 copy of above would be saved
-        x_rows, dy_rows = (array.flatten(0, -2).astype(a.dtype) for array in (x, dy))
-        dz = activations.scaled_product(dy_rows, b.T, SCALE)
-        dx = (dz @ a.T).reshape(x.shape).astype(x.dtype)
-        if type(linear) is nn.Linear:
-            dx = mx.addmm(dx, dy, linear.weight)  # the sum costs no pass over the array of its own
-        else:
-            dx += mx.vjp(linear, [x], [dy])[1][0]
-        return dx.astype(x.dtype), x_rows.T @ dz, z.flatten(0, -2).T @ dy_rows
 
-    return forward(x, a, b)[0]
+def add_update(y: mx.array, z: mx.array, b: mx.array) -> mx.array:
+    """y + z b, where z and b are float32, rounded to the type of y."""
+    # Compiled without this, the cast and the sum would be one more kernel for CUDA to compile.
+    (update,) = mx.depends([(z @ b).astype(y.dtype)], [mx.stop_gradient(y)])
+    return y + update
 
 
 class Adapted:
     """The base class of adapted layers: a `frozen` layer with a low-rank update, its `pair`."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return add_update(x, self.frozen, *self.pair())
 
     def merged(self) -> nn.Module:
         """A layer that does the same, with the update in its weight, summed in float32.
@@ -152,12 +142,41 @@ class Adapted:
 class LoRALinear(Adapted, LowRank):
     """A frozen linear layer, float or quantized, with a low-rank update."""
 
+    def __call__(self, x: mx.array) -> mx.array:
+        return add_update(self.frozen(x), self.beside.product(self, x), self.pair()[1])
+
     @classmethod
     def from_base(cls, frozen: nn.Module, r: int = RANK, scale: float = SCALE) -> LoRALinear:
         d_out, d_in = linear_shape(frozen)
         adapted = cls(d_in, d_out, r, scale)
         adapted.frozen = frozen
+        Beside([adapted])
         return adapted
+
+
+class Beside:
+    """Adapted layers of one parent, called on one input as a rule: queries and values.
+
+    The first one called multiplies its input with the A's of all, side by side, so that there are
+    fewer passes over the input and its gradient. Products are kept while Python has that input.
+    """
+
+    def __init__(self, layers: list[LoRALinear]):
+        self.layers, self.input, self.kept = layers, None, []
+        for layer in layers:
+            layer.beside = self
+
+    def product(self, layer: LoRALinear, x: mx.array) -> mx.array:
+        """SCALE · x A of a layer."""
+        changed = any(each.lora_a is not a for each, a, _ in self.kept)
+        if not self.kept or self.input() is not x or changed:
+            low_a = [each.lora_a for each in self.layers]
+            ends = list(accumulate(a.shape[1] for a in low_a))
+            z = low_product(x, mx.concatenate(low_a, axis=1)).split(ends[:-1], axis=-1)
+            self.input = weakref.ref(x, lambda _: self.kept.clear())
+            # Contiguous, or CUDA would copy them for each product.
+            self.kept = list(zip(self.layers, low_a, map(mx.contiguous, z), strict=True))
+        return next(z for each, _, z in self.kept if each is layer)
 
 
 class LoRARouter(LoRALinear):
@@ -191,10 +210,11 @@ class LoRAFused(Adapted, nn.Module):
             self[name] = LowRank(d_in, layout.num_rows(name), r, scale)
 
     def __call__(self, x: mx.array) -> mx.array | list[mx.array]:
-        if "indices" not in self.frozen:
-            return super().__call__(x)
+        (a, b), y = self.pair(), self.frozen(x)
+        if isinstance(y, mx.array):
+            return add_update(y, low_product(x, a), b)
         # afm7's layer splits its output itself.
-        whole = add_update(x, lambda x: mx.concatenate(self.frozen(x), -1), *self.pair())
+        whole = add_update(mx.concatenate(y, axis=-1), low_product(x, a), b)
         return whole.split(self.frozen.indices, axis=-1)
 
     def pair(self) -> tuple[mx.array, mx.array]:
@@ -394,6 +414,11 @@ def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> N
         else:
             kind = LoRALinear if is_linear(modules[path]) else LoRARouter
             adapted[path] = kind.from_base(modules[path], r, scale)
+    beside = {}  # by their parent and the width of their input
+    for path, layer in adapted.items():
+        beside.setdefault((path.rpartition(".")[0], len(layer.lora_a)), []).append(layer)
+    for layers in beside.values():
+        Beside(layers)
     for path, slices in fused.items():
         attention, _, name = path.rpartition(".")
         layout = fused_layout(model, modules[attention], name)

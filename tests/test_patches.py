@@ -444,7 +444,7 @@ def test_an_adapted_layer_does_as_the_formula_and_has_its_gradients(
         return linear(x) + (20 * (x.astype(mx.float32) @ a @ b)).astype(dtype)
 
     def ours(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
-        return models.add_update(x, linear, a, b)
+        return models.add_update(linear(x), models.low_product(x, a), b)
 
     results = []
     for function in (formula, ours):
@@ -458,6 +458,33 @@ def test_an_adapted_layer_does_as_the_formula_and_has_its_gradients(
         assert found.dtype == expected.dtype
         expected, found = expected.astype(mx.float32), found.astype(mx.float32)
         assert mx.linalg.norm(found - expected) <= most * mx.linalg.norm(expected)
+
+
+def test_layers_beside_each_other_share_a_product_as_long_as_it_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mx.random.seed(0)
+    q, v = (
+        models.LoRALinear.from_base(float_layer(d, mx.float32), r) for d, r in ((96, 5), (32, 3))
+    )
+    q.lora_b, v.lora_b = mx.random.normal((5, 96)), mx.random.normal((3, 32))
+    beside, low_product, calls = models.Beside([q, v]), models.low_product, []
+    monkeypatch.setattr(models, "low_product", lambda *args: calls.append(1) or low_product(*args))
+
+    def check(layer: nn.Module, x: mx.array, number: int) -> None:
+        expected = layer.frozen(x) + 20 * (x @ layer.lora_a @ layer.lora_b)
+        assert mx.allclose(layer(x), expected, 1e-4, 1e-3).item()
+        assert len(calls) == number
+
+    x, other = mx.random.normal((2, 5, 64)), mx.random.normal((2, 5, 64))
+    for layer, array, number in [(q, x, 1), (v, x, 1), (v, other, 2), (q, x, 3), (v, x, 3)]:
+        check(layer, array, number)
+    v.lora_a = -v.lora_a
+    for layer in (q, v):
+        check(layer, x, 4)
+    assert len(beside.kept) == 2
+    del array, x
+    assert not beside.kept
 
 
 # --- The loss by chunks -------------------------------------------------------------------------
