@@ -16,7 +16,7 @@ from pathlib import Path
 
 import background
 import tiny
-from conftest import TEXTS, Ended, Run, make_texts, one_error
+from conftest import TEXTS, Ended, Run, make_texts, one_error, without_outcome
 from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches.loading import dequantized_bytes
@@ -230,6 +230,21 @@ def bounded(
     mx.set_cache_limit(2**25)
 
 
+@pytest.fixture
+def forked(model: Path, tmp_path: Path) -> Callable[..., Ended]:
+    """The same in a process of its own, in which no other test has left anything."""
+    fixed = ["--model", model, *write_long(tmp_path), *BOUNDED]
+
+    def forked(limit: float, adapter: str, *args: object) -> Ended:
+        options = {"device_memory": int(limit)}
+        process = background.start(tmp_path, *fixed, "--adapter-file", adapter, *args, **options)
+        process.join()
+        said = [(tmp_path / name).read_bytes() for name in ("out", "err")]
+        return without_outcome(Ended(args, process.exitcode, *said))
+
+    return forked
+
+
 def peak_gb(ended: Ended) -> float:
     assert ended.returncode == 0, ended.stderr
     return float(re.search(r"Peak mem ([\d.]+) GB", ended.stdout)[1])
@@ -243,10 +258,10 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 
 
 def test_a_batch_of_four_times_the_memory_is_computed_in_micro_batches_with_the_same_result(
-    bounded: Callable[..., Ended], whole: Path, tmp_path: Path
+    forked: Callable[..., Ended], whole: Path, tmp_path: Path
 ) -> None:
     limit = whole_peak(whole) / 4
-    ended = bounded(limit * GB, "parts.npz")
+    ended = forked(limit * GB, "parts.npz")
     assert peak_gb(ended) < 1.1 * limit
     assert re.fullmatch(
         r"warning: 8 texts of up to 243 tokens do not fit into the memory, so each batch is "
@@ -260,45 +275,35 @@ def test_a_batch_of_four_times_the_memory_is_computed_in_micro_batches_with_the_
 
 
 def test_a_run_in_micro_batches_is_resumed_in_as_many_where_there_is_more_memory(
-    bounded: Callable[..., Ended], whole: Path, tmp_path: Path
+    forked: Callable[..., Ended], whole: Path, tmp_path: Path
 ) -> None:
     """Bit for bit."""
     limit = whole_peak(whole) / 4
-    assert bounded(limit * GB, "a.npz", "--iters", 2).returncode == 0
+    assert forked(limit * GB, "a.npz", "--iters", 2).returncode == 0
     shutil.copyfile(tmp_path / "a.npz", tmp_path / "b.npz")
     shutil.copytree(tmp_path / "a.run", tmp_path / "b.run")
     for name, memory_gb in (("a.npz", 2 * limit), ("b.npz", 100)):
         more = ["--resume-adapter-file", tmp_path / name]
-        assert bounded(memory_gb * GB, name, *more).returncode == 0
+        assert forked(memory_gb * GB, name, *more).returncode == 0
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
 def test_a_text_beyond_the_memory_is_trained_on_with_layers_computed_twice(
-    bounded: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    forked: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    # MLX 0.32.4 itself was seen to wait for ever on a CPU where more is held than its limit.
-    monkeypatch.setattr(mx, "set_memory_limit", lambda limit: limit)
-    layer = llama.TransformerBlock
-    monkeypatch.setattr(layer, "__call__", layer.__call__)  # which the run replaces
     deep = tiny.make_model(tmp_path / "deep", num_hidden_layers=8, intermediate_size=1024)
     args = ["--model", deep, "--lora-layers", 8, "--batch-size", 1, "--iters", 2]
-    one = peak_gb(bounded(100 * GB, "one.npz", *args))
-    gc.collect()
-    held = mx.get_active_memory()  # by other tests
-    ended = bounded(held + 0.7 * (one * GB - held), "twice.npz", *args)
+    one = peak_gb(forked(100 * GB, "one.npz", *args))
+    ended = forked(0.7 * one * GB, "twice.npz", *args)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.startswith("warning: a text of 243 tokens takes too much memory, so ")
     assert_same_adapter(tmp_path / "one.npz", tmp_path / "twice.npz")
 
 
 def test_a_text_beyond_the_memory_even_so_is_an_error_before_training(
-    bounded: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    forked: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    # MLX 0.32.4 itself was seen to wait for ever on a CPU where more is held than its limit.
-    monkeypatch.setattr(mx, "set_memory_limit", lambda limit: limit)
-    layer = llama.TransformerBlock
-    monkeypatch.setattr(layer, "__call__", layer.__call__)
-    ended = bounded(4_000_000, "a.npz")
+    ended = forked(4_000_000, "a.npz")
     assert ended.returncode == 2
     assert "Iter" not in ended.stdout
     *_, error = ended.stderr.splitlines()
