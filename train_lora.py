@@ -186,8 +186,7 @@ def run_phases(config: Config, group: Group) -> None:
     if group.is_first:
         generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
         export.write_all(exports, model, folder, public_name(config.model, folder))
-        if config.train:
-            report.print_outcome(run)
+        report.print_outcome(run)
 
 
 def read_files(config: Config) -> Files:

@@ -92,8 +92,10 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
 
 
 def print_outcome(run: Run) -> None:
-    """Print the outcome of training, and commands that use the adapter or go on."""
+    """Print the outcome of training if there was any, and commands that use it or go on."""
     config, progress = run.config, run.progress
+    if not config.train:
+        return
     best = run.best if run.best.is_file() else run.adapter
     ask = run.adapter if progress.best_iteration == progress.iteration else best
     use = {"--model": config.model, "--adapter-file": ask}
