@@ -792,3 +792,65 @@ def test_a_template_for_tools_is_for_rows_with_tools(make_model: MakeModel) -> N
     tool = {"type": "function", "function": {"name": "a"}}
     assert template.render(chat.Chat([USER], [tool])).startswith("<|im_start|>system\nBe helpful.")
     assert template.render(chat.Chat([USER])) == "<|im_start|>user\n물은?<|im_end|>\n"
+
+
+# As R1's distilled models: a call is shown only where the content is null.
+R1_CALLS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
+    "{% elif m.role == 'tool' %}<|output|>{{ m.content }}<|/output|>"
+    "{% elif m.role == 'assistant' and m['content'] is none %}<|Assistant|>"
+    "{% for call in m.tool_calls %}{{ call.function.name + ' ' + call.function.arguments }}"
+    "{% endfor %}</s>{% else %}<|Assistant|>{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+)
+
+# As Gemma 4: a tool's answer stands in the turn of its call, thoughts in the last turn alone.
+GEMMA_4_TOOLS = (
+    "{% for m in messages %}{% if m.role != 'tool' %}{% set last = loop.last %}"
+    "<|turn>{{ m.role }}\n{% if m.reasoning_content and last %}<|thought|>{{ m.reasoning_content }}"
+    "<thought|>{% endif %}{% for call in m.tool_calls or [] %}<|call>{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}<call|>{% if last %}<|response>{% else %}"
+    "<|response>{{ messages[loop.index0 + 2].content }}<response|>{% endif %}{% endfor %}"
+    "{{ m.content }}{% if not m.tool_calls %}<turn|>\n{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1].role != 'tool' %}<|turn>assistant\n{% endif %}"
+)
+
+
+def called(content: str, **more: str) -> dict:
+    """A chat with a tool call, and an answer after it."""
+    call = {"id": "a1", "function": {"name": "get_weather", "arguments": {"city": "서울"}}}
+    answers = {"role": "assistant", "content": "", "tool_calls": [call], **more}
+    tool = {"role": "tool", "content": content, "tool_call_id": "a1"}
+    return {"messages": [USER, answers, tool, {"role": "assistant", "content": "맑다."}]}
+
+
+def test_calls_are_shown_where_the_template_wants_no_content_beside_them(learn: Learn) -> None:
+    [learnt] = learn(R1_CALLS, called("맑음"), mask=True)
+    assert learnt.counted == ['get_weather {"city": "서울"}</s>', "맑다.</s>"]
+
+
+def test_what_a_chat_says_in_python_s_words_does_not_change_its_calls(learn: Learn) -> None:
+    for learnt in learn(templates.QWEN_2_5, called("{'city': '서울'}: 맑음"), called("비")):
+        assert '"arguments": {"city": "서울"}}' in learnt.text
+
+
+def test_the_answer_of_a_tool_is_not_learnt_within_the_turn_of_its_call(learn: Learn) -> None:
+    [learnt] = learn(GEMMA_4_TOOLS, called("맑음", reasoning_content="글쎄"), mask=True)
+    said = "".join(learnt.counted)
+    assert '<|call>get_weather{"city": "서울"}<call|>' in said
+    assert "맑다.<turn|>" in said
+    assert "맑음" not in said
+
+
+def test_arguments_that_all_rows_have_are_kept_for_prompts(
+    call: Run, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model, adapter = make_model(ASKING), tmp_path / "a.npz"
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_bytes((CASES / "chat-ctk.jsonl").read_bytes())
+    args = ["--model", model, "--data", tmp_path, "--adapter-file", adapter]
+    assert call("--train", *args, "--iters", 1).returncode == 0
+    config = read_config(train_lora.build_parser(), [*map(str, args), "--prompt", "a"])
+    run = open_run(config, {}, ALONE)
+    template = train_lora.read_template(run, {}, models.load(str(model))[1])
+    assert template.render(chat.Chat([USER])) == "False: 물은?"

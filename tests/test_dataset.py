@@ -442,3 +442,19 @@ def test_a_test_without_test_jsonl_is_an_error(call: Run, model: Path, tmp_path:
     tiny.write_jsonl(tmp_path, "train", ["물", "불"])
     args = ["--model", model, "--data", tmp_path, "--adapter-file", tmp_path / "a.npz"]
     one_error(call("--train", "--test", *args), "test.jsonl")
+
+
+def test_where_what_is_held_out_is_cut_to_nothing_all_texts_validate(
+    call: Run, model: Path, tmp_path: Path
+) -> None:
+    file, shorts = tmp_path / "train.jsonl", [{"prompt": p, "completion": "나"} for p in "가다"]
+    for i in range(99):  # until the long one is held out
+        write_entries(file, {"prompt": f"{i}" * 100, "completion": "나"}, *shorts)
+        [(number, _)] = dataset.hold_out(dataset.read(file, True), None)[1].rows
+        if number == 1:
+            break
+    args = ["--train", "--model", model, "--data", tmp_path, "--iters", 1, "--mask-prompt"]
+    ended = call(*args, "--adapter-file", tmp_path / "a.npz", "--max-seq-length", 20)
+    assert ended.returncode == 0, ended.stderr
+    assert "has nothing to learn, so all is validated on" in ended.stderr
+    assert "Val loss 0.000" not in ended.stdout
