@@ -27,9 +27,15 @@ from lora_finetune.base.command_line import Parser, in_project, nonempty, number
 from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
 from lora_finetune.base.files import atomic_write, composed, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
-from lora_finetune.texts import messages as chats
 from lora_finetune.texts.dataset import Row, join_question, question_of
-from lora_finetune.texts.messages import is_objects, read_messages
+from lora_finetune.texts.messages import (
+    TURNS,
+    as_chat,
+    is_learnt,
+    is_objects,
+    read_beside,
+    read_messages,
+)
 from lora_finetune.texts.sources import Note, advice_on, find_files, named_speaker, read_rows
 
 from tqdm import tqdm
@@ -37,7 +43,6 @@ from tqdm import tqdm
 Notes = dict[str, Counter[Path]]  # what to say of files once they are read, how often in which
 NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
 CHATS = ("messages", "conversations")
-TURNS = ("prompt", "completion")  # which TRL has as lists of messages too
 FOR_TEMPLATE = ("tools", "functions", "chat_template_kwargs")  # beside a chat
 APART = re.compile("[\u1100-\u1112][\u1161-\u1175]")  # decomposed Hangul
 REMARK = "examples with decomposed Hangul, of six to nine times the tokens; --normalize composes it"
@@ -134,9 +139,9 @@ def known_kinds(args: argparse.Namespace, note: Note) -> list[Kind]:
     ]
     if context:  # which stands before questions alone
         return kinds
-    chats = (Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS)
+    turns = (Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS)
     texts = Kind(("text",), (), lambda row: [make_example(text_in(row, "text", note))])
-    return [*kinds, *chats, texts]
+    return [*kinds, *turns, texts]
 
 
 def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
@@ -146,14 +151,6 @@ def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
 def filled(row: Row) -> Row:
     """A row without what it lacks where others have it."""
     return {k: v for k, v in row.items() if v is not None and v != [] and v == v}  # not NaN
-
-
-def as_chat(row: Row) -> Row:
-    """A row of messages where prompt and completion are lists of them; any other as it is."""
-    turns = [row.get(name) for name in TURNS]
-    if not all(messages and is_objects(messages) for messages in turns):
-        return row
-    return {k: v for k, v in row.items() if k not in TURNS} | {"messages": sum(turns, [])}
 
 
 def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterator[Example]:
@@ -259,7 +256,7 @@ def make_turns(note: Note, row: Row) -> Iterator[Example]:
     turns = [
         (asked["content"].strip(), answered["content"].strip())
         for asked, answered in pairwise(messages)
-        if (asked["role"], answered["role"]) == ("user", "assistant") and chats.is_learnt(answered)
+        if (asked["role"], answered["role"]) == ("user", "assistant") and is_learnt(answered)
     ]
     if len(messages) > 2 * len(turns):
         note(
@@ -283,13 +280,12 @@ def messages_in(row: Row, note: Note) -> list[Row]:
 def make_chat(note: Note, row: Row) -> list[Example]:
     """A chat as it is; one without a question or an answer has an empty side."""
     messages = messages_in(row, note)
-    others = {"tools": chats.read_tools(row), "chat_template_kwargs": chats.read_arguments(row)}
     asked = [m["content"].strip() for m in messages if m["role"] == "user"]
     answers = [m for m in messages if m["role"] == "assistant"]
     if not (any(asked) and any(m["content"].strip() or "tool_calls" in m for m in answers)):
         return [EMPTY]
     question = nfc(next(filter(None, asked)))
-    line = to_json({"messages": messages} | {k: v for k, v in others.items() if v})
+    line = to_json({"messages": messages} | read_beside(row))
     return [Example(question, question, line)]
 
 

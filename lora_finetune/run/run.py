@@ -160,9 +160,7 @@ class Run:
         self.save_best()
         with atomic_write(self.adapter) as [stream]:
             stream.write(content)
-        if (
-            replaces
-        ):  # once more, or the earlier adapter, if put back, would be taken for this run's
+        if replaces:  # once more, or the earlier adapter, put back, would be taken for this run's
             self.save(model, optimizer)
 
     def save_best(self) -> bool:

@@ -6,7 +6,6 @@ import sys
 from itertools import groupby, islice
 from pathlib import Path
 
-from lora_finetune.base.errors import UserError
 from lora_finetune.demo import demo_model
 from lora_finetune.model_folder import tokenizer as tokenizers
 from lora_finetune.model_folder.files import HUB_FILES, find_model, read_object
@@ -30,10 +29,7 @@ def show(config: Config) -> None:
     add_eos = bool(config.add_eos_token) and tokenizer.eos_token_id is not None
     marks = (GREEN, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
     for number, row in islice(file.rows, config.show_texts):
-        try:
-            text = dataset.render(row, template, config.mask_prompt)
-        except ValueError as error:
-            raise UserError(f"{file.path}, line {number}: {error}") from None
+        text = dataset.render_line(file.path, number, row, template, config.mask_prompt)
         examples = tokenizing.tokenize([text], tokenizer, add_eos, config.max_seq_length)
         tokens, counted = examples.tokens.tolist(), examples.is_target.tolist()
         said = [f"{len(tokens)} tokens, {sum(counted)} of them learnt"]

@@ -75,11 +75,11 @@ class Template:
                 "(--chat-template-args can change what it takes)"
             ) from None
 
-    def find_call_form(self, chat: Chat) -> CallForm | None:
+    def find_call_form(self, chat: Chat) -> CallForm:
         """The form in which a template shows the calls of a chat, tried with made-up arguments.
 
         Templates take the arguments as an object, or as JSON text, which they join to a string;
-        some of DeepSeek's show calls only where the content is null. None where none shows them.
+        some of DeepSeek's show calls only where the content is null, and some show none at all.
         """
         probe = {"probed": "probe"}
         for number, message in enumerate(chat.messages):
@@ -89,9 +89,9 @@ class Template:
         for form in (CallForm(j, n) for n in (False, True) for j in (False, True)):
             with suppress(Exception):
                 text = self.apply(chat, form, {})
-                if "probed" in text and str(probe) not in text and json.dumps('"') not in text:
+                if "probed" in text and str(probe) not in text:
                     return form
-        return None
+        return CallForm()
 
     def apply(self, chat: Chat, form: CallForm, options: dict[str, bool]) -> str:
         messages = [for_template(message, form) for message in chat.messages]
@@ -150,16 +150,16 @@ class Template:
         more follows. Templates that change earlier messages when more follow have no such places:
         then they are found by what changes with the message.
         """
-        start = self.find_start(chat, text, number)
-        end = None if start is None else self.find_end(chat, text, number, start)
+        opened = self.try_render(chat.until(number), add_generation_prompt=True)
+        start = self.find_start(chat, text, number, opened)
+        end = None if start is None else self.find_end(chat, text, number, start, opened)
         return None if end is None or end <= start else (start, end)
 
-    def find_start(self, chat: Chat, text: str, number: int) -> int | None:
-        message, before = chat.messages[number], chat.until(number)
-        if message["role"] == "assistant" and number:
-            opened = self.try_render(before, add_generation_prompt=True)
-            if opened and text.startswith(opened):
-                return len(opened)
+    def find_start(self, chat: Chat, text: str, number: int, opened: str) -> int | None:
+        """Where a message starts; `opened` is the text before it with the generation prompt."""
+        message = chat.messages[number]
+        if message["role"] == "assistant" and number and opened and text.startswith(opened):
+            return len(opened)
         thoughts = [name for name in REASONING if name in message]
         without = {name: value for name, value in message.items() if name not in thoughts}
         for kept in (without, message) if thoughts else (message,):
@@ -171,7 +171,7 @@ class Template:
                 return span[0]
         return None
 
-    def find_end(self, chat: Chat, text: str, number: int, start: int) -> int | None:
+    def find_end(self, chat: Chat, text: str, number: int, start: int, opened: str) -> int | None:
         """Where a message that starts there ends: behind what closes it.
 
         That is what the text has in common behind the message with the text that ends in it.
@@ -179,7 +179,7 @@ class Template:
         message, through = chat.messages[number], chat.until(number + 1)
         if number + 1 == len(chat.messages):
             return len(text)
-        closed = self.without_prompt(through, self.generation_prompt(chat.until(number)))
+        closed = self.without_prompt(through, self.generation_prompt(chat.until(number), opened))
         if len(closed) > start and text.startswith(closed):
             return len(closed)
         others = [message | {"content": other} for other in "ab"]
@@ -192,12 +192,12 @@ class Template:
             return None
         return span[1] + (num_common(text[span[1] :], closed[alone[1] :]) if alone else 0)
 
-    def generation_prompt(self, chat: Chat) -> str:
-        """What an answer to a chat begins behind, "" where that is unsure.
+    def generation_prompt(self, chat: Chat, opened: str) -> str:
+        """What the text of a chat has at its end where it is opened for an answer, "" if unsure.
 
         Some templates end a text without a generation prompt in the end-of-text token.
         """
-        opened, before = self.try_render(chat, add_generation_prompt=True), self.try_render(chat)
+        before = self.try_render(chat)
         for end in ("", self.tokenizer.eos_token or ""):
             start = before.removesuffix(end)
             if start and opened.startswith(start):
@@ -206,12 +206,11 @@ class Template:
 
     def without_prompt(self, chat: Chat, prompt: str) -> str:
         """The text of a chat as if more followed, without the generation prompt at its end."""
-        opened = self.try_render(chat, add_generation_prompt=True) if prompt else ""
-        return (
-            opened.removesuffix(prompt)
-            if opened.endswith(prompt or "\0")
-            else self.try_render(chat)
-        )
+        if prompt:
+            opened = self.try_render(chat, add_generation_prompt=True)
+            if opened.endswith(prompt):
+                return opened.removesuffix(prompt)
+        return self.try_render(chat)
 
     def find_change(self, chat: Chat, text: str, number: int, others: list[Message]) -> Span | None:
         """Where the text of a chat changes with others in the place of a message; None: nowhere."""

@@ -15,19 +15,20 @@ from lora_finetune.base.errors import UserError, abbreviated, first_line, hint, 
 from lora_finetune.base.files import file_checksum
 from lora_finetune.texts.chat import Chat, Span, Template
 from lora_finetune.texts.messages import (
+    BESIDE,
     REASONING,
+    TURNS,
     Message,
+    as_chat,
     is_learnt,
-    read_arguments,
+    read_beside,
     read_messages,
-    read_tools,
 )
 
 Row = dict[str, Any]
 
 # The kinds of rows by their keys; the first that a row has counts, as in mlx-lm.
-KINDS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
-BESIDE = ("tools", "chat_template_kwargs")  # what may stand beside messages
+KINDS = (TURNS, ("messages",), ("conversations",), ("text",))
 
 # A text of a question and its answer, each below its heading.
 QUESTION_HEADING, ANSWER_HEADING = "### 질문:", "### 답변:"
@@ -170,6 +171,7 @@ def parse_row(found: object, mask_prompt: bool) -> Row:
     """The row in a line's value, with the keys of its kind alone; ValueError says what is wrong."""
     if not isinstance(found, dict):
         raise ValueError(f'is not a JSON object such as {{"text": "…"}}; {OTHER_FORMS}')
+    found = as_chat(found)
     named = {key for key, value in found.items() if value is not None}
     keys = next((keys for keys in KINDS if named >= set(keys)), None)
     if not keys:
@@ -177,22 +179,19 @@ def parse_row(found: object, mask_prompt: bool) -> Row:
             'has no "text", no "messages", and no "prompt" with a "completion"; it has '
             f"{abbreviated(found) or 'nothing'}; {OTHER_FORMS}"
         )
-    if keys == KINDS[0] and not all(isinstance(found[key], list) for key in keys):
-        row = {key: found[key] for key in keys}
-    elif keys == KINDS[-1]:
-        row = {"text": found["text"]}
-    else:
+    if keys in (("messages",), ("conversations",)):
         row = {"messages": read_messages(found)}
         check_answers(row["messages"])
-    for key, value in row.items():
-        if key != "messages" and (not isinstance(value, str) or not value.strip()):
-            raise ValueError(f'its "{key}" is not a text, but {value!r:.50}')
+    else:
+        row = {key: found[key] for key in keys}
+        for key, value in row.items():
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f'its "{key}" is not a text, but {value!r:.50}')
     if mask_prompt and "text" in row and not UP_TO_ANSWER.match(row["text"]):
         raise ValueError(
             f'for --mask-prompt its "text" needs a "{QUESTION_HEADING}" and a "{ANSWER_HEADING}"'
         )
-    beside = dict(zip(BESIDE, (read_tools(found), read_arguments(found)), strict=True))
-    row |= {key: value for key, value in beside.items() if value}
+    row |= read_beside(found)
     if not is_unicode(json.dumps(row, ensure_ascii=False)):
         raise ValueError("is not UTF-8, or has half of a surrogate pair; save the file as UTF-8")
     return row
@@ -242,6 +241,16 @@ def render(row: Row, template: Template | None, mask_prompt: bool) -> Text:
     return Text(whole, [(start, len(whole))] if mask_prompt else None)
 
 
+def render_line(
+    path: Path, number: int, row: Row, template: Template | None, mask_prompt: bool
+) -> Text:
+    """As `render`; UserError names the line."""
+    try:
+        return render(row, template, mask_prompt)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: {error}") from None
+
+
 def render_chat(chat: Chat, template: Template | None, mask_prompt: bool) -> Text:
     if not template:
         raise ValueError("this model has no chat template for messages; write a text instead")
@@ -284,10 +293,7 @@ def render_rows(file: File, template: Template | None, mask_prompt: bool) -> Ite
     cut, last_only, total = [], [], len(file.rows)
     while file.rows:
         number, row = file.rows.popleft()
-        try:
-            text = render(row, template, mask_prompt)
-        except ValueError as error:
-            raise UserError(f"{file.path}, line {number}: {error}") from None
+        text = render_line(file.path, number, row, template, mask_prompt)
         cut += [number] * bool(text.left_out)
         last_only += [number] * text.last_only
         yield text

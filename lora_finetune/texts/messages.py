@@ -16,20 +16,28 @@ SHAREGPT_ROLES = {role: role for role in ("system", "user", "assistant", "tool")
 # that it is not, 1 and true that it is.
 MARKS = ("weight", "train", "loss")
 REASONING = ("reasoning_content", "reasoning", "thinking")
+TURNS = ("prompt", "completion")
+BESIDE = ("tools", "chat_template_kwargs")  # what may stand beside messages
 KWARGS = 'its "chat_template_kwargs"'
+
+
+def as_chat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of messages where prompt and completion are lists of them, as TRL has it."""
+    turns = [row.get(name) for name in TURNS]
+    if not all(messages and is_objects(messages) for messages in turns):
+        return row
+    return {k: v for k, v in row.items() if k not in TURNS} | {"messages": sum(turns, [])}
 
 
 def read_messages(row: dict[str, Any]) -> list[Message]:
     """The messages of a row, as templates take them.
 
-    They are in "messages", in "conversations", or in "prompt" and "completion"; each is {"role",
-    "content"} or ShareGPT's {"from", "value"}. The result has strings as contents, objects as
-    arguments of tool calls, and no null. ValueError says what is wrong where.
+    They are in "messages" or "conversations"; each is {"role", "content"} or ShareGPT's {"from",
+    "value"}. The result has strings as contents, objects as arguments of tool calls, and no null.
+    ValueError says what is wrong where.
     """
-    key = next((key for key in ("messages", "conversations") if row.get(key) is not None), "prompt")
+    key = "conversations" if row.get("messages") is None else "messages"
     found = row[key]
-    if key == "prompt" and isinstance(found, list) and isinstance(row["completion"], list):
-        found = found + row["completion"]
     if not found or not is_objects(found):
         raise ValueError(f'its "{key}" are not a list of messages')
     messages = []
@@ -134,6 +142,12 @@ def read_arguments(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(found or {}, dict):
         raise ValueError(f"{KWARGS} are not an object")
     return found or {}
+
+
+def read_beside(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row has for the chat template beside its messages."""
+    found = dict(zip(BESIDE, (read_tools(row), read_arguments(row)), strict=True))
+    return {name: value for name, value in found.items() if value}
 
 
 def is_learnt(message: Message) -> bool:
