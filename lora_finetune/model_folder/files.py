@@ -81,10 +81,7 @@ def check_files(folder: Path) -> Any:
         if missing := sorted(files - {file.name for file in folder.iterdir()}):
             raise UserError(f"{abbreviated(missing)} of {index} is missing; download it again")
     config = read_object(folder / "config.json")
-    number = 0
-    for file in folder.glob("model*.safetensors"):
-        check_whole(file)
-        number += len(mx.load(str(file)))
+    number = sum(len(read_whole(file)) for file in folder.glob("model*.safetensors"))
     for name, value in text_settings(config):  # building a million layers takes minutes
         if name in NUM_LAYERS and isinstance(value, int) and value > number:
             raise UserError(
@@ -111,12 +108,15 @@ def reason(folder: Path, error: BaseException) -> str:
     """Why loading failed; raises UserError where for lack of memory, or for a damaged file."""
     check_memory(folder, error)
     for file in sorted(file for pattern in HUB_FILES for file in folder.glob(pattern)):
-        check_whole(file)
+        read_whole(file)
     return shortened(error)
 
 
-def check_whole(file: Path) -> None:
-    """Raise UserError where a file of a model is a Git LFS pointer, or was not downloaded whole."""
+def read_whole(file: Path) -> Any:
+    """The value of a JSON file, or the arrays of weights by name, not read yet; None of others.
+
+    Raises UserError where a file of a model is a Git LFS pointer, or was not downloaded whole.
+    """
     with file.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(
@@ -125,9 +125,8 @@ def check_whole(file: Path) -> None:
             )
     try:
         if file.suffix == ".json":
-            json.loads(file.read_bytes())
-        if file.suffix == ".safetensors":
-            mx.load(str(file))
+            return json.loads(file.read_bytes())
+        return mx.load(str(file)) if file.suffix == ".safetensors" else None
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"{file} is damaged or cut short ({shortened(error)}); download it again"
@@ -139,8 +138,7 @@ def check_whole(file: Path) -> None:
 
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object that a model needs; raises UserError where the file does not hold one."""
-    check_whole(file)
-    content = json.loads(file.read_bytes())
+    content = read_whole(file)
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a JSON object; download it again")
     return content
