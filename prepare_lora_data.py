@@ -12,13 +12,11 @@ import argparse
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice, pairwise
-from numbers import Number
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from unicodedata import is_normalized
@@ -27,14 +25,24 @@ from lora_finetune.base.command_line import Parser, in_project, nonempty, number
 from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
 from lora_finetune.base.files import atomic_write, composed, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
-from lora_finetune.texts.dataset import Row, join_question, question_of
+from lora_finetune.texts.dataset import (
+    DECOMPOSED,
+    DECOMPOSED_HANGUL,
+    Row,
+    join_question,
+    question_of,
+)
 from lora_finetune.texts.messages import (
+    CHATS,
     TURNS,
     as_chat,
+    as_text,
     is_learnt,
+    is_number,
     is_objects,
     read_beside,
     read_messages,
+    spell_out,
 )
 from lora_finetune.texts.sources import Note, advice_on, find_files, named_speaker, read_rows
 
@@ -42,10 +50,8 @@ from tqdm import tqdm
 
 Notes = dict[str, Counter[Path]]  # what to say of files once they are read, how often in which
 NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
-CHATS = ("messages", "conversations")
 FOR_TEMPLATE = ("tools", "functions", "chat_template_kwargs")  # beside a chat
-APART = re.compile("[\u1100-\u1112][\u1161-\u1175]")  # decomposed Hangul
-REMARK = "examples with decomposed Hangul, of six to nine times the tokens; --normalize composes it"
+AS_TEXT = "numbers and booleans in the column {} are written as text"
 SPLITS = ("train", "valid", "test")
 
 
@@ -173,8 +179,8 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
                     raise ValueError("holds half a character, an unpaired surrogate")
                 if args.normalize and not is_normalized("NFC", example.line):
                     example = example._replace(line=to_json(composed(json.loads(example.line))))
-                if APART.search(example.line):
-                    note(REMARK, 1)
+                if DECOMPOSED_HANGUL.search(example.line):
+                    note(f"examples with {DECOMPOSED}; --normalize composes it", 1)
                 yield example
     except ValueError as error:
         raise UserError(f"{file}, row {number}: {error}") from None
@@ -269,11 +275,8 @@ def make_turns(note: Note, row: Row) -> Iterator[Example]:
 
 
 def messages_in(row: Row, note: Note) -> list[Row]:
-    """The messages of a row, with numbers and booleans in contents as text."""
-    for name in filter(lambda name: is_objects(row.get(name)), CHATS):
-        for message in row[name]:
-            for key in message.keys() & {"content", "value"}:
-                message[key] = spelled_out(message[key], key, note)
+    for name in spell_out(row):
+        note(AS_TEXT.format(name), 1)
     return read_messages(row)
 
 
@@ -298,18 +301,12 @@ def text_in(row: Row, name: str, note: Note) -> str:
         value = value.get("text")
         if isinstance(value, list):
             value = value[0] if value else None
-    value = spelled_out(value, name, note)
+    if is_number(value):
+        note(AS_TEXT.format(name), 1)
+        value = as_text(value)
     if not isinstance(value, str | None):
         raise ValueError(f"the column {name} holds {str(value)[:50]}, not text")
     return (value or "").strip()
-
-
-def spelled_out(value: object, name: str, note: Note) -> object:
-    """A number or a boolean as its text, as JSON has it; any other value as it is."""
-    if not isinstance(value, Number):
-        return value
-    note(f"numbers and booleans in the column {name} are written as text", 1)
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # --- Splitting ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,6 +296,38 @@ def test_answers_lost_by_a_cut_are_counted(call: Run, model: Path, tmp_path: Pat
         assert "1 of all texts have nothing left to learn from" in line
 
 
+# --- What is told --------------------------------------------------------------------------------
+
+
+def test_numbers_and_booleans_are_learnt_as_text_and_it_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    answers = [42, 3.5, True, "넷"]
+    entries = [PAIR | {"completion": answer} for answer in answers]
+    file = dataset.read(write_entries(tmp_path / "train.jsonl", *entries), False)
+    assert [row["completion"] for _, row in file.rows] == ["42", "3.5", "true", "넷"]
+    told = capsys.readouterr().err
+    assert "3 texts, the first in line 1, have a number or a boolean" in told
+    assert told.count("\n") == 1
+
+    said = [{"role": "user", "content": 1}, {"role": "assistant", "content": False}]
+    entries = [{"messages": said}, {"prompt": said[:1], "completion": said[1:]}]
+    entries += [{"conversations": [{"from": "human", "value": 1}, {"from": "gpt", "value": False}]}]
+    file = dataset.read(write_entries(tmp_path / "chats.jsonl", *entries), False)
+    for _, row in file.rows:
+        assert [message["content"] for message in row["messages"]] == ["1", "false"]
+
+
+def test_decomposed_hangul_is_warned_of_with_its_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    apart = {"text": unicodedata.normalize("NFD", TEXT["text"])}
+    dataset.read(write_entries(tmp_path / "train.jsonl", TEXT, apart, TEXT, apart), False)
+    told = capsys.readouterr().err
+    assert "2 texts, the first in line 2, have decomposed Hangul" in told
+    assert "prepare_lora_data.py --normalize" in told and told.count("\n") == 1
+
+
 # --- What is refused ----------------------------------------------------------------------------
 
 
@@ -308,7 +341,9 @@ def test_answers_lost_by_a_cut_are_counted(call: Run, model: Path, tmp_path: Pat
         ([{"completion": "a"}], ["line 1", '"prompt"']),
         ([PAIR, PAIR | {"completion": " \n"}], ["line 2", '"completion" is not a text']),
         ([PAIR | {"prompt": None}], ["line 1", 'has no "text"']),
-        ([PAIR | {"prompt": 3}], ["line 1", '"prompt" is not a text, but 3']),
+        ([PAIR | {"prompt": [3]}], ["line 1", '"prompt" is not a text, but [3]']),
+        ([PAIR | {"prompt": float("nan")}], ["line 1", '"prompt" is not a text, but nan']),
+        ([{"contents": [{"role": "user", "parts": [{"text": "a"}]}]}], ["Gemini", '"messages": [']),
         ([{"messages": "a"}], ["line 1", '"messages" are not']),
         ([{"messages": ["a"]}], ["line 1", '"messages" are not']),
         ([{"messages": []}], ["line 1", '"messages" are not a list of messages']),

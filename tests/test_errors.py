@@ -157,7 +157,7 @@ BAD_LINES = {  # and the reason that is reported
     "a number": (b"3", "is not a JSON object"),
     "null": (b"null", "is not a JSON object"),
     "no text": (b'{"prompt": "bad"}', 'has no "text"'),
-    "text is a number": (b'{"text": 3}', 'its "text" is not a text'),
+    "text is not a number": (b'{"text": NaN}', 'its "text" is not a text'),
     "text is null": (b'{"text": null}', 'has no "text"'),
     "text is an array": (b'{"text": ["bad"]}', 'its "text" is not a text'),
     "text is empty": (b'{"text": ""}', 'its "text" is not a text'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -110,6 +111,27 @@ def test_an_adapter_without_its_state_is_prompted_as_it_stands(
     assert answers(ask(call, speaker, tmp_path, "--prompt", "물:")) == ["물:yes"]
     asked = ["--prompt", "물은?", "--prompt-format", "chat"]
     assert answers(ask(call, speaker, tmp_path, *asked)) == ["물은?\nyes"]
+
+
+def test_a_template_that_wants_thoughts_can_be_told_to_want_none(
+    call: Run, speaker: Path, tmp_path: Path
+) -> None:
+    """DeepSeek V3.2's, which mlx-lm has as a program; the command printed at the end works."""
+    model = shutil.copytree(speaker, tmp_path / "model")
+    file = model / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"chat_template_type": "deepseek_v32"}
+    del settings["chat_template"]
+    file.write_text(json.dumps(settings))
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(CHAT), encoding="utf-8")
+    fixed = ["--train", "--iters", 1, "--lora-layers", 1, "--model", model, "--data", tmp_path]
+    fixed += ["--adapter-file", tmp_path / "a.npz"]
+    one_error(call(*fixed), "line 1", "without reasoning_content", "--chat-template-args")
+    ended = learn(call, model, tmp_path, CHAT, "--chat-template-args", '{"enable_thinking": false}')
+    [line] = [line for line in ended.outcome.splitlines() if line.startswith("Ask it:")]
+    words = shlex.split(line)
+    flags = next(i for i, word in enumerate(words) if word.startswith("--"))
+    assert answers(call(*words[flags:], "--max-tokens", 2))
 
 
 def test_a_prompt_that_went_through_a_template_already_is_not_put_through_it_again(

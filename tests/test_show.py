@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -26,6 +27,7 @@ def test_texts_are_shown_as_they_are_learnt_with_what_counts_marked(
     chat["messages"][1]["reasoning_content"] = "글쎄"
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(c) + "\n" for c in (chat, turns("a", "b"), turns("c", "d"))))
+    shutil.copy(file, tmp_path / "valid.jsonl")
     ended = call("--show-texts", 2, "--mask-prompt", "--model", model, "--data", tmp_path)
     assert ended.returncode == 0, ended.stderr
     first, second = ended.stdout.split(f"--- {file}, line ")[1:]
@@ -38,6 +40,15 @@ def test_texts_are_shown_as_they_are_learnt_with_what_counts_marked(
         "⟦<think>\n\n</think>\n\n푸르다.<|im_end|>\n<|endoftext|>⟧\n"
     )
     assert "b<|im_end|>" in second and "d<|im_end|>" not in second
+
+
+def test_texts_that_are_held_out_of_training_are_not_shown(
+    call: Run, model: Path, tmp_path: Path
+) -> None:
+    tiny.write_jsonl(tmp_path, "train", [f"text {i}" for i in range(40)])
+    ended = call("--show-texts", 40, "--model", model, "--data", tmp_path)
+    assert "so 2 of the 40 texts in train.jsonl" in ended.stderr
+    assert ended.stdout.count("---") == 38
 
 
 def test_what_is_cut_is_told(call: Run, model: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def show(config: Config) -> None:
     Of the model only the tokenizer is loaded.
     """
     file = dataset.read(Path(config.data, "train.jsonl"), config.mask_prompt)
+    if not file.path.with_name("valid.jsonl").exists():
+        file, *_ = dataset.hold_out(file, None)
     without_weights = [pattern for pattern in HUB_FILES if "safetensors" not in pattern]
     folder = find_model(config.model or str(demo_model.fetch()), without_weights)
     tokenizer = tokenizers.load(folder, read_object(folder / "config.json"))

@@ -16,13 +16,16 @@ from lora_finetune.base.files import file_checksum
 from lora_finetune.texts.chat import Chat, Span, Template
 from lora_finetune.texts.messages import (
     BESIDE,
+    CHATS,
     REASONING,
     TURNS,
     Message,
+    advice_on_contents,
     as_chat,
     is_learnt,
     read_beside,
     read_messages,
+    spell_out,
 )
 
 Row = dict[str, Any]
@@ -57,6 +60,18 @@ FORMATS = {
 OTHER_FORMS = "prepare_lora_data.py converts other forms and encodings"
 
 
+DECOMPOSED_HANGUL = re.compile("[\u1100-\u1112][\u1161-\u1175]")
+DECOMPOSED = "decomposed Hangul, of six to nine times the tokens"
+
+# What is said once of the lines of a file that are so.
+NOTHING = (
+    "have nothing to learn, since all that counts is marked with weight 0 or the like; they are "
+    "left out"
+)
+NUMBERS = "have a number or a boolean in the place of a text, which is learnt as it is written"
+APART = f"have {DECOMPOSED}; prepare_lora_data.py --normalize composes it"
+
+
 @dataclass(frozen=True)
 class File:
     """A JSON Lines file as it was read, once."""
@@ -70,22 +85,23 @@ class File:
 
 def read(path: Path, mask_prompt: bool) -> File:
     """Read a JSON Lines file; UserError says what is wrong, and in which line."""
-    rows, skipped, first, first_kind, num_questions = deque(), [], 0, None, 0
+    rows, first, first_kind, num_questions = deque(), 0, None, 0
+    remarks: dict[str, list[int]] = {}
     try:
         check_format(path)
         # Bytes that are not UTF-8 become surrogates, which `parse_row` refuses.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
             for number, value in read_json_lines(path, lines):
-                row = parse_row(value, mask_prompt)
+                row, said = parse_row(value, mask_prompt)
                 kind = " and ".join(key for key in row if key not in BESIDE)
                 first, first_kind = (first, first_kind) if first_kind else (number, kind)
                 if kind != first_kind:
                     raise ValueError(f"has {kind}, but line {first} has {first_kind}")
-                if is_skipped(row, mask_prompt):
-                    skipped.append(number)
-                    continue
-                rows.append((number, row))
-                num_questions += row.get("text", "").lstrip().startswith(QUESTION_HEADING)
+                for remark in said:
+                    remarks.setdefault(remark, []).append(number)
+                if NOTHING not in said:
+                    rows.append((number, row))
+                    num_questions += row.get("text", "").lstrip().startswith(QUESTION_HEADING)
         checksum = file_checksum(path)
     except FileNotFoundError:
         raise UserError(
@@ -97,11 +113,8 @@ def read(path: Path, mask_prompt: bool) -> File:
         raise UserError(f"{path}, line {number}: {error}") from None
     if not rows:
         raise UserError(f"{path} holds no texts; write one in each line, or name another --data")
-    if skipped:
-        warn(
-            f"{path}: {len(skipped)} texts, the first in line {skipped[0]}, have nothing to learn, "
-            "since all that counts is marked with weight 0 or the like; they are left out"
-        )
+    for remark, numbers in remarks.items():
+        warn(f"{path}: {len(numbers)} texts, the first in line {numbers[0]}, {remark}")
     kind = "questions" if num_questions == len(rows) else first_kind
     arguments = [row.get("chat_template_kwargs", {}) for _, row in rows]
     same = all(each == arguments[0] for each in arguments)
@@ -167,19 +180,23 @@ def read_json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any
         yield number, value
 
 
-def parse_row(found: object, mask_prompt: bool) -> Row:
-    """The row in a line's value, with the keys of its kind alone; ValueError says what is wrong."""
+def parse_row(found: object, mask_prompt: bool) -> tuple[Row, list[str]]:
+    """The row in a line's value, with the keys of its kind alone, and what is to be said of it.
+
+    ValueError says what is wrong.
+    """
     if not isinstance(found, dict):
         raise ValueError(f'is not a JSON object such as {{"text": "…"}}; {OTHER_FORMS}')
+    said = [NUMBERS] * bool(spell_out(found))
     found = as_chat(found)
     named = {key for key, value in found.items() if value is not None}
     keys = next((keys for keys in KINDS if named >= set(keys)), None)
     if not keys:
         raise ValueError(
             'has no "text", no "messages", and no "prompt" with a "completion"; it has '
-            f"{abbreviated(found) or 'nothing'}; {OTHER_FORMS}"
+            f"{abbreviated(found) or 'nothing'}{advice_on_contents(found) or f'; {OTHER_FORMS}'}"
         )
-    if keys in (("messages",), ("conversations",)):
+    if keys[0] in CHATS:
         row = {"messages": read_messages(found)}
         check_answers(row["messages"])
     else:
@@ -192,9 +209,11 @@ def parse_row(found: object, mask_prompt: bool) -> Row:
             f'for --mask-prompt its "text" needs a "{QUESTION_HEADING}" and a "{ANSWER_HEADING}"'
         )
     row |= read_beside(found)
-    if not is_unicode(json.dumps(row, ensure_ascii=False)):
+    whole = json.dumps(row, ensure_ascii=False)
+    if not is_unicode(whole):
         raise ValueError("is not UTF-8, or has half of a surrogate pair; save the file as UTF-8")
-    return row
+    said += [APART] * bool(DECOMPOSED_HANGUL.search(whole))
+    return row, said + [NOTHING] * is_skipped(row, mask_prompt)
 
 
 def check_answers(messages: list[Message]) -> None:

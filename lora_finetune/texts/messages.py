@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from numbers import Number
 from typing import Any
 
 Message = dict[str, Any]
@@ -16,9 +17,41 @@ SHAREGPT_ROLES = {role: role for role in ("system", "user", "assistant", "tool")
 # that it is not, 1 and true that it is.
 MARKS = ("weight", "train", "loss")
 REASONING = ("reasoning_content", "reasoning", "thinking")
+CHATS = ("messages", "conversations")
 TURNS = ("prompt", "completion")
 BESIDE = ("tools", "chat_template_kwargs")  # what may stand beside messages
 KWARGS = 'its "chat_template_kwargs"'
+
+FORM = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+
+
+def advice_on_contents(row: dict[str, Any]) -> str:
+    """What to do with a chat in Gemini's form, which is not read; "" for other rows."""
+    return isinstance(row.get("contents"), list) * (
+        f"; these are chats in Gemini's form: write each as {FORM}, with the text of its parts as "
+        "content, and assistant for the role model"
+    )
+
+
+def spell_out(row: dict[str, Any]) -> list[str]:
+    """Make numbers and booleans text where texts belong; returns the keys that had some."""
+    places = [(row, key) for key in ("text", *TURNS)]
+    for name in filter(lambda name: is_objects(row.get(name)), (*CHATS, *TURNS)):
+        places += [(message, key) for message in row[name] for key in ("content", "value")]
+    numbers = [(place, key) for place, key in places if is_number(place.get(key))]
+    for place, key in numbers:
+        place[key] = as_text(place[key])
+    return [key for _, key in numbers]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number, which NaN is not, or a boolean."""
+    return isinstance(value, Number) and value == value
+
+
+def as_text(number: object) -> str:
+    """A number or a boolean as JSON has it."""
+    return str(number).lower() if isinstance(number, bool) else str(number)
 
 
 def as_chat(row: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lora_finetune.base.errors import UserError, first_line
 from lora_finetune.texts.dataset import Row, check_format, read_json_lines
-from lora_finetune.texts.messages import is_objects
+from lora_finetune.texts.messages import FORM, advice_on_contents, is_objects
 
 import datasets
 import pyarrow as pa
@@ -238,22 +238,17 @@ READERS = {
 
 # --- Forms that cannot be read -------------------------------------------------------------------
 
-MESSAGES = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
-
 
 def advice_on(rows: list[Row]) -> str:
     """What to do with rows of no kind, where their form is known."""
-    if any(isinstance(row.get("contents"), list) for row in rows):
-        return (
-            f"; these are chats in Gemini's form: write each as {MESSAGES}, with the text of its "
-            "parts as content, and assistant for the role model"
-        )
+    if advice := next(filter(None, map(advice_on_contents, rows)), None):
+        return advice
     names = (name for row in rows for name in row)
     speaker = named_speaker(names) or next(filter(None, map(find_speaker, rows)), None)
     if not speaker:
         return ""
     return (
-        f"; by {speaker:.40} these are utterances of dialogues: write each dialogue as {MESSAGES}, "
+        f"; by {speaker:.40} these are utterances of dialogues: write each dialogue as {FORM}, "
         f"and texts that stand alone without {speaker:.40}"
     )
 
