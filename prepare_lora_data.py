@@ -16,19 +16,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, product, starmap
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from unicodedata import is_normalized
 
 from lora_finetune.base.command_line import Parser, in_project, nonempty, number, whole_number
-from lora_finetune.base.errors import UserError, abbreviated, is_unicode, warn
-from lora_finetune.base.files import atomic_write, composed, nfc
+from lora_finetune.base.errors import UserError, abbreviated, hint, is_unicode, warn
+from lora_finetune.base.files import atomic_write, composed, earlier_kept, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
+from lora_finetune.texts import sources
 from lora_finetune.texts.dataset import (
     DECOMPOSED,
     DECOMPOSED_HANGUL,
     Row,
+    as_messages,
     join_question,
     question_of,
 )
@@ -44,7 +46,7 @@ from lora_finetune.texts.messages import (
     read_messages,
     spell_out,
 )
-from lora_finetune.texts.sources import Note, advice_on, find_files, named_speaker, read_rows
+from lora_finetune.texts.sources import SPLITS, Note
 
 from tqdm import tqdm
 
@@ -52,7 +54,10 @@ Notes = dict[str, Counter[Path]]  # what to say of files once they are read, how
 NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
 FOR_TEMPLATE = ("tools", "functions", "chat_template_kwargs")  # beside a chat
 AS_TEXT = "numbers and booleans in the column {} are written as text"
-SPLITS = ("train", "valid", "test")
+
+# The columns of questions and answers that are known without flags.
+QUESTIONS = ("question", "질문", "질의", "물음", "문의", "문제", "Question", "QUESTION", "Q", "q")
+ANSWERS = ("answer", "답변", "응답", "대답", "답", "정답", "Answer", "ANSWER", "A", "a")
 
 
 # --- The command line ---------------------------------------------------------------------------
@@ -73,10 +78,19 @@ def build_parser() -> Parser:
         "output, prompt with completion, chats, SQuAD's form, texts are known too")  # fmt: skip
     add("--answer-column", nonempty, "answer", "column of the answers")
     add("--context-column", nonempty, None, "column of what is to stand before the question")
+    add(
+        "--form",
+        str,
+        "text",
+        "what to write: text, questions and answers below headings; or "
+        "messages, chats in the model's own form",
+        choices=("text", "messages"),
+        metavar="FORM",
+    )
     switch("--keep-chats", "write chats as they are, as messages, not each question with its "
            "answer")  # fmt: skip
-    add("--valid-fraction", share, 0.05, "share of validation")
-    add("--test-fraction", share, 0.05, "share of the test")
+    add("--valid-fraction", share, 0.05, "share of validation; with 0 there is no valid.jsonl")
+    add("--test-fraction", share, 0.05, "share of the test; with 0 there is no test.jsonl")
     add("--seed", whole_number(0, below=math.inf), 0, "random seed of the split")
     add("--limit", count, None, "take so many examples, of each split where they are kept "
         "(default: all)")  # fmt: skip
@@ -145,9 +159,9 @@ def known_kinds(args: argparse.Namespace, note: Note) -> list[Kind]:
     ]
     if context:  # which stands before questions alone
         return kinds
-    turns = (Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS)
+    turns = [Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS]
     texts = Kind(("text",), (), lambda row: [make_example(text_in(row, "text", note))])
-    return [*kinds, *turns, texts]
+    return [*kinds, *turns, *starmap(pairs, product(QUESTIONS, ANSWERS)), texts]
 
 
 def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
@@ -168,7 +182,7 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
     kinds = known_kinds(args, note)
     also = TURNS if args.keep_chats else ()
     columns = set(also).union(*(kind.columns + kind.more for kind in kinds))
-    rows = map(as_chat, read_rows(file, columns, note))
+    rows = map(as_chat, sources.read_rows(file, columns, note))
     first = list(islice(rows, 50))  # not more, since articles and chats may have a megabyte each
     check_columns(file, first, kinds, args, note)
     try:
@@ -177,6 +191,8 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
             for example in kind.make(row) if kind else [EMPTY]:
                 if not is_unicode(example.line + example.topic):
                     raise ValueError("holds half a character, an unpaired surrogate")
+                if args.form == "messages" and example.line:
+                    example = example._replace(line=to_json(as_messages(json.loads(example.line))))
                 if args.normalize and not is_normalized("NFC", example.line):
                     example = example._replace(line=to_json(composed(json.loads(example.line))))
                 if DECOMPOSED_HANGUL.search(example.line):
@@ -193,13 +209,14 @@ def check_columns(
     names = list(dict.fromkeys(name for row in rows for name in row))
     there, context = abbreviated(names) or "nothing", args.context_column
     found = [kind for row in rows if (kind := kind_of(filled(row), kinds))]
-    utterances = {kind.columns for kind in found} == {("text",)} and named_speaker(names)
+    utterances = {kind.columns for kind in found} == {("text",)} and sources.named_speaker(names)
     if rows and (utterances or not any(kind_of(row, kinds) for row in rows)):
         flag = " for --keep-chats" * args.keep_chats or " for --context-column" * bool(context)
-        raise UserError(
-            f"{file} has no columns {' and '.join(kinds[0].columns)}{flag}; it has {there}"
-            + (advice_on(rows) or ", of which --question-column and --answer-column can name two")
+        advice = (
+            sources.advice_on(rows) or ", of which --question-column and --answer-column name two"
         )
+        wanted = " and ".join(kinds[0].columns)
+        raise UserError(f"{file} has no columns {wanted}{flag}; it has {there}{advice}")
     if rows and context and not {context, *NESTED} & set(names):
         raise UserError(f"{file} has no column {context} for --context-column; it has {there}")
     used = {name for kind in found for name in kind.columns + kind.more}
@@ -311,21 +328,6 @@ def text_in(row: Row, name: str, note: Note) -> str:
 
 # --- Splitting ----------------------------------------------------------------------------------
 
-# The names that the splits of a DatasetDict have, and what they become.
-SPLIT_NAMES = {"train": "train", "test": "test"}
-SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "valid")
-
-
-def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
-    """The files of a DatasetDict with their splits, training last: it loses what is in several."""
-    if unknown := set(files.values()) - set(SPLIT_NAMES):
-        raise UserError(
-            f"--keep-splits is for a DatasetDict of {', '.join(SPLIT_NAMES)}; the source has "
-            + (f"a split {unknown.pop()}" if unknown != {None} else "no splits")
-        )
-    named = [(file, SPLIT_NAMES[split]) for file, split in files.items()]
-    return sorted(named, key=lambda pair: SPLITS.index(pair[1]), reverse=True)
-
 
 def assign_split(topic: str, seed: int, shares: dict[str, float]) -> str:
     """The split of a topic by its hash, so that more rows do not move it; the rest is "train"."""
@@ -343,19 +345,19 @@ def digest(text: str, size: int = 16) -> bytes:
 
 
 def select(
-    sources: list[tuple[Path, str]], args: argparse.Namespace, notes: Notes, counts: Counter
+    files: list[tuple[Path, str]], args: argparse.Namespace, notes: Notes, counts: Counter
 ) -> Iterator[tuple[str, str]]:
     """The split and the line of each example that is neither empty nor a duplicate.
 
     Splits that no file is of are drawn from "train". `counts` takes what became of the examples.
     """
     lacking = {"valid": args.valid_fraction, "test": args.test_fraction}
-    shares = {k: v for k, v in lacking.items() if k not in dict(sources).values()}
+    shares = {k: v for k, v in lacking.items() if k not in dict(files).values()}
     lines: set[bytes] = set()
     questions: dict[bytes, str] = {}
     taken = Counter()  # from each split of the source
     progress = tqdm(None, "Preparing", args.limit, False, unit=" examples", disable=None)
-    for file, source in sources:
+    for file, source in files:
         examples = read_examples(file, args, notes)
         while taken[source] != args.limit and (example := next(examples, None)):
             progress.update()
@@ -381,23 +383,29 @@ def select(
 
 
 @contextmanager
-def replace_sets(folder: Path) -> Iterator[dict[str, BinaryIO]]:
-    """A stream for each split; together they replace the old files when all is written."""
+def replace_sets(folder: Path, splits: list[str]) -> Iterator[dict[str, BinaryIO]]:
+    """A stream for each of the splits; together they replace all sets when all is written."""
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(*(folder / f"{split}.jsonl" for split in SPLITS)) as streams:
-        yield dict(zip(SPLITS, streams, strict=True))
+    sets = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    with earlier_kept(folder, list(sets.values())):
+        with atomic_write(*(sets[split] for split in splits)) as streams:
+            yield dict(zip(splits, streams, strict=True))
+        for split in set(SPLITS).difference(splits):
+            sets[split].unlink(missing_ok=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for, and say what became of the rows."""
     source, output = Path(args.source), Path(args.output)
-    files = find_files(source)
-    sources = own_splits(files) if args.keep_splits else [(file, "train") for file in files]
+    files = sources.find_files(source)
+    named = sources.own_splits(files) if args.keep_splits else [(file, "train") for file in files]
     if not args.keep_splits and len(names := dict.fromkeys(files.values())) > 1:
         warn(f"the splits {', '.join(names)} are pooled; --keep-splits keeps them apart")
     samples, notes, counts = [], {}, Counter()
-    with nullcontext() if args.dry_run else replace_sets(output) as streams:
-        for split, line in select(sources, args, notes, counts):
+    shares = {"valid": args.valid_fraction, "test": args.test_fraction}
+    wanted = [s for s in SPLITS if shares.get(s) != 0 or s in dict(map(reversed, named))]
+    with nullcontext() if args.dry_run else replace_sets(output, wanted) as streams:
+        for split, line in select(named, args, notes, counts):
             if streams:
                 streams[split].write(f"{line}\n".encode())
             if len(samples) < 3:
@@ -408,11 +416,11 @@ def run(args: argparse.Namespace) -> None:
             f"{counts['elsewhere']} whose question is in another set.",
             flush=True,
         )
-        written = ", ".join(f"{counts[split]} {split}" for split in SPLITS)
+        written = ", ".join(f"{counts[split]} {split}" for split in wanted)
         if args.dry_run:
             print(f"Would write to {output}: {written}. The first of them:")
             print("", *samples, sep="\n---\n")
-        if empty := [f"{split}.jsonl" for split in SPLITS if not counts[split]]:
+        if empty := [f"{split}.jsonl" for split in wanted if not counts[split]]:
             raise UserError(
                 f"{source} leaves nothing for {', '.join(empty)}; take more rows or other fractions"
             )
@@ -426,7 +434,8 @@ def say(notes: Notes) -> None:
     for remark, files in notes.items():
         first, *more = files
         times = f": {files.total()} in all" if files.total() else ""
-        warn(f"{first}{f' and {len(more)} more' if more else ''}: {remark}{times}")
+        tell = hint if remark.startswith("read ") else warn  # how it was read is no loss
+        tell(f"{first}{f' and {len(more)} more' if more else ''}: {remark}{times}")
 
 
 def main() -> None:

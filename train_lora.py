@@ -31,7 +31,7 @@ from lora_finetune.base.command_line import (
     scale_number,
     whole_number,
 )
-from lora_finetune.base.errors import Interrupted, UserError, first_line, warn
+from lora_finetune.base.errors import Interrupted, UserError, first_line, print_line, warn
 from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import patches, rope
@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--patience", positive, None, "early-stopping patience, in validations")
     add("--chat-template-args", json_object, None, "arguments of the chat template, such as "
         "'{\"enable_thinking\": false}'", metavar="JSON")  # fmt: skip
+    switch("--no-adapter", "test and ask the model without an adapter, to compare")
     add("--show-texts", positive, None, "show so many training texts as they are learnt, and end")
     switch("--plain", "use MLX's own attention, activations, losses and recurrences")
     add("--prompt-format", str, "auto", f"prompt format: {', '.join(PROMPT_FORMATS)}",
@@ -182,11 +183,11 @@ def run_phases(config: Config, group: Group) -> None:
         if config.test:
             test(run, model, loss, examples["test"])
     group.leave()
-
     if group.is_first:
         generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
-        export.write_all(exports, model, folder, public_name(config.model, folder))
-        report.print_outcome(run)
+        own = prompts.own_template(run.settings.get(LEARNT_FORMAT), tokenizer)
+        export.write_all(exports, model, folder, public_name(config.model, folder), own)
+        report.print_outcome(run, examples)
 
 
 def read_files(config: Config) -> Files:
@@ -218,18 +219,18 @@ def load(config: Config, group: Group) -> tuple[Path, nn.Module, TokenizerWrappe
     """The folder of the model, which is fetched if need be, the model and its tokenizer."""
     with group.first_ahead():
         folder = find_model(config.model or str(demo_model.fetch()))
-    print("Loading pretrained model", flush=True)
+    print_line("Loading pretrained model")
     return folder, *models.load(folder)
 
 
 def adapt(run: Run, model: nn.Module) -> None:
     """Put LoRA into the model, with the adapter to start from."""
-    print(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
+    print_line(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
     config, start = run.config, run.start
     mx.random.seed(config.seed)
     layers = config.lora_layers if config.train else None
     loading.adapt(model, start.adapter, start.source, layers, config.lora_rank, start.scale)
-    print(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M", flush=True)
+    print_line(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M")
 
 
 def read_template(run: Run, files: Files, tokenizer: TokenizerWrapper) -> Template | None:
@@ -297,7 +298,7 @@ def train(run: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
     run.begin()
     longest, cut = texts.lengths.max(), texts.num_truncated
     size = f"{len(texts)} examples, {len(texts.tokens)} tokens, longest {longest}, {cut} cut"
-    print(f"Training: {size}", flush=True)
+    print_line(f"Training: {size}")
     if prefix := frozen_prefix.find(model):
         loss = prefix.loss(loss)
         examples = {s: frozen_prefix.WithStates(prefix, examples[s]) for s in ("train", "valid")}
@@ -373,7 +374,7 @@ def validate(run: Run, model: nn.Module, loss: Loss, examples: batching.Examples
     took = time.perf_counter() - start
     training_step.check_finite(mean, "the validation loss")
     iteration = progress.iteration + (progress.validated < 0)
-    report.print_line(f"Iter {iteration}: Val loss {mean:.3f}, Val took {took:.3f}s")
+    print_line(f"Iter {iteration}: Val loss {mean:.3f}, Val took {took:.3f}s")
     run.add_to_log({"iter": iteration, "val_loss": mean})
     if progress.add_validation(mean):
         run.keep_best(model)
@@ -384,7 +385,7 @@ def stop_early(run: Run) -> None:
     progress = run.progress
     if progress.steps:
         report.report_training(run)
-    report.print_line(
+    print_line(
         f"Iter {progress.iteration}: Training ends, since the validation loss did not improve in "
         f"{progress.not_improved} validations after iteration {progress.best_iteration}."
     )
@@ -398,7 +399,7 @@ def save(run: Run, trainer: Trainer, last: bool = False) -> None:
     if last and run.best.is_file():
         line += f" The best is of iteration {progress.best_iteration} "
         line += f"(validation {progress.best_loss:.3f}), in {run.best}."
-    report.print_line(line)
+    print_line(line)
 
 
 @contextmanager
@@ -473,11 +474,11 @@ def evaluate(
 def test(run: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
     """Report the loss and the perplexity on the test set."""
     config, group = run.config, run.group
-    print("Testing", flush=True)
+    print_line("Testing")
     with memory.device_errors("lower --batch-size or --max-seq-length"), group.hear_stops():
         mean = evaluate(model, loss, examples, config.batch_size, config.test_batches, group)
     perplexity = math.exp(mean) if mean < 700 else math.inf
-    report.print_line(f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}.")
+    print_line(f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}.")
     run.add_to_log({"test_loss": mean, "test_ppl": perplexity})
 
 

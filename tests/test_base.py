@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import pty
 import resource
 import shutil
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import tiny
@@ -166,3 +169,28 @@ def test_on_a_mac_what_is_saved_is_on_the_disk_itself(
             stream.write(b"whole")
     assert calls == (["F_FULLFSYNC"] * 2 if able else ["F_FULLFSYNC", "fsync"] * 2)
     assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"whole"] * 2
+
+
+def test_a_bar_is_closed_before_an_error_and_a_line_stands_above_it() -> None:
+    """As people see it on a terminal of 60 columns, where the bar fills its line."""
+    program = (
+        "import lora_finetune; from lora_finetune.base import errors; from tqdm import tqdm\n"
+        "bar = tqdm(total=2, mininterval=0); bar.update()\n"
+        "errors.warn('a'); errors.print_line('b')\nraise errors.UserError('c')"
+    )
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 60))
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=writer
+    ) as process:
+        os.close(writer)
+        shown = b""
+        with suppress(OSError):  # at its end
+            while more := os.read(reader, 1000):
+                shown += more
+    assert process.returncode == 2
+    lines = shown.decode().replace("\r\n", "\n").split("\n")
+    # What is behind the last carriage return of a line is what is seen of it.
+    seen = [line.rpartition("\r")[2] for line in lines]
+    assert seen[:2] == ["warning: a", "b"]
+    assert seen[2].startswith(" 50%|") and seen[3:] == ["error: c", ""]

@@ -515,11 +515,11 @@ def test_columns_that_are_left_out_are_said_once_for_files_that_are_alike(
     assert prepare(source, tmp_path / "out").stderr == said
     write_lines(source / "x.jsonl", {"instruction": "i", "output": "o", "source": "s"})
     write_lines(source / "y.jsonl", {"text": "t"})
-    assert prepare(source, tmp_path / "out").stderr.splitlines() == [
+    assert prepare(source, tmp_path / "out2").stderr.splitlines() == [
         f"warning: {source}/0.jsonl and 2 more: columns that are left out: id, note",
         f"warning: {source}/x.jsonl: columns that are left out: source",
     ]
-    assert len(all_of(read_sets(tmp_path / "out"))) == 32
+    assert len(all_of(read_sets(tmp_path / "out2"))) == 32
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -1332,7 +1332,7 @@ def test_a_csv_file_is_read_with_any_separator_and_encoding_that_excel_writes(
 ) -> None:
     with (tmp_path / name).open("w", encoding=encoding, newline="") as stream:
         csv.writer(stream, delimiter=separator, lineterminator=end).writerows(SPREADSHEET)
-    said = "".join(f"warning: {tmp_path / name}: {line}\n" for line in guess.splitlines())
+    said = "".join(f"hint: {tmp_path / name}: {line}\n" for line in guess.splitlines())
     made = FROM_SPREADSHEET.copy()
     made[0] = made[0].replace("질문:\n", "질문:\n1,5\n\n")
     made[3] = made[3].replace("질문:\n", "질문:\ny\n\n")
@@ -1346,7 +1346,7 @@ def test_how_files_are_read_is_said_once_for_those_that_are_alike(
     (tmp_path / "a").mkdir()
     for name in ("1.csv", "2.csv", "3.csv"):
         write_text(tmp_path / "a" / name, "question;answer\n" + text, "cp949")
-    first = f"warning: {tmp_path / 'a/1.csv'} and 2 more:"
+    first = f"hint: {tmp_path / 'a/1.csv'} and 2 more:"
     said = f"{first} read as cp949\n{first} read with semicolons between the values\n"
     assert prepare(tmp_path / "a", tmp_path / "out").stderr == said
 
@@ -1392,7 +1392,7 @@ def test_json_is_read_in_the_same_encodings(
     text = f"[{','.join(lines)}]" if suffix == "json" else "\r\n".join(lines)
     text = f'{{"v": 1, "data": [{",".join(lines)}]}}' if nested else text
     file = write_text(tmp_path / f"a.{suffix}", text, encoding)
-    said = f"warning: {file}: read as cp949\n" if encoding == "cp949" else ""
+    said = f"hint: {file}: read as cp949\n" if encoding == "cp949" else ""
     assert takes(file) == ([f"### 질문:\n{rows[0]['question']}\n\n### 답변:\n\u2025나"] * 2, said)
 
 
@@ -1830,6 +1830,69 @@ def test_the_old_sets_are_replaced_as_a_whole(prepare: Run, tmp_path: Path) -> N
     assert read_bytes(tmp_path / "old") == read_bytes(tmp_path / "new")
 
 
+def test_what_a_folder_held_is_kept_where_it_changes(prepare: Run, tmp_path: Path) -> None:
+    output, source = tmp_path / "out", write(tmp_path, "a.jsonl", FILLERS)
+    said = prepare(source, output).stderr
+    first = read_bytes(output)
+    assert prepare(source, output).stderr == said  # the same again
+    for number in (1, 2):
+        ended = prepare(source, output, "--seed", number)
+        kept = tmp_path / f"out.previous-{number}"
+        assert ended.stderr == said + f"hint: what {output} held before is kept in {kept}\n"
+    assert read_bytes(tmp_path / "out.previous-1") == first
+    assert not (tmp_path / "out.previous-3").exists()
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_share_of_0_makes_no_such_set_and_leaves_no_old_one(
+    prepare: Run, tmp_path: Path, split: str
+) -> None:
+    output, source = tmp_path / "out", write(tmp_path, "a.jsonl", FILLERS)
+    prepare(source, output)
+    ended = prepare(source, output, f"--{split}-fraction", 0)
+    assert ended.returncode == 0, ended.stderr
+    assert split not in ended.stdout.splitlines()[-1].partition(":")[2]
+    assert not (output / f"{split}.jsonl").exists()
+    assert (tmp_path / f"out.previous-1/{split}.jsonl").exists()
+
+
+@pytest.mark.parametrize("columns", ["질문,답변", "질의,응답", "문제,정답", "Question,Answer"])
+def test_usual_names_of_columns_are_known_without_flags(
+    takes: Takes, tmp_path: Path, columns: str
+) -> None:
+    file = write_text(tmp_path / "a.csv", f"번호,{columns}\n1,물은?,H2O\n")
+    said = f"warning: {file}: columns that are left out: 번호\n"
+    assert takes(file) == (["### 질문:\n물은?\n\n### 답변:\nH2O"], said)
+
+
+def test_chats_are_written_from_any_source(prepare: Run, tmp_path: Path) -> None:
+    """Questions and answers, turns of chats, and texts that have both below headings."""
+    rows = [
+        {"question": "물은?", "answer": "H2O"},
+        {"instruction": "고쳐라", "input": "물", "output": "불"},
+        {"messages": turns("안녕?", "네.", "왜?", "그냥.")},
+        {"text": "### 질문:\n달은?\n\n### 답변:\n돈다.\n\n### 질문:\n왜?\n\n### 답변:\n그래서."},
+    ]
+    chats = [("물은?", "H2O"), ("고쳐라\n\n물", "불"), ("안녕?", "네."), ("왜?", "그냥.")]
+    chats += [("달은?", "돈다.", "왜?", "그래서.")]
+    none = ("--valid-fraction", 0, "--test-fraction", 0)
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+    ended = prepare(tmp_path, tmp_path / "out", "--form", "messages", *none)
+    assert ended.returncode == 0, ended.stderr
+    made = (tmp_path / "out/train.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["messages"] for line in made] == [turns(*chat) for chat in chats]
+
+    (tmp_path / "0.jsonl").write_text('{"text": "그냥 글"}\n', "utf-8")
+    ended = prepare(tmp_path, tmp_path / "out", "--form", "messages", *none)
+    one_error(ended, "0.jsonl, row 1: is a text without a question and its answer")
+
+
+def turns(*contents: str) -> list[dict]:
+    roles = ("user", "assistant") * len(contents)
+    return [{"role": role, "content": c} for role, c in zip(roles, contents, strict=False)]
+
+
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_an_error_in_the_last_file_leaves_the_old_sets_as_they_were(
     fails: Fails, tmp_path: Path, suffix: str
@@ -2120,7 +2183,7 @@ def test_a_source_of_which_nothing_is_left_is_reported(fails: Fails, tmp_path: P
 
 @pytest.mark.parametrize(
     ("fractions", "split"),
-    [((0, 0.3), "valid"), ((0.3, 1e-9), "test"), ((0.5, 0.499999999), "train")],
+    [((1e-9, 0.3), "valid"), ((0.3, 1e-9), "test"), ((0.5, 0.499999999), "train")],
 )
 def test_a_set_that_would_be_empty_is_reported(
     fails: Fails, tmp_path: Path, fractions: tuple[float, float], split: str

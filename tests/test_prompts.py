@@ -20,6 +20,7 @@ from test_chat import BOS, turns, write_tokenizer
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import AutoTokenizer
 
 LIMITS = Limits(300, 4096)
 # The model says "yes" after a colon, which ends the assistant's mark here.
@@ -307,6 +308,60 @@ def test_standard_input_without_a_prompt_is_an_error(
 
 def test_standard_input_is_read_once(pipe: Callable[..., Ended]) -> None:
     one_error(pipe(b"a", "--prompt", "-"), "--prompt", "no prompt")
+
+
+@pytest.mark.parametrize("in_file", [False, True], ids=["in the settings", "in a file"])
+def test_a_merged_model_asks_in_the_form_of_the_questions_it_learnt(
+    call: Run, speaker: Path, tmp_path: Path, in_file: bool
+) -> None:
+    """Its chat template makes the very text of training; the base's is kept beside it."""
+    model = shutil.copytree(speaker, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    if in_file:
+        (model / "chat_template.jinja").write_text(settings.pop("chat_template"))
+        (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    merged = tmp_path / "merged"
+    ended = learn(call, model, tmp_path, QUESTION, "--export", "merged", merged)
+    assert "chat_template.jinja puts questions below the headings" in ended.stderr
+    assert (merged / "chat_template.base.jinja").read_text() == TEMPLATE
+    assert "chat_template" not in json.loads((merged / "tokenizer_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    asked = CHAT["messages"][:1]
+    opened = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert opened == "### 질문:\n물\n\n### 답변:\n"
+    whole = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert whole.startswith(QUESTION["text"] + tokenizer.eos_token)
+
+    learn(call, model, tmp_path, CHAT, "--export", "merged", tmp_path / "chats")
+    assert AutoTokenizer.from_pretrained(tmp_path / "chats").chat_template == TEMPLATE
+
+
+def test_an_answer_that_is_cut_says_so(call: Run, speaker: Path, tmp_path: Path) -> None:
+    learn(call, speaker, tmp_path, CHAT)
+    asked = ["--prompt", "물:", "--prompt-format", "raw"]
+    assert "cut at --max-tokens" not in ask(call, speaker, tmp_path, *asked).stdout
+    cut = ask(call, speaker, tmp_path, *asked, "--max-tokens", 2)
+    assert cut.stdout.endswith("tokens/sec, cut at --max-tokens\n")
+
+
+def test_the_model_alone_is_asked_and_tested_in_the_form_of_its_adapter(
+    call: Run, speaker: Path, tmp_path: Path
+) -> None:
+    learn(call, speaker, tmp_path, CHAT)
+    (tmp_path / "test.jsonl").write_text(json.dumps(CHAT) + "\n")
+    log = (tmp_path / "a.run/log.jsonl").read_bytes()
+    flags = ["--prompt", "물은?", "--test", "--data", tmp_path]
+    adapted, alone = (ask(call, speaker, tmp_path, *flags, *f) for f in ([], ["--no-adapter"]))
+    assert "Trainable parameters 0.000M" in alone.stdout
+    assert answers(alone) == answers(adapted) == ["물은?\nyes"]  # it has learnt nothing
+    assert "as messages of a chat, as in training" in alone.stderr
+    assert "Test loss" in alone.stdout
+    assert (tmp_path / "a.run/log.jsonl").read_bytes().startswith(log)
+    assert (tmp_path / "a.run/log.jsonl").read_text().count("test_loss") == 1  # the adapter's
+    nothing = ["--adapter-file", tmp_path / "none.npz", "--prompt", "물:"]
+    assert answers(ask(call, speaker, tmp_path, *nothing, "--no-adapter")) == ["물:yes"]
+    one_error(ask(call, speaker, tmp_path, *nothing), "none.npz", "--train", "--no-adapter")
+    one_error(call("--train", "--no-adapter"), "--no-adapter")
 
 
 def test_several_prompts_are_answered_in_order_after_one_load_each_as_alone(

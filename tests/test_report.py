@@ -10,6 +10,7 @@ import subprocess
 from itertools import dropwhile
 from pathlib import Path
 
+import tiny
 from conftest import Run
 from lora_finetune.run import checkpoint
 from test_errors import one_error
@@ -221,9 +222,42 @@ def test_names_that_begin_with_a_dash_are_printed_so_that_they_work(
 def test_the_best_adapter_is_asked_where_the_last_is_worse(
     call: Run, args: list[object], tmp_path: Path
 ) -> None:
-    """A run that goes on at a rate at which training does harm."""
-    call(*args, "--iters", 4, "--steps-per-eval", 1)
+    """A run that goes on at a rate at which training does harm. Of few texts best is no better."""
+    tiny.write_jsonl(tmp_path, "train", ["aaaa"] * 4)
+    tiny.write_jsonl(tmp_path, "valid", [f"다른 글 {i}" for i in range(20)])
+    args = [*args, "--data", tmp_path, "--batch-size", 2]
+    call(*args, "--iters", 4, "--steps-per-eval", 1, "--val-batches", -1)
     resume = ["--resume-adapter-file", tmp_path / "a.npz", "--iters", 6, "--steps-per-eval", 1]
-    ended = call(*args, *resume, "--learning-rate", 5)
-    lines = ended.outcome.splitlines()[1:]
-    assert [str(tmp_path / "a.run/best.npz") in line for line in lines] == [True, False, True]
+    for batches, is_named in ((10, True), (9, False)):
+        saved = tmp_path / f"to/{batches}.npz"
+        flags = ["--adapter-file", saved, "--val-batches", batches, "--learning-rate", 5]
+        ended = call(*args, *resume, *flags)
+        best = str(saved.with_suffix(".run") / "best.npz")
+        lines = ended.outcome.splitlines()[1:]
+        assert [best in line for line in lines] == [is_named, False, is_named]
+        assert (f"the best of {2 * batches} validation texts" in ended.stderr) != is_named
+
+
+def test_the_printed_commands_are_short_and_ask_what_the_model_learnt(
+    call: Run, model: Path, tmp_path: Path
+) -> None:
+    """The user's own prompt, else one of the validation texts; nothing that is the default."""
+    question = {"text": "### 질문:\n물은?\n\n### 답변:\nH2O"}
+    for row, asked in [
+        (question, "물은?"),
+        ({"prompt": "불은?", "completion": "뜨겁다."}, "불은?"),
+        ({"text": "옛날 옛날 한 옛날에 아이가"}, "옛날 옛날 한"),
+    ]:
+        for split in ("train", "valid"):
+            (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+        flags = ["--model", model, "--adapter-file", tmp_path / "a.npz"]
+        train = ["--train", "--iters", 1, "--lora-layers", 1, "--data", tmp_path]
+        ask = call(*flags, *train).outcome.splitlines()[1]
+        words = shlex.split(ask.removeprefix("Ask it:"))
+        start = words.index("--model")
+        assert words[start:] == [*map(str, flags), "--prompt", asked]
+    own = ["--temp", "0.0", "--prompt", "달은?"]
+    ask = call(*flags, *train, *own, "--max-tokens", 2).outcome.splitlines()[1]
+    words = shlex.split(ask.removeprefix("Ask it:"))
+    start = words.index("--model")
+    assert words[start:] == [*map(str, flags), "--max-tokens", "2", *own]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from errno import EEXIST
 from pathlib import Path
 
 import models
 from lora_finetune.adapters import merged, mlx_lm, npz, peft
-from lora_finetune.base.errors import UserError, hint
-from lora_finetune.base.files import whole_folder
+from lora_finetune.base.errors import UserError, hint, print_line
+from lora_finetune.base.files import check_can_make, whole_folder
 from lora_finetune.base.signals import raising_signals
 from lora_finetune.model_folder.transformers_names import is_written_by_mlx
 
@@ -28,8 +30,9 @@ def check_folders(exports: list[Export]) -> None:
     """Raise UserError where a folder is there already or cannot be made."""
     for _, folder in exports:
         try:
-            folder.mkdir()
-            folder.rmdir()
+            check_can_make(folder)
+            if os.path.lexists(folder):
+                raise FileExistsError(EEXIST, os.strerror(EEXIST))
         except OSError as error:
             raise UserError(
                 f"--export: the folder {folder} cannot be made: {error.strerror}; name a new one"
@@ -45,10 +48,13 @@ def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
             raise UserError(f"--export {form}: {error}; take another form") from None
 
 
-def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) -> None:
+def write_all(
+    exports: list[Export], model: nn.Module, base: Path, name: str, template: str | None
+) -> None:
     """Write each form into its folder, whole or not at all. The model is of no use afterwards.
 
     `name` is the model's for other tools: its repository, or the path of its folder, `base`.
+    `template` is a chat template for whole models in the place of the base's.
     Raises UserError where a form cannot be written.
     """
     forms = {form for form, _ in exports}
@@ -66,7 +72,9 @@ def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) ->
                 peft.write(made, {names[path]: pair for path, pair in adapter.items()}, name)
             else:
                 merged.write(made, base, adapter, logits, form == "merged-float")
-        print(f"Exported as {form} to {folder}.", flush=True)
+                if template:
+                    merged.put_template(made, template)
+        print_line(f"Exported as {form} to {folder}.")
 
 
 def whole_pairs(model: nn.Module) -> npz.Adapter:

@@ -105,7 +105,10 @@ def placed(file: Path, adapter: Adapter, model: nn.Module) -> Adapter:
             its = f"its A and B {a.shape[0]} to {b.shape[1]}"
             wrong.append(f"{path} maps {d_in} to {d_out} numbers, {its}")
     if wrong:
-        raise UserError(f"{file} is not for this model: {'; '.join(wrong[:3])}")
+        raise UserError(
+            f"{file} is not for this model: {'; '.join(wrong[:3])}; name its model with --model, "
+            "or another adapter with --adapter-file (to resume, --resume-adapter-file)"
+        )
     return adapter
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import models
 from lora_finetune.adapters import loading
 from lora_finetune.adapters.npz import Adapter
-from lora_finetune.base.errors import UserError, abbreviated
+from lora_finetune.base.errors import UserError, abbreviated, hint
 from lora_finetune.base.files import write_json
 from lora_finetune.mlx_patches.loading import as_loaded, can_merge, float_type, load_as_stored
 from lora_finetune.model_folder import transformers_names
@@ -94,6 +94,7 @@ def write(
 # other kinds, which a pickle may be, and no programs.
 KEPT = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.tiktoken")
 KEPT += ("LICENSE*", "README.md")
+EARLIER_TEMPLATE = "chat_template.base.jinja"
 
 
 def copy_others(base: Path, folder: Path) -> None:
@@ -103,6 +104,24 @@ def copy_others(base: Path, folder: Path) -> None:
             copy = folder / file.relative_to(base)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
+
+
+def put_template(folder: Path, template: str) -> None:
+    """Give a model another chat template; the one that it had is kept in a file beside it."""
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    found = read_object(settings) if settings.exists() else {}
+    earlier = found.pop("chat_template", None)
+    if file.exists():
+        earlier = file.read_text(encoding="utf-8")
+    if isinstance(earlier, str):
+        file.with_name(EARLIER_TEMPLATE).write_text(earlier, encoding="utf-8")
+    write_json(settings, found)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    file.write_text(template, encoding="utf-8")
+    hint(
+        f"{file.name} puts questions below the headings that the texts had"
+        + f"; the base's is in {EARLIER_TEMPLATE}" * isinstance(earlier, str)
+    )
 
 
 def write_weights(folder: Path, weights: Weights, written_by: str) -> None:

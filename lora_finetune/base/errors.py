@@ -1,4 +1,4 @@
-"""Errors that a user can put right, warnings and hints: each is one line on stderr."""
+"""Lines for people: what a run says, and errors that they can put right, warnings and hints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -54,12 +55,19 @@ def is_unicode(text: str) -> bool:
     return text.encode(errors="ignore").decode() == text
 
 
+def print_line(line: str, stream: TextIO | None = None) -> None:
+    """Print a line at once, on stdout by default, above the progress bars if there are some."""
+    write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
+    write(line, file=stream or sys.stdout)
+    (stream or sys.stdout).flush()
+
+
 def warn(message: str) -> None:
-    print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
+    print_line(f"warning: {one_line(message)}", sys.stderr)
 
 
 def hint(message: str) -> None:
-    print(f"hint: {one_line(message)}", file=sys.stderr, flush=True)
+    print_line(f"hint: {one_line(message)}", sys.stderr)
 
 
 SLOW = 10.0  # seconds
@@ -95,6 +103,8 @@ def report_uncaught(kind: type, error: BaseException, trace: TracebackType | Non
         )
     elif isinstance(error, ImportError):  # such as that of MLX for CUDA where there is no GPU
         error = UserError(f"{first_line(error)}; see README.md for what to install where")
+    for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []:
+        bar.close()
     if not isinstance(error, (UserError, OSError, KeyboardInterrupt)):
         traceback.print_exception(error, file=sys.__stderr__)
         return

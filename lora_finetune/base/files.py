@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import filecmp
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import unicodedata
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from lora_finetune.base.errors import UserError
+from lora_finetune.base.errors import UserError, hint
 
 
 def real_file(file: Path) -> Path:
@@ -42,6 +45,15 @@ def composed(value: object) -> object:
     if isinstance(value, list):
         return [composed(one) for one in value]
     return nfc(value) if isinstance(value, str) else value
+
+
+def check_can_make(path: Path) -> None:
+    """Raise OSError where no file can be made at a path, and the folders that it lacks."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    with suppress(FileNotFoundError):
+        path.lstat()  # which raises where a name is too long
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def file_checksum(file: Path) -> str | None:
@@ -77,6 +89,36 @@ def atomic_write(*files: Path) -> Iterator[list[BinaryIO]]:
             file.unlink(missing_ok=True)
 
 
+def link(file: Path, name: Path) -> None:
+    """Give a file a second name; on a file system without such links, a copy has it."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copy2(file, name)
+
+
+@contextmanager
+def earlier_kept(folder: Path, files: list[Path]) -> Iterator[None]:
+    """Keep what files of a folder hold in FOLDER.previous-1, or a later number, if they change."""
+    whole = folder if folder.name.strip(".") else folder.resolve()
+    names = (whole.with_name(f"{whole.name}.previous-{k}") for k in count(1))
+    kept = next(name for name in names if not name.exists())
+    earlier = [file for file in files if file.exists()]
+    if not earlier:
+        yield
+        return
+    kept.mkdir()
+    try:
+        for file in earlier:
+            link(file, kept / file.name)
+        yield
+    finally:
+        if all(f.exists() and filecmp.cmp(kept / f.name, f, shallow=False) for f in earlier):
+            shutil.rmtree(kept)
+        else:
+            hint(f"what {folder} held before is kept in {kept}")
+
+
 def flush_to_disk(stream: BinaryIO) -> None:
     """Have what was written on the disk itself; on a Mac, fsync leaves it in the disk's cache."""
     stream.flush()
@@ -93,6 +135,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises UserError where it cannot be written.
     """
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as work:
             made = Path(work, "made")  # unlike `work`, others may read it
             made.mkdir()

@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from lora_finetune.base.errors import Interrupted
-
-from tqdm import tqdm
+from lora_finetune.base.errors import Interrupted, print_line
 
 
 class LastingStream(io.FileIO):
@@ -103,8 +101,7 @@ def hearing_stops() -> Iterator[Stop]:
                 os._exit(128 + signal.SIGINT)
             if not stop.signal and received[0] in numbers:
                 stop.signal = received[0]
-                words = "stopping after this iteration; Ctrl-C again stops at once"
-                tqdm.write(words, file=sys.stderr)
+                print_line("stopping after this iteration; Ctrl-C again stops at once", sys.stderr)
         os.close(reader)
 
     os.set_blocking(writer, False)  # as set_wakeup_fd wants it

@@ -8,7 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 # For `hint_if_slow`, while a model is tried on a few tokens or for its memory.
-TRYING = "trying out the model; on a GPU the first run compiles its kernels, which can take minutes"
+TRYING = "trying out the model"
+if mx.default_device() == mx.gpu:
+    TRYING += "; the first run compiles its kernels, which can take minutes"
 
 
 def compiled_if_possible(function: Callable) -> Callable:

@@ -16,9 +16,9 @@ FORMS = ("mlx-lm", "peft", "merged", "merged-float")  # of --export
 PROMPT_FORMATS = ("auto", "raw", "chat", "qa")
 
 
-# Marks of flags: those that change the result of training, which a resumed run compares, and those
-# that the command to go on repeats.
-RESULT, TRAINING = {"result": True, "training": True}, {"training": True}
+# Marks of flags: those that change the result of training, which a resumed run compares; those that
+# the command to go on repeats; and those that the command to ask repeats.
+RESULT, TRAINING, ASKING = {"result": True, "training": True}, {"training": True}, {"asking": True}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Config:
     data: str = field(metadata=TRAINING)
     adapter_file: str = field(metadata=TRAINING)
     resume_adapter_file: str | None
+    no_adapter: bool
     add_eos_token: int = field(metadata=RESULT)
     seed: int = field(metadata=RESULT)
     batch_size: int = field(metadata=RESULT)
@@ -56,25 +57,33 @@ class Config:
     start_iter: int | None
     test_batches: int
     prompt: list[str] | None
-    prompt_format: str
-    system: str | None
-    max_tokens: int
-    temp: float
+    prompt_format: str = field(metadata=ASKING)
+    system: str | None = field(metadata=ASKING)
+    max_tokens: int = field(metadata=ASKING)
+    temp: float = field(metadata=ASKING)
     export: list[list[str]] | None
     show_texts: int | None
     typed: frozenset[str]
 
     def flags(self, mark: str = "") -> dict[str, Any]:
-        """All flags, or those with a mark, "result" or "training"."""
+        """All flags, or those with a mark: "result", "training" or "asking"."""
         marked = [f.name for f in fields(self) if f.name != "typed" and mark in ("", *f.metadata)]
         return {flag_name(name): getattr(self, name) for name in marked}
 
+    def typed_flags(self, mark: str) -> dict[str, Any]:
+        """The flags with a mark whose defaults do not do."""
+        typed = {flag_name(name) for name in self.typed}
+        return {n: v for n, v in self.flags(mark).items() if n in typed or v is True}
+
     def command_to_go_on(self, adapter: str) -> str:
         """The command line that trains this adapter for twice as long."""
-        typed = {flag_name(name) for name in self.typed}
-        flags = {n: v for n, v in self.flags("training").items() if n in typed or v is True}
         length = {"--iters": 2 * self.iters} if self.iters else {"--epochs": 2 * self.epochs}
-        return command({"--train": True} | flags | length | {"--resume-adapter-file": adapter})
+        return command(
+            {"--train": True}
+            | self.typed_flags("training")
+            | length
+            | {"--resume-adapter-file": adapter}
+        )
 
 
 def flag_name(name: str) -> str:
@@ -129,6 +138,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("argument --system: is for a --prompt in the chat form")
     if args.resume_adapter_file and not args.train:
         parser.error("argument --resume-adapter-file: resumes training, so it needs --train")
+    if args.no_adapter and (args.train or args.export):
+        parser.error("argument --no-adapter: is for --test and --prompt, without --train, --export")
     if not args.train and (flags := {"lora_rank", "lora_scale"} & args.typed):
         parser.error(f"argument {flag_name(min(flags))}: is for training; an adapter has its own")
     for form, folder in args.export or []:

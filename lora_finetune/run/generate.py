@@ -53,7 +53,8 @@ def generate(
             text = text.rstrip("\ufffd")  # a character that --max-tokens cut through
         print(text, end="", flush=True)
     number, speed = response.generation_tokens, response.generation_tps
-    print(f"\n========== {number} tokens, {speed:.3f} tokens/sec")
+    cut = ", cut at --max-tokens" if response.finish_reason == "length" else ""
+    print(f"\n========== {number} tokens, {speed:.3f} tokens/sec{cut}")
 
 
 def stream(

@@ -7,19 +7,13 @@ import sys
 from itertools import count
 from typing import Any
 
-from lora_finetune.base.errors import UserError, first_line, warn
+from lora_finetune.base.errors import UserError, first_line, hint, print_line, warn
 from lora_finetune.base.files import atomic_write
 from lora_finetune.run.config import command
 from lora_finetune.run.run import Run
+from lora_finetune.texts import batching
 
 import mlx.core as mx
-from tqdm import tqdm
-
-
-def print_line(line: str) -> None:
-    """Print a line at once, above the progress bar if there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()
 
 
 def report_training(run: Run) -> None:
@@ -91,21 +85,36 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
 # --- The end ------------------------------------------------------------------------------------
 
 
-def print_outcome(run: Run) -> None:
+# The best of fewer validation texts may be the best by chance.
+MIN_VALIDATED = 20
+
+
+def print_outcome(run: Run, examples: dict[str, batching.Examples]) -> None:
     """Print the outcome of training if there was any, and commands that use it or go on."""
     config, progress = run.config, run.progress
     if not config.train:
         return
-    best = run.best if run.best.is_file() else run.adapter
-    ask = run.adapter if progress.best_iteration == progress.iteration else best
-    use = {"--model": config.model, "--adapter-file": ask}
+    use, number = run.adapter, len(examples["valid"])
+    if config.val_batches > 0:
+        number = min(number, config.batch_size * config.val_batches)
+    if progress.best_iteration != progress.iteration and run.best.is_file():
+        if number < MIN_VALIDATED:
+            hint(
+                f"the best of {number} validation texts may be so by chance, so the commands below "
+                f"name the last adapter and not {run.best}"
+            )
+        else:
+            use = run.best
+    is_default = use == run.adapter and "adapter_file" not in config.typed
+    flags = {"--model": config.model, "--adapter-file": None if is_default else use}
+    asked = [text for text in config.prompt or [] if text != "-"] or [run.question]
     names = (run.adapter.with_suffix(f".merged{number or ''}") for number in count())
     merged = next(name for name in names if not name.exists())
     lines = [
         f"Validation loss {progress.first_loss:.3f} before, {progress.last_loss:.3f} after, "
         f"{progress.best_loss:.3f} at best (iteration {progress.best_iteration})",
-        f"Ask it:    {command(use | {'--prompt': '안녕하세요?'})}",
+        f"Ask it:    {command(flags | config.typed_flags('asking') | {'--prompt': asked[0]})}",
         f"Go on:     {config.command_to_go_on(run.adapter)}",
-        f"Export it: {command(use | {'--export': ['merged', str(merged)]})}",
+        f"Export it: {command(flags | {'--export': ['merged', str(merged)]})}",
     ]
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    print_line("\n".join(lines), sys.stderr)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 import shutil
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
@@ -19,7 +17,7 @@ import models
 from lora_finetune.adapters import loading, npz
 from lora_finetune.base.command_line import ROOT
 from lora_finetune.base.errors import UserError, warn
-from lora_finetune.base.files import atomic_write, file_checksum, real_file
+from lora_finetune.base.files import atomic_write, check_can_make, file_checksum, link, real_file
 from lora_finetune.run.checkpoint import (
     Progress,
     Start,
@@ -30,7 +28,7 @@ from lora_finetune.run.checkpoint import (
     write_state,
 )
 from lora_finetune.run.config import Config
-from lora_finetune.texts import batching, dataset
+from lora_finetune.texts import batching, dataset, prompts
 from lora_finetune.training.distributed import Group
 
 import mlx.core as mx
@@ -49,6 +47,7 @@ class Run:
         start: the adapter to start from, and the state of the run that it is of.
         iters: the iteration to train to.
         settings: what the result depends on, by the names to report each under.
+        question: one of the validation texts', to ask.
         pending_best: arrays of the best adapter, to be written with the next save.
         replaces: whether an earlier run is to be kept first.
     """
@@ -60,6 +59,7 @@ class Run:
         self.log, self.log_lines = self.folder / "log.jsonl", []
         self.progress = start.state.progress if start.state else Progress()
         self.iters, self.settings = 0, start.settings
+        self.question = ""
         self.pending_best: dict[str, np.ndarray] = {}
         self.replaces, self.lock_stream = False, None
 
@@ -72,10 +72,7 @@ class Run:
         if self.adapter.parent.suffix == ".run":
             raise UserError(f"{self.adapter} is a file of a run; give another --adapter-file")
         try:
-            with suppress(FileNotFoundError):
-                (self.previous(99)[1] / "best.npz.part").lstat()  # raises where a name is too long
-            with tempfile.TemporaryFile(dir=self.adapter.parent):
-                pass
+            check_can_make(self.previous(99)[1] / "best.npz.part")
         except OSError as error:
             raise UserError(
                 f"the adapter file {self.adapter} cannot be written: {error.strerror}"
@@ -87,7 +84,7 @@ class Run:
         """Take the lock, which ends with the process; raises UserError if another run has it."""
         if self.lock_stream:
             return
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock_stream = (self.folder / "lock").open("ab")
         try:
             fcntl.flock(self.lock_stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,7 +129,8 @@ class Run:
         """Append an entry of numbers, in full, to the log, a JSON Lines file."""
         entry = {name: n if math.isfinite(n) else None for name, n in numbers.items()}
         self.log_lines.append(json.dumps(entry) + "\n")
-        if self.replaces or not self.group.is_first or self.adapter.suffix != ".npz":
+        is_ours = self.adapter.suffix == ".npz" and not self.config.no_adapter
+        if self.replaces or not (self.group.is_first and is_ours):
             return
         try:
             self.folder.mkdir(exist_ok=True)
@@ -195,14 +193,6 @@ class Run:
         return adapter, run_folder(adapter)
 
 
-def link(file: Path, name: Path) -> None:
-    """Give a file a second name; on a file system without such links, a copy has it."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copy2(file, name)
-
-
 def read_log(file: Path, saved: int) -> list[str]:
     """The lines of a log that a save counted, and those of later tests; the others come again."""
     if not file.is_file():
@@ -228,11 +218,7 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
     """
     adapter = real_file(Path(config.adapter_file))
     if not config.train:
-        if not adapter.exists():
-            raise UserError(f"there is no adapter file {adapter}; --train makes one")
-        source = loading.find_adapter(adapter)
-        adapter = loading.read_adapter(source)
-        return Run(source, Start(source, adapter, models.SCALE, settings_of(source)), config, group)
+        return open_adapter(config, adapter, group)
     if resumed := config.resume_adapter_file:
         start = read_start(real_file(Path(resumed)), config.lora_scale)
     else:
@@ -247,6 +233,7 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
         files["train"], files["valid"], run.settings[HELD_OUT] = dataset.hold_out(
             files["train"], held
         )
+    run.question = prompts.example(files["valid"])
     run.settings |= {files[split].path.name: files[split].checksum for split in ("train", "valid")}
     per_epoch = math.ceil(len(files["train"].rows) / config.batch_size)
     done = run.progress.iteration
@@ -257,6 +244,22 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
             "resume); raise --epochs or --iters, or begin anew from its adapter with --start-iter 0"
         )
     return run
+
+
+def open_adapter(config: Config, adapter: Path, group: Group) -> Run:
+    """A run that trains nothing, with an adapter or without; raises UserError where there is none.
+
+    Without, prompts have the form that the adapter learnt all the same, to be compared.
+    """
+    if config.no_adapter:
+        return Run(adapter, Start(None, {}, models.SCALE, settings_of(adapter)), config, group)
+    if not adapter.exists():
+        raise UserError(
+            f"there is no adapter file {adapter}; --train makes one, --no-adapter does without"
+        )
+    source = loading.find_adapter(adapter)
+    start = Start(source, loading.read_adapter(source), models.SCALE, settings_of(source))
+    return Run(source, start, config, group)
 
 
 def must_agree(

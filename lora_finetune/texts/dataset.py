@@ -35,6 +35,7 @@ KINDS = (TURNS, ("messages",), ("conversations",), ("text",))
 
 # A text of a question and its answer, each below its heading.
 QUESTION_HEADING, ANSWER_HEADING = "### 질문:", "### 답변:"
+HEADINGS = re.compile(rf"^(?:{QUESTION_HEADING}|{ANSWER_HEADING})\s*", re.MULTILINE)
 # Everything before the last answer of such a text.
 UP_TO_ANSWER = re.compile(rf"\s*{QUESTION_HEADING}.*\n{ANSWER_HEADING}\s*(?=\S)", re.DOTALL)
 
@@ -46,6 +47,17 @@ def join_question(question: str, answer: str) -> str:
 def question_of(text: str) -> str:
     """The question in a text; all of a text that has no headings."""
     return text.removeprefix(QUESTION_HEADING).partition(f"\n{ANSWER_HEADING}")[0].strip()
+
+
+def as_messages(row: Row) -> Row:
+    """A text's questions and answers as a chat; ValueError where it has none."""
+    if "messages" in row:
+        return row
+    before, *said = HEADINGS.split(row["text"])
+    if before.strip() or len(said) < 2 or len(said) % 2:
+        raise ValueError("is a text without a question and its answer; --form text is for it")
+    turns = zip(("user", "assistant") * len(said), map(str.strip, said), strict=False)
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 # --- Reading ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_finetune.base.errors import UserError, hint, warn
@@ -51,6 +52,41 @@ def learnt_format(file: dataset.File, tokenizer: TokenizerWrapper) -> str:
     ):
         return CHAT
     return QA if file.kind == "questions" else RAW
+
+
+def own_template(learnt: str | None, tokenizer: TokenizerWrapper) -> str | None:
+    """A chat template of the form of questions below headings, for a model that learnt those."""
+    if learnt != QA:
+        return None
+    begins = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    return (
+        "{{ bos_token }}" * begins
+        + "{% for m in messages %}{% if m.role == 'assistant' %}"
+        + f"{dataset.ANSWER_HEADING}\n"
+        + "{{ m.content }}{{ eos_token }}\n\n{% else %}"
+        + "{% if m.role == 'user' %}"
+        + f"{dataset.QUESTION_HEADING}\n"
+        + "{% endif %}{{ m.content | trim }}\n\n{% endif %}{% endfor %}"
+        + "{% if add_generation_prompt %}"
+        + f"{dataset.ANSWER_HEADING}\n"
+        + "{% endif %}"
+    )
+
+
+def example(file: dataset.File) -> str:
+    """A prompt for a model that learnt texts like those of a file: the shortest of the first."""
+    return min((question_of(row) for _, row in islice(file.rows, 100)), key=len)
+
+
+def question_of(row: dataset.Row) -> str:
+    """What stands before the answer in a row; of a text without one, its first words."""
+    if "messages" in row:
+        asked = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        return (asked or [row["messages"][0]["content"]])[0].strip()
+    text = row.get("prompt") or row["text"]
+    if "prompt" in row or text.lstrip().startswith(dataset.QUESTION_HEADING):
+        return dataset.question_of(text.strip())
+    return " ".join(text.split()[:3])
 
 
 def choose_format(text: str, asked: str, learnt: str | None, tokenizer: TokenizerWrapper) -> str:

@@ -76,6 +76,23 @@ def saved_files(folder: Path) -> dict[Path, str | None]:
     }
 
 
+SPLITS = ("train", "valid", "test")
+# The names that the splits of a DatasetDict have, and what they become.
+SPLIT_NAMES = {"train": "train", "test": "test"}
+SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "valid")
+
+
+def own_splits(files: dict[Path, str | None]) -> list[tuple[Path, str]]:
+    """The files of a DatasetDict with their splits, training last: it loses what is in several."""
+    if unknown := set(files.values()) - set(SPLIT_NAMES):
+        raise UserError(
+            f"--keep-splits is for a DatasetDict of {', '.join(SPLIT_NAMES)}; the source has "
+            + (f"a split {unknown.pop()}" if unknown != {None} else "no splits")
+        )
+    named = [(file, SPLIT_NAMES[split]) for file, split in files.items()]
+    return sorted(named, key=lambda pair: SPLITS.index(pair[1]), reverse=True)
+
+
 def read_rows(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
     """The rows of a file, one at a time; in columnar formats only `columns` are filled."""
     read = READERS.get(file.suffix.lower())
