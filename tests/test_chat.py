@@ -617,6 +617,57 @@ def test_answers_that_call_a_tool_or_think_count_too(learn: Learn, name: str) ->
     assert not any(asked in "".join(learnt.counted) for asked in ("제주는?", "서울은?"))
 
 
+def agent(**thoughts: str) -> list[dict]:
+    """Messages of two calls in turn and an answer."""
+    messages = [{"role": "user", "content": "제주는?"}]
+    for name, city in (("f", "제주"), ("g", "서울")):
+        call = {"function": {"name": name, "arguments": {"도시": city}}}
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]} | thoughts)
+        messages.append({"role": "tool", "content": "21"})
+    return [*messages, {"role": "assistant", "content": "21도."} | thoughts]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "counted"),
+    [
+        (
+            "gpt-oss",
+            agent(thinking="글쎄"),
+            [
+                ' to=functions.f<|channel|>commentary json<|message|>{"도시": "제주"}<|call|>',
+                ' to=functions.g<|channel|>commentary json<|message|>{"도시": "서울"}<|call|>',
+                "<|channel|>analysis<|message|>글쎄<|end|><|start|>assistant<|channel|>final"
+                "<|message|>21도.<|return|>",
+            ],
+        ),
+        (
+            "Gemma 4",
+            agent(),
+            [
+                '<|call>f{"도시": "제주"}<call|><turn|>\n',
+                '<|call>g{"도시": "서울"}<call|><turn|>\n',
+                "21도.<turn|>\n",
+            ],
+        ),
+        (
+            "gpt-oss",
+            turns("a", "b", "c", roles=("assistant", "user"))["messages"],
+            ["<|channel|>final<|message|>a<|end|>", "<|channel|>final<|message|>c<|return|>"],
+        ),
+        (
+            "gpt-oss",
+            turns("a", "b", "c", "d", "e", roles=("user", *["assistant"] * 2))["messages"],
+            [f"<|channel|>final<|message|>{a}" for a in ("b<|end|>", "c<|end|>", "e<|return|>")],
+        ),
+    ],
+    ids=["calls with thoughts", "calls", "an answer first", "two answers in turn"],
+)
+def test_each_turn_counts_from_its_opening_to_its_end(
+    learn: Learn, name: str, messages: list[dict], counted: list[str]
+) -> None:
+    assert learn(templates.ALL[name], {"messages": messages}, mask=True)[0].counted == counted
+
+
 @pytest.mark.parametrize("name", templates.ALL)
 def test_a_message_of_weight_0_is_not_learnt(learn: Learn, name: str) -> None:
     case, template = CASES / "chat-weight.jsonl", templates.ALL[name]
@@ -826,6 +877,26 @@ def called(content: str, **more: str) -> dict:
 def test_calls_are_shown_where_the_template_wants_no_content_beside_them(learn: Learn) -> None:
     [learnt] = learn(R1_CALLS, called("맑음"), mask=True)
     assert learnt.counted == ['get_weather {"city": "서울"}</s>', "맑다.</s>"]
+
+
+def test_a_chat_whose_calls_are_not_shown_decides_nothing_for_others(
+    learn: Learn, capsys: pytest.CaptureFixture
+) -> None:
+    beside = called("맑음")
+    beside["messages"][1]["content"] = "찾아볼게."
+    first, second = learn(R1_CALLS, beside, called("맑음"), mask=True)
+    assert first.counted == ["찾아볼게.</s>", "맑다.</s>"]
+    assert second.counted == ['get_weather {"city": "서울"}</s>', "맑다.</s>"]
+    assert "drops a message in 1 of 2 texts, the first in line 1" in capsys.readouterr().err
+
+
+def test_a_call_that_the_template_leaves_out_is_told_of_though_its_name_is_there(
+    learn: Learn, capsys: pytest.CaptureFixture
+) -> None:
+    chat = called("맑음") | {"tools": [{"name": "get_weather"}]}
+    chat["messages"][1]["tool_calls"] *= 2
+    learn(templates.GPT_OSS, chat)
+    assert "drops a message in 1 of 1 texts" in capsys.readouterr().err
 
 
 def test_what_a_chat_says_in_python_s_words_does_not_change_its_calls(learn: Learn) -> None:

@@ -206,6 +206,15 @@ def function_of(tool: dict[str, Any]) -> dict[str, Any]:
 
 def with_arguments(call: dict[str, Any], arguments: object) -> dict[str, Any]:
     """A tool call with other arguments."""
+    return changed(call, "arguments", arguments)
+
+
+def with_name(call: dict[str, Any], name: str) -> dict[str, Any]:
+    """A tool call of another function."""
+    return changed(call, "name", name)
+
+
+def changed(call: dict[str, Any], key: str, value: object) -> dict[str, Any]:
     if "function" in call:
-        return call | {"function": with_arguments(call["function"], arguments)}
-    return call | {"arguments": arguments}
+        return call | {"function": changed(call["function"], key, value)}
+    return call | {key: value}
