@@ -796,6 +796,14 @@ def test_prompt_and_completion_may_be_lists_of_messages(learn: Learn) -> None:
         assert found == learn(templates.CHATML, chat, mask=mask) * 2
 
 
+def test_the_mask_leaves_out_the_answers_in_a_prompt_of_messages(learn: Learn) -> None:
+    """As TRL does, whose prompts may show how to answer."""
+    messages = turns("a?", "b", "c?", "d")["messages"]
+    row = {"prompt": messages[:3], "completion": messages[3:]}
+    assert learn(templates.CHATML, row, mask=True)[0].counted == ["d<|im_end|>\n"]
+    assert learn(templates.CHATML, row) == learn(templates.CHATML, turns("a?", "b", "c?", "d"))
+
+
 def test_the_day_of_the_first_run_stands_in_the_texts_of_a_resumed_one(
     call: Run, make_model: MakeModel, tmp_path: Path
 ) -> None:

@@ -49,17 +49,33 @@ def is_number(value: object) -> bool:
     return isinstance(value, Number) and value == value
 
 
+class WrittenFloat(float):
+    """A number that knows how it is written, such as 1.50."""
+
+    def __new__(cls, written: str) -> WrittenFloat:
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+
 def as_text(number: object) -> str:
-    """A number or a boolean as JSON has it."""
-    return str(number).lower() if isinstance(number, bool) else str(number)
+    """A number or a boolean as JSON has it, where it was read from that as it is written there."""
+    text = str(getattr(number, "written", number))
+    return text.lower() if isinstance(number, bool) else text
 
 
-def as_chat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of messages where prompt and completion are lists of them, as TRL has it."""
+def as_chat(row: dict[str, Any], mask_prompt: bool = False) -> dict[str, Any]:
+    """A row of messages where prompt and completion are lists of them, as TRL has it.
+
+    With `mask_prompt`, the answers in the prompt are marked as not to be learnt.
+    """
     turns = [row.get(name) for name in TURNS]
     if not all(messages and is_objects(messages) for messages in turns):
         return row
-    return {k: v for k, v in row.items() if k not in TURNS} | {"messages": sum(turns, [])}
+    prompt, completion = turns
+    if mask_prompt:
+        prompt = [m | {"train": False} if m.get("role") == "assistant" else m for m in prompt]
+    return {k: v for k, v in row.items() if k not in TURNS} | {"messages": prompt + completion}
 
 
 def read_messages(row: dict[str, Any]) -> list[Message]:
