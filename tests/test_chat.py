@@ -617,12 +617,14 @@ def test_answers_that_call_a_tool_or_think_count_too(learn: Learn, name: str) ->
     assert not any(asked in "".join(learnt.counted) for asked in ("제주는?", "서울은?"))
 
 
-def agent(**thoughts: str) -> list[dict]:
-    """Messages of two calls in turn and an answer."""
+def agent(times: int = 1, **thoughts: str) -> list[dict]:
+    """Messages of two turns of calls, each call so many times, and an answer."""
     messages = [{"role": "user", "content": "제주는?"}]
     for name, city in (("f", "제주"), ("g", "서울")):
         call = {"function": {"name": name, "arguments": {"도시": city}}}
-        messages.append({"role": "assistant", "content": "", "tool_calls": [call]} | thoughts)
+        messages.append(
+            {"role": "assistant", "content": "", "tool_calls": [call] * times} | thoughts
+        )
         messages.append({"role": "tool", "content": "21"})
     return [*messages, {"role": "assistant", "content": "21도."} | thoughts]
 
@@ -651,6 +653,15 @@ def agent(**thoughts: str) -> list[dict]:
         ),
         (
             "gpt-oss",
+            agent(2),
+            [
+                ' to=functions.f<|channel|>commentary json<|message|>{"도시": "제주"}<|call|>',
+                ' to=functions.g<|channel|>commentary json<|message|>{"도시": "서울"}<|call|>',
+                "<|channel|>final<|message|>21도.<|return|>",
+            ],
+        ),
+        (
+            "gpt-oss",
             turns("a", "b", "c", roles=("assistant", "user"))["messages"],
             ["<|channel|>final<|message|>a<|end|>", "<|channel|>final<|message|>c<|return|>"],
         ),
@@ -660,7 +671,7 @@ def agent(**thoughts: str) -> list[dict]:
             [f"<|channel|>final<|message|>{a}" for a in ("b<|end|>", "c<|end|>", "e<|return|>")],
         ),
     ],
-    ids=["calls with thoughts", "calls", "an answer first", "two answers in turn"],
+    ids=["calls with thoughts", "calls", "calls at once", "an answer first", "two answers in turn"],
 )
 def test_each_turn_counts_from_its_opening_to_its_end(
     learn: Learn, name: str, messages: list[dict], counted: list[str]

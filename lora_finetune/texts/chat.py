@@ -151,13 +151,10 @@ class Template:
 
     def lost_calls(self, chat: Chat, text: str, number: int) -> list[str]:
         """The tool calls of a message without which the text of its chat would be the same."""
-        message, lost = chat.messages[number], []
-        calls = message.get("tool_calls", [])
-        for place, call in enumerate(calls):
-            others = [*calls[:place], with_arguments(call, {"a": "other"}), *calls[place + 1 :]]
-            if self.try_render(chat.changed(number, message | {"tool_calls": others})) == text:
-                lost.append(f"tool call {place + 1}")
-        return lost
+        message = chat.messages[number]
+        places = range(len(message.get("tool_calls", [])))
+        others = [chat.changed(number, with_call(message, p, {"a": "other"})) for p in places]
+        return [f"tool call {p + 1}" for p in places if self.try_render(others[p]) == text]
 
     # --- Where a message is in the text
 
@@ -216,15 +213,14 @@ class Template:
         closed = self.without_prompt(through, prompt)
         if len(closed) > start and text.startswith(closed):
             return len(closed)
-        others = [message | {"content": other} for other in "ab"]
-        if calls := message.get("tool_calls"):
-            changed = [with_arguments(calls[-1], {"a": other}) for other in "ab"]
-            others = [message | {"tool_calls": [*calls[:-1], call]} for call in changed]
-        span = self.find_change(chat, text, number, others)
-        alone = self.find_change(through, closed, number, others)
-        if not span:
-            return None
-        return span[1] + (num_common(text[span[1] :], closed[alone[1] :]) if alone else 0)
+        options = [[message | {"content": other} for other in "ab"]]
+        for place in range(len(message.get("tool_calls", []))):  # the last that is shown counts
+            options.insert(0, [with_call(message, place, {"a": other}) for other in "ab"])
+        for others in options:
+            if span := self.find_change(chat, text, number, others):
+                alone = self.find_change(through, closed, number, others)
+                return span[1] + (num_common(text[span[1] :], closed[alone[1] :]) if alone else 0)
+        return None
 
     def generation_prompt(self, chat: Chat, opened: str) -> str:
         """What the text of a chat has at its end where it is opened for an answer, "" if unsure.
@@ -296,6 +292,13 @@ def for_template(message: Message, form: CallForm) -> Message:
     if "tool_calls" in found and form.null_content and not found["content"]:
         found["content"] = None
     return found
+
+
+def with_call(message: Message, place: int, arguments: object) -> Message:
+    """A message with other arguments in one of its tool calls."""
+    calls = list(message["tool_calls"])
+    calls[place] = with_arguments(calls[place], arguments)
+    return message | {"tool_calls": calls}
 
 
 def num_common(one: str, other: str) -> int:
