@@ -922,6 +922,13 @@ def test_the_answer_of_a_tool_is_not_learnt_within_the_turn_of_its_call(learn: L
     assert "맑음" not in said
 
 
+def test_a_message_of_weight_0_of_which_some_stands_elsewhere_is_an_error(learn: Learn) -> None:
+    chat = called("맑음", content="찾아볼게.", weight=0)
+    assert learn(GEMMA_4_TOOLS, chat, mask=True)[0].counted == ["맑다.<turn|>\n"]
+    with pytest.raises(UserError, match="line 1: message 2 is not to be learnt"):
+        learn(GEMMA_4_TOOLS, chat)
+
+
 def test_arguments_that_all_rows_have_are_kept_for_prompts(
     call: Run, make_model: MakeModel, tmp_path: Path
 ) -> None:

@@ -172,6 +172,15 @@ class Template:
         end = None if start is None else self.find_end(chat, text, number, start, prompt)
         return None if end is None or end <= start else (start, end)
 
+    def find_whole(self, chat: Chat, text: str, number: int) -> Span | None:
+        """As `find`, and None where some of the message's content stands elsewhere."""
+        span, message = self.find(chat, text, number), chat.messages[number]
+        if span and message["content"].strip():
+            others = [message | {"content": other} for other in "ab"]
+            content = self.find_change(chat, text, number, others) or span
+            span = span if span[0] <= content[0] <= content[1] <= span[1] else None
+        return span
+
     def find_start(
         self, chat: Chat, text: str, number: int, opened: str, prompt: str
     ) -> int | None:

@@ -278,7 +278,7 @@ def render_chat(chat: Chat, template: Template | None, mask_prompt: bool) -> Tex
     left_out = tuple(template.left_out(chat, whole))
     if not mask_prompt:
         others = [i for i, message in enumerate(chat.messages) if not is_learnt(message)]
-        spans = [template.find(chat, whole, number) for number in others]
+        spans = [template.find_whole(chat, whole, number) for number in others]
         if None in spans:
             raise ValueError(
                 f"message {others[spans.index(None)] + 1} is not to be learnt, and the model's "
