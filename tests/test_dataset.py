@@ -451,6 +451,9 @@ def test_without_a_validation_set_one_text_in_twenty_is_held_out(
     ended = call(*args, "--iters", 2, "--resume-adapter-file", tmp_path / "a.npz")
     assert f"so 3 of the 120 {HELD}" in ended.stderr
     assert checkpoint.settings_of(tmp_path / "a.npz")["the texts held out"] == held
+    tiny.write_jsonl(tmp_path, "valid", texts[:2])
+    ended = call(*args, "--iters", 3, "--resume-adapter-file", tmp_path / "a.npz")
+    assert "these have changed: the texts held out\n" in ended.stderr
 
 
 @pytest.mark.parametrize(
