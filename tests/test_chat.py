@@ -40,6 +40,9 @@ def test_a_function_call_in_sharegpt_is_a_tool_call(learn: Learn) -> None:
         '{"name": "기온", "parameters": {"도시": "제주"}}<|eot|>',
         "21도.<|eot|>",
     ]
+    said = "{{ m.tool_calls[0].type if m.tool_calls else m.content }} "
+    typed = f"{{% for m in messages %}}{said}{{% endfor %}}"
+    assert learn(typed, entry)[0].text == "제주는? function 21 21도. "  # as DeepSeek's V3 wants it
 
 
 def test_null_columns_beside_those_of_a_kind_do_not_matter(learn: Learn) -> None:

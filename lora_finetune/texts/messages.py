@@ -106,7 +106,8 @@ def read_message(found: dict[str, Any]) -> Message:
     if message.get("from") == "function_call":  # LLaMA-Factory's: a call, or a list of them
         calls = parse(str(message.pop("value", "")), "its function_call")
         calls = calls if isinstance(calls, list) else [calls]
-        message |= {"from": "gpt", "tool_calls": [{"function": call} for call in calls]}
+        calls = [{"type": "function", "function": call} for call in calls]
+        message |= {"from": "gpt", "tool_calls": calls}
     if "role" not in message and isinstance(speaker := message.pop("from", None), str):
         if speaker not in SHAREGPT_ROLES:
             raise ValueError(f'is from "{speaker:.40}", none of {", ".join(SHAREGPT_ROLES)}')
