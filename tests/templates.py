@@ -99,14 +99,18 @@ QWEN_3_5 = (
 )
 
 # Each turn ends in one mark, and the last answer in another one; a system turn with the date;
-# thoughts and calls in channels of their own, and of the thoughts only those of the last answer.
+# thoughts and calls in channels of their own, and of the thoughts only those after the last answer;
+# of a turn's calls the first alone.
 GPT_OSS = (
     "<|start|>system<|message|>Date: {{ strftime_now('%Y-%m-%d') }}<|end|>"
     "{% for tool in tools or [] %}<tool>{{ tool | tojson }}</tool>{% endfor %}"
     "{% for m in messages %}{% if m.role == 'tool' %}"
     "{% if loop.first or loop.previtem.role == 'user' %}{{ raise_exception('no call') }}{% endif %}"
     "<|start|>functions to=assistant<|message|>{{ m.content | tojson }}<|end|>"
-    "{% elif m.tool_calls %}<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}"
+    "{% elif m.tool_calls %}{% if m.thinking and not messages[loop.index:] | "
+    "selectattr('role', 'equalto', 'assistant') | rejectattr('tool_calls', 'defined') | list %}"
+    "<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}"
     "<|channel|>commentary json<|message|>{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
     "{% elif m.role == 'assistant' and loop.last and not add_generation_prompt %}"
     "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"

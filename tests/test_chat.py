@@ -40,6 +40,9 @@ def test_a_function_call_in_sharegpt_is_a_tool_call(learn: Learn) -> None:
         '{"name": "기온", "parameters": {"도시": "제주"}}<|eot|>',
         "21도.<|eot|>",
     ]
+    said = "{{ m.tool_calls[0].type if m.tool_calls else m.content }} "
+    typed = f"{{% for m in messages %}}{said}{{% endfor %}}"
+    assert learn(typed, entry)[0].text == "제주는? function 21 21도. "  # as DeepSeek's V3 wants it
 
 
 def test_null_columns_beside_those_of_a_kind_do_not_matter(learn: Learn) -> None:
@@ -617,6 +620,59 @@ def test_answers_that_call_a_tool_or_think_count_too(learn: Learn, name: str) ->
     assert not any(asked in "".join(learnt.counted) for asked in ("제주는?", "서울은?"))
 
 
+def agent(times: int, **thoughts: str) -> list[dict]:
+    """Messages of two turns of calls, each call so many times, and an answer."""
+    messages = [{"role": "user", "content": "제주는?"}]
+    for name, city in (("f", "제주"), ("g", "서울")):
+        call = {"function": {"name": name, "arguments": {"도시": city}}}
+        messages.append(
+            {"role": "assistant", "content": "", "tool_calls": [call] * times} | thoughts
+        )
+        messages.append({"role": "tool", "content": "21"})
+    return [*messages, {"role": "assistant", "content": "21도."} | thoughts]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "counted"),
+    [
+        (
+            "gpt-oss",
+            agent(2, thinking="글쎄"),
+            [
+                ' to=functions.f<|channel|>commentary json<|message|>{"도시": "제주"}<|call|>',
+                ' to=functions.g<|channel|>commentary json<|message|>{"도시": "서울"}<|call|>',
+                "<|channel|>analysis<|message|>글쎄<|end|><|start|>assistant<|channel|>final"
+                "<|message|>21도.<|return|>",
+            ],
+        ),
+        (
+            "Gemma 4",
+            agent(1),
+            [
+                '<|call>f{"도시": "제주"}<call|><turn|>\n',
+                '<|call>g{"도시": "서울"}<call|><turn|>\n',
+                "21도.<turn|>\n",
+            ],
+        ),
+        (
+            "gpt-oss",
+            turns("a", "b", "c", roles=("assistant", "user"))["messages"],
+            ["<|channel|>final<|message|>a<|end|>", "<|channel|>final<|message|>c<|return|>"],
+        ),
+        (
+            "gpt-oss",
+            turns("a", "b", "c", "d", "e", roles=("user", *["assistant"] * 2))["messages"],
+            [f"<|channel|>final<|message|>{a}" for a in ("b<|end|>", "c<|end|>", "e<|return|>")],
+        ),
+    ],
+    ids=["calls with thoughts", "calls", "an answer first", "two answers in turn"],
+)
+def test_each_turn_counts_from_its_opening_to_its_end(
+    learn: Learn, name: str, messages: list[dict], counted: list[str]
+) -> None:
+    assert learn(templates.ALL[name], {"messages": messages}, mask=True)[0].counted == counted
+
+
 @pytest.mark.parametrize("name", templates.ALL)
 def test_a_message_of_weight_0_is_not_learnt(learn: Learn, name: str) -> None:
     case, template = CASES / "chat-weight.jsonl", templates.ALL[name]
@@ -745,6 +801,14 @@ def test_prompt_and_completion_may_be_lists_of_messages(learn: Learn) -> None:
         assert found == learn(templates.CHATML, chat, mask=mask) * 2
 
 
+def test_the_mask_leaves_out_the_answers_in_a_prompt_of_messages(learn: Learn) -> None:
+    """As TRL does, whose prompts may show how to answer."""
+    messages = turns("a?", "b", "c?", "d")["messages"]
+    row = {"prompt": messages[:3], "completion": messages[3:]}
+    assert learn(templates.CHATML, row, mask=True)[0].counted == ["d<|im_end|>\n"]
+    assert learn(templates.CHATML, row) == learn(templates.CHATML, turns("a?", "b", "c?", "d"))
+
+
 def test_the_day_of_the_first_run_stands_in_the_texts_of_a_resumed_one(
     call: Run, make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -828,6 +892,26 @@ def test_calls_are_shown_where_the_template_wants_no_content_beside_them(learn: 
     assert learnt.counted == ['get_weather {"city": "서울"}</s>', "맑다.</s>"]
 
 
+def test_a_chat_whose_calls_are_not_shown_decides_nothing_for_others(
+    learn: Learn, capsys: pytest.CaptureFixture
+) -> None:
+    beside = called("맑음")
+    beside["messages"][1]["content"] = "찾아볼게."
+    first, second = learn(R1_CALLS, beside, called("맑음"), mask=True)
+    assert first.counted == ["찾아볼게.</s>", "맑다.</s>"]
+    assert second.counted == ['get_weather {"city": "서울"}</s>', "맑다.</s>"]
+    assert "drops a message in 1 of 2 texts, the first in line 1" in capsys.readouterr().err
+
+
+def test_a_call_that_the_template_leaves_out_is_told_of_though_its_name_is_there(
+    learn: Learn, capsys: pytest.CaptureFixture
+) -> None:
+    chat = called("맑음") | {"tools": [{"name": "get_weather"}]}
+    chat["messages"][1]["tool_calls"] *= 2
+    learn(templates.GPT_OSS, chat)
+    assert "drops a message in 1 of 1 texts" in capsys.readouterr().err
+
+
 def test_what_a_chat_says_in_python_s_words_does_not_change_its_calls(learn: Learn) -> None:
     for learnt in learn(templates.QWEN_2_5, called("{'city': '서울'}: 맑음"), called("비")):
         assert '"arguments": {"city": "서울"}}' in learnt.text
@@ -839,6 +923,14 @@ def test_the_answer_of_a_tool_is_not_learnt_within_the_turn_of_its_call(learn: L
     assert '<|call>get_weather{"city": "서울"}<call|>' in said
     assert "맑다.<turn|>" in said
     assert "맑음" not in said
+
+
+def test_a_message_of_weight_0_of_which_some_stands_elsewhere_is_an_error(learn: Learn) -> None:
+    chat = called("맑음", weight=0)
+    chat["messages"][1]["content"] = "찾아볼게."
+    assert "찾아볼게." not in "".join(learn(GEMMA_4_TOOLS, chat, mask=True)[0].counted)
+    with pytest.raises(UserError, match="line 1: message 2 is not to be learnt"):
+        learn(GEMMA_4_TOOLS, chat)
 
 
 def test_arguments_that_all_rows_have_are_kept_for_prompts(

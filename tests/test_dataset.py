@@ -310,6 +310,10 @@ def test_numbers_and_booleans_are_learnt_as_text_and_it_is_said_once(
     assert "3 texts, the first in line 1, have a number or a boolean" in told
     assert told.count("\n") == 1
 
+    written = tmp_path / "written.jsonl"
+    written.write_text('{"prompt": "?", "completion": 1.50}\n{"prompt": "?", "completion": 1e3}')
+    assert [row["completion"] for _, row in dataset.read(written, False).rows] == ["1.50", "1e3"]
+
     said = [{"role": "user", "content": 1}, {"role": "assistant", "content": False}]
     entries = [{"messages": said}, {"prompt": said[:1], "completion": said[1:]}]
     entries += [{"conversations": [{"from": "human", "value": 1}, {"from": "gpt", "value": False}]}]
@@ -447,6 +451,9 @@ def test_without_a_validation_set_one_text_in_twenty_is_held_out(
     ended = call(*args, "--iters", 2, "--resume-adapter-file", tmp_path / "a.npz")
     assert f"so 3 of the 120 {HELD}" in ended.stderr
     assert checkpoint.settings_of(tmp_path / "a.npz")["the texts held out"] == held
+    tiny.write_jsonl(tmp_path, "valid", texts[:2])
+    ended = call(*args, "--iters", 3, "--resume-adapter-file", tmp_path / "a.npz")
+    assert "these have changed: the texts held out\n" in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -610,6 +610,15 @@ def test_columns_of_numbers_and_booleans_are_written_as_text(
     assert f"in the column answer are written as text: {len(texts)} in all" in said
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+def test_numbers_stay_as_they_are_written(takes: Takes, tmp_path: Path, suffix: str) -> None:
+    rows = ['{"question": "값?", "answer": 1.50}', '{"question": "수?", "answer": 1e3}']
+    texts = {"json": f"[{','.join(rows)}]", "jsonl": "\n".join(rows)}
+    texts["csv"] = "question,answer\n값?,1.50\n수?,1e3\n"
+    made, _ = takes(write_text(tmp_path / f"a.{suffix}", texts[suffix]))
+    assert made == [text_of("값?", "1.50"), text_of("수?", "1e3")]
+
+
 def test_numbers_in_several_files_are_said_in_one_line(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for part in range(2):

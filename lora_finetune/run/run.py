@@ -227,7 +227,7 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
     run.check()
     if config.start_iter not in (None, run.progress.iteration):
         run.progress = Progress(config.start_iter)
-    run.settings = config.flags("result") | {"--lora-scale": start.scale}
+    run.settings = config.flags("result") | {"--lora-scale": start.scale, HELD_OUT: []}
     if "valid" not in files:
         held = start.settings.get(HELD_OUT)
         files["train"], files["valid"], run.settings[HELD_OUT] = dataset.hold_out(

@@ -12,7 +12,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_finetune.base.errors import first_line
-from lora_finetune.texts.messages import MARKS, REASONING, Message, function_of, with_arguments
+from lora_finetune.texts.messages import (
+    MARKS,
+    REASONING,
+    Message,
+    function_of,
+    with_arguments,
+    with_name,
+)
 
 from transformers.utils import chat_template_utils
 
@@ -57,7 +64,7 @@ class Template:
     tokenizer: TokenizerWrapper
     arguments: dict[str, Any] = field(default_factory=dict)  # where a row has none of its own
     now: datetime | None = None  # the time that it may put into texts; None: the present
-    call_form: CallForm | None = None  # how it takes tool calls, once that is known
+    call_form: CallForm | None = None  # how it takes tool calls, once a chat has shown it
 
     @property
     def has_date(self) -> bool:
@@ -75,11 +82,11 @@ class Template:
                 "(--chat-template-args can change what it takes)"
             ) from None
 
-    def find_call_form(self, chat: Chat) -> CallForm:
+    def find_call_form(self, chat: Chat) -> CallForm | None:
         """The form in which a template shows the calls of a chat, tried with made-up arguments.
 
         Templates take the arguments as an object, or as JSON text, which they join to a string;
-        some of DeepSeek's show calls only where the content is null, and some show none at all.
+        some of DeepSeek's show calls only where the content is null. None if it shows none.
         """
         probe = {"probed": "probe"}
         for number, message in enumerate(chat.messages):
@@ -91,7 +98,7 @@ class Template:
                 text = self.apply(chat, form, {})
                 if "probed" in text and str(probe) not in text:
                     return form
-        return CallForm()
+        return None
 
     def apply(self, chat: Chat, form: CallForm, options: dict[str, bool]) -> str:
         messages = [for_template(message, form) for message in chat.messages]
@@ -129,7 +136,8 @@ class Template:
             fields = strings_of(message)
             found = {name: shown.find(field, end) for name, field in fields.items()}
             end = max([end, *(at + len(fields[name]) for name, at in found.items() if at >= 0)])
-            if -1 in found.values():
+            lost = self.lost_calls(chat, text, number)
+            if lost or -1 in found.values():
                 blank = {"role": message["role"], "content": ""}
                 if self.try_render(chat.changed(number, blank)) == text:
                     raise ValueError(
@@ -137,9 +145,16 @@ class Template:
                         f'"{message["role"]:.40}", nowhere in its text'
                     )
                 cut = [name for name, field in fields.items() if field not in shown]
-                left_out += [f"the {name} of message {number + 1}" for name in cut]
+                left_out += [f"the {name} of message {number + 1}" for name in cut + lost]
         names = [str(function_of(tool).get("name")) for tool in chat.tools or []]
         return left_out + [f"the tool {name}" for name in names if squeeze(name) not in shown]
+
+    def lost_calls(self, chat: Chat, text: str, number: int) -> list[str]:
+        """The tool calls of a message without which the text of its chat would be the same."""
+        message = chat.messages[number]
+        places = range(len(message.get("tool_calls", [])))
+        others = [chat.changed(number, with_call(message, p, {"a": "other"})) for p in places]
+        return [f"tool call {p + 1}" for p in places if self.try_render(others[p]) == text]
 
     # --- Where a message is in the text
 
@@ -150,28 +165,53 @@ class Template:
         more follows. Templates that change earlier messages when more follow have no such places:
         then they are found by what changes with the message.
         """
-        opened = self.try_render(chat.until(number), add_generation_prompt=True)
-        start = self.find_start(chat, text, number, opened)
-        end = None if start is None else self.find_end(chat, text, number, start, opened)
+        before = chat.until(number)
+        opened = self.try_render(before, add_generation_prompt=True)
+        prompt = self.generation_prompt(before, opened)
+        start = self.find_start(chat, text, number, opened, prompt)
+        end = None if start is None else self.find_end(chat, text, number, start, prompt)
         return None if end is None or end <= start else (start, end)
 
-    def find_start(self, chat: Chat, text: str, number: int, opened: str) -> int | None:
+    def find_whole(self, chat: Chat, text: str, number: int) -> Span | None:
+        """As `find`, and None where some of the message's content stands elsewhere."""
+        span, message = self.find(chat, text, number), chat.messages[number]
+        if span and message["content"].strip():
+            others = [message | {"content": other} for other in "ab"]
+            content = self.find_change(chat, text, number, others) or span
+            span = span if span[0] <= content[0] <= content[1] <= span[1] else None
+        return span
+
+    def find_start(
+        self, chat: Chat, text: str, number: int, opened: str, prompt: str
+    ) -> int | None:
         """Where a message starts; `opened` is the text before it with the generation prompt."""
         message = chat.messages[number]
-        if message["role"] == "assistant" and number and opened and text.startswith(opened):
+        if message["role"] != "assistant":
+            prompt = opened = ""
+        if number and opened and text.startswith(opened):
             return len(opened)
         thoughts = [name for name in REASONING if name in message]
-        without = {name: value for name, value in message.items() if name not in thoughts}
-        for kept in (without, message) if thoughts else (message,):
-            others = [
-                kept | dict.fromkeys(["content", *(n for n in thoughts if n in kept)], other)
-                for other in "ab"
-            ]
-            if span := self.find_change(chat, text, number, others):
-                return span[0]
-        return None
+        calls = message.get("tool_calls", [])
+        plain = {k: v for k, v in message.items() if k not in (*thoughts, "tool_calls")}
+        options = [[plain | {"content": other} for other in "ab"]]
+        if thoughts:
+            options.append([message | dict.fromkeys(["content", *thoughts], o) for o in "ab"])
+        spans = (self.find_change(chat, text, number, others) for others in options)
+        span = next(filter(None, spans), None)
+        named = [message | {"tool_calls": [with_name(c, o)]} for c in calls[:1] for o in "ab"]
+        changed = span or self.find_change(chat, text, number, named)
+        if changed and prompt and not text.endswith(prompt, 0, changed[0]):
+            # A turn begins behind the prompt, with what the template adds to it.
+            earlier = chat.messages[number - 1]
+            others = [earlier | {"content": other} for other in "ab"]
+            above = self.find_change(chat, text, number - 1, others) if number else (0, 0)
+            at = text.find(prompt, above[1], changed[0]) if above else -1
+            if at >= 0:
+                return at + len(prompt)
+            changed = span
+        return changed and changed[0]
 
-    def find_end(self, chat: Chat, text: str, number: int, start: int, opened: str) -> int | None:
+    def find_end(self, chat: Chat, text: str, number: int, start: int, prompt: str) -> int | None:
         """Where a message that starts there ends: behind what closes it.
 
         That is what the text has in common behind the message with the text that ends in it.
@@ -179,24 +219,28 @@ class Template:
         message, through = chat.messages[number], chat.until(number + 1)
         if number + 1 == len(chat.messages):
             return len(text)
-        closed = self.without_prompt(through, self.generation_prompt(chat.until(number), opened))
+        closed = self.without_prompt(through, prompt)
         if len(closed) > start and text.startswith(closed):
             return len(closed)
-        others = [message | {"content": other} for other in "ab"]
-        if calls := message.get("tool_calls"):
-            changed = [with_arguments(calls[-1], {"a": other}) for other in "ab"]
-            others = [message | {"tool_calls": [*calls[:-1], call]} for call in changed]
-        span = self.find_change(chat, text, number, others)
-        alone = self.find_change(through, closed, number, others)
-        if not span:
-            return None
-        return span[1] + (num_common(text[span[1] :], closed[alone[1] :]) if alone else 0)
+        options = [[message | {"content": other} for other in "ab"]]
+        for place in range(len(message.get("tool_calls", []))):  # the last that is shown counts
+            options.insert(0, [with_call(message, place, {"a": other}) for other in "ab"])
+        for others in options:
+            if span := self.find_change(chat, text, number, others):
+                alone = self.find_change(through, closed, number, others)
+                return span[1] + (num_common(text[span[1] :], closed[alone[1] :]) if alone else 0)
+        return None
 
     def generation_prompt(self, chat: Chat, opened: str) -> str:
         """What the text of a chat has at its end where it is opened for an answer, "" if unsure.
 
-        Some templates end a text without a generation prompt in the end-of-text token.
+        Some templates end a text without a generation prompt in the end-of-text token, or end its
+        last answer in another way than earlier ones; so behind an answer, and at the beginning, it
+        is what a question has.
         """
+        if not chat.messages or chat.messages[-1]["role"] == "assistant":
+            chat = chat._replace(messages=[{"role": "user", "content": "a"}])
+            opened = self.try_render(chat, add_generation_prompt=True)
         before = self.try_render(chat)
         for end in ("", self.tokenizer.eos_token or ""):
             start = before.removesuffix(end)
@@ -259,16 +303,21 @@ def for_template(message: Message, form: CallForm) -> Message:
     return found
 
 
+def with_call(message: Message, place: int, arguments: object) -> Message:
+    """A message with other arguments in one of its tool calls."""
+    calls = list(message["tool_calls"])
+    calls[place] = with_arguments(calls[place], arguments)
+    return message | {"tool_calls": calls}
+
+
 def num_common(one: str, other: str) -> int:
     """The number of characters that two texts have in common at their start."""
     return len(os.path.commonprefix([one, other]))
 
 
 def strings_of(message: Message) -> dict[str, str]:
-    """What the text should show of a message, squeezed: content, reasoning, names of functions."""
+    """What the text should show of a message, squeezed: content and reasoning."""
     fields = {name: message.get(name) for name in (*REASONING, "content")}
-    for number, call in enumerate(message.get("tool_calls", []), 1):
-        fields[f"tool call {number}"] = function_of(call).get("name")
     return {name: squeeze(field) for name, field in fields.items() if isinstance(field, str)}
 
 

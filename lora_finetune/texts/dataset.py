@@ -20,6 +20,7 @@ from lora_finetune.texts.messages import (
     REASONING,
     TURNS,
     Message,
+    WrittenFloat,
     advice_on_contents,
     as_chat,
     is_learnt,
@@ -182,7 +183,7 @@ def read_json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, parse_float=WrittenFloat)
         except (ValueError, RecursionError) as error:  # too long a number, or too deep
             why = first_line(error)
             if isinstance(error, json.JSONDecodeError):
@@ -200,7 +201,7 @@ def parse_row(found: object, mask_prompt: bool) -> tuple[Row, list[str]]:
     if not isinstance(found, dict):
         raise ValueError(f'is not a JSON object such as {{"text": "…"}}; {OTHER_FORMS}')
     said = [NUMBERS] * bool(spell_out(found))
-    found = as_chat(found)
+    found = as_chat(found, mask_prompt)
     named = {key for key, value in found.items() if value is not None}
     keys = next((keys for keys in KINDS if named >= set(keys)), None)
     if not keys:
@@ -289,7 +290,7 @@ def render_chat(chat: Chat, template: Template | None, mask_prompt: bool) -> Tex
     left_out = tuple(template.left_out(chat, whole))
     if not mask_prompt:
         others = [i for i, message in enumerate(chat.messages) if not is_learnt(message)]
-        spans = [template.find(chat, whole, number) for number in others]
+        spans = [template.find_whole(chat, whole, number) for number in others]
         if None in spans:
             raise ValueError(
                 f"message {others[spans.index(None)] + 1} is not to be learnt, and the model's "

@@ -49,17 +49,33 @@ def is_number(value: object) -> bool:
     return isinstance(value, Number) and value == value
 
 
+class WrittenFloat(float):
+    """A number that knows how it is written, such as 1.50."""
+
+    def __new__(cls, written: str) -> WrittenFloat:
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+
 def as_text(number: object) -> str:
-    """A number or a boolean as JSON has it."""
-    return str(number).lower() if isinstance(number, bool) else str(number)
+    """A number or a boolean as JSON has it, where it was read from that as it is written there."""
+    text = str(getattr(number, "written", number))
+    return text.lower() if isinstance(number, bool) else text
 
 
-def as_chat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of messages where prompt and completion are lists of them, as TRL has it."""
+def as_chat(row: dict[str, Any], mask_prompt: bool = False) -> dict[str, Any]:
+    """A row of messages where prompt and completion are lists of them, as TRL has it.
+
+    With `mask_prompt`, the answers in the prompt are marked as not to be learnt.
+    """
     turns = [row.get(name) for name in TURNS]
     if not all(messages and is_objects(messages) for messages in turns):
         return row
-    return {k: v for k, v in row.items() if k not in TURNS} | {"messages": sum(turns, [])}
+    prompt, completion = turns
+    if mask_prompt:
+        prompt = [m | {"train": False} if m.get("role") == "assistant" else m for m in prompt]
+    return {k: v for k, v in row.items() if k not in TURNS} | {"messages": prompt + completion}
 
 
 def read_messages(row: dict[str, Any]) -> list[Message]:
@@ -90,7 +106,8 @@ def read_message(found: dict[str, Any]) -> Message:
     if message.get("from") == "function_call":  # LLaMA-Factory's: a call, or a list of them
         calls = parse(str(message.pop("value", "")), "its function_call")
         calls = calls if isinstance(calls, list) else [calls]
-        message |= {"from": "gpt", "tool_calls": [{"function": call} for call in calls]}
+        calls = [{"type": "function", "function": call} for call in calls]
+        message |= {"from": "gpt", "tool_calls": calls}
     if "role" not in message and isinstance(speaker := message.pop("from", None), str):
         if speaker not in SHAREGPT_ROLES:
             raise ValueError(f'is from "{speaker:.40}", none of {", ".join(SHAREGPT_ROLES)}')
@@ -206,6 +223,15 @@ def function_of(tool: dict[str, Any]) -> dict[str, Any]:
 
 def with_arguments(call: dict[str, Any], arguments: object) -> dict[str, Any]:
     """A tool call with other arguments."""
+    return changed(call, "arguments", arguments)
+
+
+def with_name(call: dict[str, Any], name: str) -> dict[str, Any]:
+    """A tool call of another function."""
+    return changed(call, "name", name)
+
+
+def changed(call: dict[str, Any], key: str, value: object) -> dict[str, Any]:
     if "function" in call:
-        return call | {"function": with_arguments(call["function"], arguments)}
-    return call | {"arguments": arguments}
+        return call | {"function": changed(call["function"], key, value)}
+    return call | {key: value}

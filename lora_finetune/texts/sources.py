@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lora_finetune.base.errors import UserError, first_line
 from lora_finetune.texts.dataset import Row, check_format, read_json_lines
-from lora_finetune.texts.messages import FORM, advice_on_contents, is_objects
+from lora_finetune.texts.messages import FORM, WrittenFloat, advice_on_contents, is_objects
 
 import datasets
 import pyarrow as pa
@@ -196,7 +196,7 @@ def read_json(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
         if is_object(first):
             rows = (value for _, value in read_json_lines(file, stream))
         else:
-            whole = json.load(stream)
+            whole = json.load(stream, parse_float=WrittenFloat)
             rows = iter(whole if isinstance(whole, list) else [whole])
         start = list(islice(rows, 2))
         if len(start) == 1 and isinstance(start[0], dict):
