@@ -1847,7 +1847,7 @@ def test_what_a_folder_held_is_kept_where_it_changes(prepare: Run, tmp_path: Pat
     for number in (1, 2):
         ended = prepare(source, output, "--seed", number)
         kept = tmp_path / f"out.previous-{number}"
-        assert ended.stderr == said + f"hint: what {output} held before is kept in {kept}\n"
+        assert f"What {output} held before is kept in {kept}.\n" in ended.stdout
     assert read_bytes(tmp_path / "out.previous-1") == first
     assert not (tmp_path / "out.previous-3").exists()
 
@@ -2300,6 +2300,7 @@ HELP = {
     "--test-fraction": "0.05",
     "--seed": "0",
     "--limit": "all",
+    "--form": "text",
     "--keep-splits": None,
     "--normalize": None,
     "--dry-run": None,

@@ -49,7 +49,7 @@ def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
 
 
 def write_all(
-    exports: list[Export], model: nn.Module, base: Path, name: str, template: str | None
+    exports: list[Export], model: nn.Module, base: Path, name: str, template: str | None = None
 ) -> None:
     """Write each form into its folder, whole or not at all. The model is of no use afterwards.
 

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from lora_finetune.base.errors import UserError, hint
+from lora_finetune.base.errors import UserError, print_line
 
 
 def real_file(file: Path) -> Path:
@@ -116,7 +116,7 @@ def earlier_kept(folder: Path, files: list[Path]) -> Iterator[None]:
         if all(f.exists() and filecmp.cmp(kept / f.name, f, shallow=False) for f in earlier):
             shutil.rmtree(kept)
         else:
-            hint(f"what {folder} held before is kept in {kept}")
+            print_line(f"What {folder} held before is kept in {kept}.")
 
 
 def flush_to_disk(stream: BinaryIO) -> None:

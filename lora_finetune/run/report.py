@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from itertools import count
+from pathlib import Path
 from typing import Any
 
-from lora_finetune.base.errors import UserError, first_line, hint, print_line, warn
+from lora_finetune.base.errors import UserError, first_line, print_line, warn
 from lora_finetune.base.files import atomic_write
 from lora_finetune.run.config import command
 from lora_finetune.run.run import Run
@@ -85,7 +86,7 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
 # --- The end ------------------------------------------------------------------------------------
 
 
-# The best of fewer validation texts may be the best by chance.
+# The best adapter on fewer validation texts may be the best by chance.
 MIN_VALIDATED = 20
 
 
@@ -94,27 +95,34 @@ def print_outcome(run: Run, examples: dict[str, batching.Examples]) -> None:
     config, progress = run.config, run.progress
     if not config.train:
         return
-    use, number = run.adapter, len(examples["valid"])
-    if config.val_batches > 0:
-        number = min(number, config.batch_size * config.val_batches)
+    told = (
+        f"Validation loss {progress.first_loss:.3f} before, {progress.last_loss:.3f} after, "
+        f"{progress.best_loss:.3f} at best (iteration {progress.best_iteration})"
+    )
+    adapter = run.adapter
     if progress.best_iteration != progress.iteration and run.best.is_file():
-        if number < MIN_VALIDATED:
-            hint(
-                f"the best of {number} validation texts may be so by chance, so the commands below "
-                f"name the last adapter and not {run.best}"
-            )
+        number = len(examples["valid"])
+        if config.val_batches > 0:
+            number = min(number, config.batch_size * config.val_batches)
+        if number >= MIN_VALIDATED:
+            adapter = run.best
         else:
-            use = run.best
-    is_default = use == run.adapter and "adapter_file" not in config.typed
-    flags = {"--model": config.model, "--adapter-file": None if is_default else use}
-    asked = [text for text in config.prompt or [] if text != "-"] or [run.question]
+            told += f"; of {number} texts that may be chance, so the last adapter is named below"
+    print_line(told, sys.stderr)
+    print_line("\n".join(commands(run, adapter)), sys.stderr)
+
+
+def commands(run: Run, adapter: Path) -> list[str]:
+    """Commands that ask and export an adapter, and that go on training."""
+    config = run.config
+    is_default = adapter == run.adapter and "adapter_file" not in config.typed
+    flags = {"--model": config.model, "--adapter-file": None if is_default else adapter}
+    asked = [text for text in config.prompt or [] if text != "-" and text.isprintable()]
+    ask = flags | config.typed_flags("asking") | {"--prompt": [*asked, run.question][0]}
     names = (run.adapter.with_suffix(f".merged{number or ''}") for number in count())
     merged = next(name for name in names if not name.exists())
-    lines = [
-        f"Validation loss {progress.first_loss:.3f} before, {progress.last_loss:.3f} after, "
-        f"{progress.best_loss:.3f} at best (iteration {progress.best_iteration})",
-        f"Ask it:    {command(flags | config.typed_flags('asking') | {'--prompt': asked[0]})}",
+    return [
+        f"Ask it:    {command(ask)}",
         f"Go on:     {config.command_to_go_on(run.adapter)}",
         f"Export it: {command(flags | {'--export': ['merged', str(merged)]})}",
     ]
-    print_line("\n".join(lines), sys.stderr)

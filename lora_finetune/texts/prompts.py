@@ -74,8 +74,9 @@ def own_template(learnt: str | None, tokenizer: TokenizerWrapper) -> str | None:
 
 
 def example(file: dataset.File) -> str:
-    """A prompt for a model that learnt texts like those of a file: the shortest of the first."""
-    return min((question_of(row) for _, row in islice(file.rows, 100)), key=len)
+    """A prompt, in one line, for a model that learnt texts like those of a file: a short one."""
+    questions = (" ".join(question_of(row).split()) for _, row in islice(file.rows, 100))
+    return min(questions, key=len)
 
 
 def question_of(row: dataset.Row) -> str:
