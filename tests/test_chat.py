@@ -925,6 +925,17 @@ def test_the_answer_of_a_tool_is_not_learnt_within_the_turn_of_its_call(learn: L
     assert "맑음" not in said
 
 
+def test_what_a_template_puts_behind_the_answer_to_a_call_is_told(
+    learn: Learn, capsys: pytest.CaptureFixture
+) -> None:
+    """The last answer counts; not a part of the first one, in silence."""
+    chat = called("맑음")
+    chat["messages"][1]["content"] = "찾아볼게."
+    [learnt] = learn(GEMMA_4_TOOLS, chat, mask=True)
+    assert learnt.counted == ["맑다.<turn|>\n"]
+    assert "in 1 of 1 chats, the first in line 1, the places of some" in capsys.readouterr().err
+
+
 def test_a_message_of_weight_0_of_which_some_stands_elsewhere_is_an_error(learn: Learn) -> None:
     chat = called("맑음", weight=0)
     chat["messages"][1]["content"] = "찾아볼게."

@@ -305,7 +305,13 @@ def render_chat(chat: Chat, template: Template | None, mask_prompt: bool) -> Tex
         chat = chat.until(answers[-1] + 1)
         whole = template.render(chat)
     learnt = [i for i in answers if is_learnt(chat.messages[i])]
-    spans = [template.find(chat, whole, number) for number in learnt]
+    spans = [
+        # What is said beside a call some templates put behind the answer to it.
+        (template.find_whole if "tool_calls" in chat.messages[number] else template.find)(
+            chat, whole, number
+        )
+        for number in learnt
+    ]
     found = [span for span in spans if span]
     if not found:
         raise ValueError("no answer's place is sure in what the model's chat template makes of it")
