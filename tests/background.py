@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
-import runpy
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
+from itertools import count
 from pathlib import Path
+from types import CodeType
 
 import models  # noqa: F401  before mlx, since it loads a fast BLAS
 from lora_finetune.training import distributed
@@ -39,6 +43,7 @@ def run(
     folder: Path,
     args: list[str],
     slow: float = 0.0,
+    killed_at: int | None = None,
     largest_file: int | None = None,
     env: dict[str, str] | None = None,
     suffix: str = "",
@@ -49,12 +54,14 @@ def run(
 
     Args:
         slow: seconds that each step of a save takes longer.
+        killed_at: the step of its saves at which it is killed.
         largest_file: bytes beyond which no file may grow.
         env: is added to the environment.
         suffix: of the names `out` and `err`.
         device_memory: bytes, for the GPU that this is then taken to be.
         wait_at_end: seconds to wait for the other processes of a run that is to end.
     """
+    gc.freeze()  # no search for garbage goes through, and copies, what was imported before the fork
     os.chdir(folder)
     os.environ.update(env or {})
     if device_memory:
@@ -68,7 +75,9 @@ def run(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # for an error in its place
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if slow:
-        slow_down(slow)
+        at_each_step_of_a_save(lambda: time.sleep(slow))
+    if killed_at:
+        kill_at(killed_at)
     if wait_at_end:
         distributed.WAIT_AT_END = wait_at_end
     sys.argv = [str(ROOT / "train_lora.py"), *args]
@@ -78,7 +87,7 @@ def run(
 def run_script(file: str) -> int:
     """Run a script as Python does, which gives to `sys.excepthook` what ends it."""
     try:
-        runpy.run_path(file, run_name="__main__")
+        exec(compiled(file), {"__name__": "__main__", "__file__": file})
     except SystemExit as ended:
         return ended.code or 0
     except BaseException as error:
@@ -90,18 +99,29 @@ def run_script(file: str) -> int:
     return 0
 
 
-def slow_down(seconds: float) -> None:
-    """Make each save linger half-written, and between its two files."""
+@cache
+def compiled(file: str) -> CodeType:
+    return compile(Path(file).read_bytes(), file, "exec")
+
+
+def at_each_step_of_a_save(act: Callable[[], object]) -> None:
+    """Call something with each file half-written, whole but not in its place, and in its place."""
     fsync, replace = os.fsync, Path.replace
 
-    def slow_fsync(descriptor: int) -> None:
-        time.sleep(seconds)
+    def watched_fsync(descriptor: int) -> None:
+        act()
         fsync(descriptor)
 
-    def slow_replace(self: Path, target: Path) -> Path:
-        time.sleep(seconds)
+    def watched_replace(self: Path, target: Path) -> Path:
+        act()
         replaced = replace(self, target)
-        time.sleep(seconds)
+        act()
         return replaced
 
-    os.fsync, Path.replace = slow_fsync, slow_replace
+    os.fsync, Path.replace = watched_fsync, watched_replace
+
+
+def kill_at(step: int) -> None:
+    """Kill this process at one of the steps of its saves, counted from 1."""
+    steps = count(1)
+    at_each_step_of_a_save(lambda: next(steps) == step and os.kill(os.getpid(), signal.SIGKILL))

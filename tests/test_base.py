@@ -66,22 +66,37 @@ def test_pytorch_is_not_imported_where_it_is_installed(
     assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.parametrize("kind", ["arrow", "csv", "jsonl"])
-def test_a_dry_run_needs_no_file_to_be_written(run: Run, tmp_path: Path, kind: str) -> None:
+# Runs a script on one source after the other.
+DRY_RUNS = """
+import runpy, sys
+script, *sources = sys.argv[1:]
+sys.path[0] = script.rpartition("/")[0]
+for source in sources:
+    sys.argv = [script, "--source", source, "--dry-run"]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_a_dry_run_needs_no_file_to_be_written(run: Run, tmp_path: Path) -> None:
     """Nor a folder for the cache of `datasets`."""
     rows = {"question": [f"{i}?" for i in range(99)], "answer": ["네."] * 99}
-    source = tmp_path / f"source.{kind}"
     saved = datasets.Dataset.from_dict(rows)
-    {"arrow": saved.save_to_disk, "csv": saved.to_csv, "jsonl": saved.to_json}[kind](source)
+    sources = [tmp_path / f"source.{kind}" for kind in ("arrow", "csv", "jsonl")]
+    for save, source in zip(
+        (saved.save_to_disk, saved.to_csv, saved.to_json), sources, strict=True
+    ):
+        save(source)
     (tmp_path / "file").touch()
     ended = run(
-        *("--source", source, "--dry-run"),
+        *sources,
         script="prepare_lora_data.py",
+        python=("-c", DRY_RUNS),
         env={"HF_HOME": str(tmp_path / "file/cache")},  # where no folder can be made
         cwd=tmp_path,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith(f"Read 99 examples of {source}: ")
+    for source in sources:
+        assert f"Read 99 examples of {source}: " in ended.stdout
 
 
 def test_a_command_that_has_to_write_says_what_it_cannot(

@@ -932,7 +932,7 @@ def test_what_a_template_puts_behind_the_answer_to_a_call_is_told(
     chat = called("맑음")
     chat["messages"][1]["content"] = "찾아볼게."
     [learnt] = learn(GEMMA_4_TOOLS, chat, mask=True)
-    assert learnt.counted == ["맑다.<turn|>\n"]
+    assert [said.endswith("맑다.<turn|>\n") for said in learnt.counted] == [True]
     assert "in 1 of 1 chats, the first in line 1, the places of some" in capsys.readouterr().err
 
 

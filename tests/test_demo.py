@@ -13,13 +13,12 @@ from lora_finetune.demo import demo_model
 from lora_finetune.model_folder.tokenizer import load as load_tokenizer
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.lora import LoRALinear
-
-FORMS = ("mlx-lm", "peft", "merged", "merged-float")
 
 TEXTS = [
     "### 질문:\n달은 무엇을 돕니까?\n\n### 답변:\n달은 지구를 돕니다.",
@@ -49,7 +48,7 @@ def test_the_demo_model_learns_answers_and_gives_an_adapter_that_mlx_lm_loads(
         *("--train", "--test", "--data", tmp_path / "data", "--adapter-file", adapter),
         *("--batch-size", 2, "--iters", 4, "--learning-rate", "3e-4", "--lora-layers", 4),
         *("--prompt", "The capital of France is", "--max-tokens", 7, "--temp", 0),
-        *(word for form in FORMS for word in ("--export", form, tmp_path / form)),
+        *("--export", "merged", tmp_path / "merged"),
     )
 
     assert ended.returncode == 0, ended.stderr
@@ -59,42 +58,26 @@ def test_the_demo_model_learns_answers_and_gives_an_adapter_that_mlx_lm_loads(
     assert after < before - 0.1
     assert test == pytest.approx(after, abs=2e-3)  # the same texts
     assert "The capital of France is Paris" in ended.stdout
-    ours, _ = models.load(demo)
-    tiny.put_adapter(adapter, ours)
     tokens = mx.array([tokenizer.encode(TEXTS[0])])
-    expected = np.array(ours(tokens))
-    assert_mlx_lm_gives_the_same_logits(demo, adapter, tokens, expected)
-    assert_every_form_is_the_same(adapter, tmp_path, tokens, expected)
+    model, _ = models.load(demo)
+    theirs = logits_of_mlx_lm(model, adapter, tokens)
+    tiny.put_adapter(adapter, model)
+    ours = np.array(model(tokens))
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    merged, _ = models.load(tmp_path / "merged")  # in float16, to which quantized layers belong
+    assert np.abs(np.array(merged(tokens)) - ours).max() < 1e-2 * np.abs(ours).max()
 
 
-def assert_mlx_lm_gives_the_same_logits(
-    folder: Path, file: Path, tokens: mx.array, expected: np.ndarray
-) -> None:
-    """Those of the model adapted by mlx-lm's own class, loaded by MLX alone."""
-    theirs, _ = models.load(str(folder))
-    modules = dict(theirs.named_modules())
-    adapter = loading.read_adapter(file)
-    wrapped = [(path, LoRALinear.from_base(modules[path])) for path in adapter]
-    theirs.update_modules(tree_unflatten(wrapped))
-    theirs.load_weights(list(mx.load(str(file)).items()), strict=False)
-    theirs.eval()
-    np.testing.assert_allclose(np.array(theirs(tokens)), expected, atol=1e-4)
-
-
-def assert_every_form_is_the_same(
-    file: Path, exported: Path, tokens: mx.array, expected: np.ndarray
-) -> None:
-    """What is merged is in float16, to which the quantized layers belong; the rest is exact."""
-    for form in ("merged", "merged-float"):
-        model, _ = models.load(exported / form)
-        assert np.abs(np.array(model(tokens)) - expected).max() < 1e-2 * np.abs(expected).max()
-    saved = loading.read_adapter(file)
-    for form in ("mlx-lm", "peft"):
-        found = loading.read_adapter(loading.find_adapter(exported / form))
-        assert found.keys() == saved.keys()
-        for path, pair in saved.items():
-            for array, other in zip(found[path], pair, strict=True):
-                np.testing.assert_allclose(array, other, rtol=1e-6)
+def logits_of_mlx_lm(model: nn.Module, file: Path, tokens: mx.array) -> np.ndarray:
+    """Those of the model adapted by mlx-lm's own class, loaded by MLX alone; it stays as it is."""
+    modules, paths = dict(model.named_modules()), loading.read_adapter(file)
+    wrapped = [(path, LoRALinear.from_base(modules[path])) for path in paths]
+    model.update_modules(tree_unflatten(wrapped))
+    model.load_weights(list(mx.load(str(file)).items()), strict=False)
+    model.eval()
+    logits = np.array(model(tokens))
+    model.update_modules(tree_unflatten([(path, modules[path]) for path in paths]))
+    return logits
 
 
 def test_a_demo_model_that_cannot_be_fetched_is_reported_and_leaves_nothing_behind(

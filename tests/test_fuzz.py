@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import itertools
 import json
 import os
@@ -109,6 +110,7 @@ class Case(NamedTuple):
 
 def work(folder: Path, cases: list[Case], connection: Connection) -> None:
     """Try cases in a copy of a folder; send for each what is wrong, or an empty string."""
+    gc.freeze()  # as in background.run
     os.chdir(folder)
     for descriptor, name in [(1, "../out"), (2, "../err")]:
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND), descriptor)
@@ -140,10 +142,11 @@ def contents() -> dict[Path, bytes]:
 
 
 def restore(whole: dict[Path, bytes]) -> None:
-    for path in contents().keys() - whole.keys():
+    found = contents()
+    for path in found.keys() - whole.keys():
         path.unlink()
     for path, content in whole.items():
-        if path.read_bytes() != content:
+        if found.get(path) != content:
             path.write_bytes(content)
 
 
@@ -152,8 +155,8 @@ def attempt(case: Case, whole: dict[Path, bytes]) -> str:
     for name in ("../out", "../err"):
         os.truncate(name, 0)
     file = Path(case.file)
-    file.write_bytes(case.content(whole[file]))
-    before = contents()
+    before = whole | {file: case.content(whole[file])}
+    file.write_bytes(before[file])
     limit = allow_memory()
     try:
         status = call_function(case) if case.command is None else run_command(case)

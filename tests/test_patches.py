@@ -502,12 +502,17 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def gradients(model: nn.Module, loss: Loss) -> tuple[float, int, dict[str, mx.array]]:
-    function = nn.value_and_grad(model, lambda *batch: loss(model, *batch))
-    tokens, is_target = (mx.concatenate([array] * 2, axis=1) for array in (TOKENS, IS_TARGET))
+    """The loss, its tokens, and in training mode its gradients; nothing asks for others."""
+
+    def of_batch(*batch: mx.array) -> tuple[mx.array, mx.array]:
+        return loss(model, *batch)
+
+    function = nn.value_and_grad(model, of_batch) if model.training else of_batch
+    batch = [mx.concatenate([array] * 2, axis=1) for array in (TOKENS, IS_TARGET)]
     with nullcontext() if loss is losses.loss else patches.applied():
-        (total, number), found = function(tokens, is_target)
-        mx.eval(total, number, found)
-    return total.item(), number.item(), dict(tree_flatten(found))
+        found, of_parameters = function(*batch) if model.training else (function(*batch), {})
+        mx.eval(found, of_parameters)
+    return found[0].item(), found[1].item(), dict(tree_flatten(of_parameters))
 
 
 @pytest.mark.parametrize("name", [name for name in ADAPTED if name != "deepseek_v41"])

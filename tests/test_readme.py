@@ -68,11 +68,13 @@ def test_all_flags_are_there_with_their_defaults(part: str) -> None:
 
 
 def test_the_commands_work_as_typed_one_after_the_other(tmp_path: Path) -> None:
-    """In a copy whose demo model, and model from the hub, are tiny; two Macs are this machine."""
+    """In a copy with tiny models and a tenth of the data, where two Macs are this machine."""
     project = tmp_path / "project"
     others = shutil.ignore_patterns(".*", "__pycache__", "SmolLM2*", "*.npz", "*.run")
     shutil.copytree(ROOT, project, ignore=others)
     (project / ".venv").symlink_to(sys.prefix)
+    for file in (project / "data/korean_textbooks_qa").glob("*.jsonl"):
+        file.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:8]), "utf-8")
     size = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
     tiny.make_model(project / "lora_finetune" / "SmolLM2-135M-Instruct", **size)
     hub = tiny.make_model(tmp_path / "hub", **size)

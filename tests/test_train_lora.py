@@ -207,7 +207,7 @@ def test_another_seed_starts_from_another_adapter(
 
 
 def test_an_adapter_is_tested_and_generates_later_as_in_the_run_that_made_it(
-    call: Run, run: Run, model: Path, data: Path, whole_run: tuple[Path, Ended], tmp_path: Path
+    call: Run, model: Path, data: Path, whole_run: tuple[Path, Ended], tmp_path: Path
 ) -> None:
     """Without --lora-layers, since the file says which layers it adapts."""
     folder, before = whole_run
@@ -226,7 +226,7 @@ def test_an_adapter_is_tested_and_generates_later_as_in_the_run_that_made_it(
     assert shapes(tested.stdout) == [*loaded, "Testing", expected[0]]
     assert "\nTrainable parameters 0.004M\n" in tested.stdout
 
-    generated = run(*generate, cwd=tmp_path / "..")
+    generated = call(*generate)
     assert shapes(generated.stdout) == [*loaded, *expected[1:]]
 
     both = call(*test, "--prompt", PROMPT, "--max-tokens", 12)
