@@ -11,6 +11,7 @@ import models
 import tiny
 from conftest import Run
 from lora_finetune.adapters import export, gguf
+from lora_finetune.base.errors import UserError
 from lora_finetune.model_folder.weights import read_weights
 from reference.make_gguf import FILE, NOT_CONVERTED, content, make_model
 from test_export import ask
@@ -35,6 +36,13 @@ def test_the_file_is_that_of_the_converter(name: str, tmp_path: Path) -> None:
     model = make_model(name, tmp_path)
     export.write_all([("gguf", tmp_path / "a.gguf")], model, tmp_path, name)
     assert content(tmp_path / "a.gguf") == REFERENCE[name]
+
+
+def test_a_layer_of_which_llama_cpp_ignores_lora_is_named(tmp_path: Path) -> None:
+    model = make_model("lfm2", tmp_path)
+    models.add_lora(model, {"model.layers.0.conv.in_proj": 2})
+    with pytest.raises(UserError, match=r"no LoRA of model.layers.0.conv.in_proj.*merged-float"):
+        export.check_forms([("gguf", tmp_path / "a.gguf")], model, tmp_path)
 
 
 # --- llama.cpp itself ---------------------------------------------------------------------------

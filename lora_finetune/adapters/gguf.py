@@ -22,13 +22,13 @@ import numpy as np
 # Transformers' types of models, and what llama.cpp calls them where that is another name: those for
 # which this file is that of its convert_lora_to_gguf.py, and llama.cpp then computes what we do.
 TYPES = """
-    apertus cohere:command-r cohere2 ernie4_5 ernie4_5_moe:ernie4_5-moe exaone exaone4
+    apertus cohere2 cohere:command-r ernie4_5 ernie4_5_moe:ernie4_5-moe exaone exaone4
     exaone_moe:exaone-moe gemma gemma2 gemma3 gemma3_text:gemma3 glm4 glm4_moe:glm4moe
     gpt_neox:gptneox gpt_oss:gpt-oss granite granitemoe hunyuan_v1_dense:hunyuan-dense
     internlm3:llama iquestcoder:llama jamba lfm2 lfm2_moe:lfm2moe llama llama4 llama4_text:llama4
-    llava:llama ministral3:mistral3 mistral:llama mistral3 mixtral:llama nemotron olmo2 olmo3:olmo2
-    olmoe phi:phi2 phi3 qwen2 qwen2_5_vl:qwen2vl qwen2_moe:qwen2moe qwen2_vl:qwen2vl qwen3
-    qwen3_moe:qwen3moe qwen3_vl:qwen3vl seed_oss smollm3 stablelm starcoder2
+    ministral3:mistral3 mistral3 mistral:llama mixtral:llama nemotron olmo2 olmo3:olmo2 olmoe phi3
+    phi:phi2 qwen2 qwen2_5_vl:qwen2vl qwen2_moe:qwen2moe qwen2_vl:qwen2vl qwen3 qwen3_moe:qwen3moe
+    qwen3_vl:qwen3vl seed_oss smollm3 stablelm starcoder2
 """.split()  # noqa: SIM905
 ARCHITECTURES = {name: other or name for name, _, other in (t.partition(":") for t in TYPES)}
 
@@ -45,13 +45,12 @@ LAYERS = re.compile(
 def architecture_of(base: Path) -> str:
     """llama.cpp's name for the kind of model in a folder; raises ValueError where it is unknown."""
     config = read_object(base / "config.json")
-    if config.get("architectures") == ["LlamaForCausalLM"]:  # the converter goes by this
-        return "llama"
-    if config["model_type"] not in ARCHITECTURES:
-        raise ValueError(
-            f"no adapter of a {config['model_type']} model is known to work in llama.cpp"
-        )
-    return ARCHITECTURES[config["model_type"]]
+    model_type = config["model_type"]
+    if model_type not in ARCHITECTURES:
+        raise ValueError(f"no adapter of {model_type} models is known to work in llama.cpp")
+    if model_type == "exaone" and config.get("architectures") == ["LlamaForCausalLM"]:
+        return "llama"  # as transformers 5 saves it; the converter goes by the class
+    return ARCHITECTURES[model_type]
 
 
 def tensor_names(model: nn.Module, base: Path) -> dict[str, str]:
@@ -59,10 +58,8 @@ def tensor_names(model: nn.Module, base: Path) -> dict[str, str]:
 
     Raises ValueError where it knows no such model, or takes no LoRA of such a layer.
     """
-    architecture, model_type = (
-        architecture_of(base),
-        read_object(base / "config.json")["model_type"],
-    )
+    architecture = architecture_of(base)
+    model_type = read_object(base / "config.json")["model_type"]
     [kind] = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
     known, names = gguf.get_tensor_name_map(kind, len(model.layers)), {}
     for path in models.lora_modules(model):
@@ -70,9 +67,7 @@ def tensor_names(model: nn.Module, base: Path) -> dict[str, str]:
         found = (known.get_name(name.replace("language_model.", "")) for name in theirs)
         names[path] = next(filter(None, found), "")
         if not LAYERS.fullmatch(names[path]):
-            raise ValueError(
-                f"llama.cpp takes no LoRA of {path} in a model of its kind {architecture}"
-            )
+            raise ValueError(f"llama.cpp takes no LoRA of {path} in {architecture} models")
     return names
 
 
@@ -98,7 +93,7 @@ def write(file: str, adapter: Adapter, names: dict[str, str], base: Path, title:
 
 def in_order(b: np.ndarray, name: str, architecture: str, settings: dict) -> np.ndarray:
     """B (d_out, r) with its rows in the order of llama.cpp's weight."""
-    heads, layer = settings["num_attention_heads"], name.rpartition(".")[2]
+    layer, heads = name.rpartition(".")[2], settings.get("num_attention_heads")
     if layer == "attn_k":
         heads = settings.get("num_key_value_heads") or heads
     if layer in ("attn_q", "attn_k") and architecture in IN_TURNS:

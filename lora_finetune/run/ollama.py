@@ -59,7 +59,9 @@ def chat_template(template: Template, tokenizer: TokenizerWrapper) -> str | None
     turns = [("user", "MESSAGE1"), ("assistant", "MESSAGE2"), ("user", "MESSAGE3")]
     start, *later = between(template, turns) or [""]
     with_system = between(template, [("system", "MESSAGE0"), *turns])
+    answered = "".join(between(template, turns[:2], is_open=False)[:2])
     is_simple = later and between(template, turns[:1]) == [start, later[-1]]
+    is_simple = is_simple and answered.startswith(start + later[-1])  # as prompts are put here
     is_simple = is_simple and with_system[2:] in ([], later) and not template.has_date
     if not is_simple or re.search('{{|}}|"""', start + "".join(with_system or later)):
         return None
@@ -80,9 +82,9 @@ def chat_template(template: Template, tokenizer: TokenizerWrapper) -> str | None
     return "".join(parts)
 
 
-def between(template: Template, messages: list[tuple[str, str]]) -> list[str]:
-    """The texts before, between and after messages, of which the last is open for an answer."""
+def between(template: Template, messages: list[tuple[str, str]], is_open: bool = True) -> list[str]:
+    """The texts before, between and after messages; `is_open` for an answer at the end."""
     chat = Chat([{"role": role, "content": content} for role, content in messages])
-    text = template.try_render(chat, add_generation_prompt=True)
+    text = template.try_render(chat, add_generation_prompt=is_open)
     texts = re.split("|".join(content for _, content in messages), text)
     return texts if len(texts) == len(messages) + 1 else []

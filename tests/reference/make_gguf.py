@@ -36,8 +36,8 @@ from gguf import GGUFReader  # noqa: E402
 FILE = HERE / "gguf.json"
 CONFIGS = json.loads((HERE.parent / "architectures.json").read_text("utf-8"))
 LIKE_LLAMA = ("mistral", "iquestcoder")  # which mlx-lm loads as such
-# The converter writes the base of Mistral 3 for its adapter; of the others mlx-lm has the text.
-NOT_CONVERTED = {"mistral3", "ministral3", "llava", "qwen2_5_vl"}
+# The converter writes the base of Mistral 3 for its adapter; mlx-lm has Qwen 2.5-VL under 2-VL.
+NOT_CONVERTED = {"mistral3", "ministral3", "qwen2_5_vl"}
 HYBRIDS = ("jamba", "lfm2", "lfm2_moe")  # whose last layer has no attention
 NOT_IN_TRANSFORMERS = {
     "exaone": "ExaoneForCausalLM",
