@@ -37,7 +37,7 @@ from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import patches, rope
 from lora_finetune.mlx_patches.loading import Limits, find_limits
 from lora_finetune.model_folder.files import context_length, find_model, fingerprints, public_name
-from lora_finetune.run import checkpoint, generate, report, show
+from lora_finetune.run import checkpoint, generate, ollama, report, show
 from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
 from lora_finetune.run.run import Run, must_agree, open_run
 from lora_finetune.texts import batching, dataset, prompts, tokenizing
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags, phase by phase; those of no single phase stand in a group of their own."""
     parser = Parser(
         prog="train_lora.py",
-        usage="%(prog)s [--train] [--test] [--prompt TEXT] [--export FORM FOLDER] [other flags]",
+        usage="%(prog)s [--train] [--test] [--prompt TEXT] [--export FORM PATH] [other flags]",
         description="Fine-tune a language model with LoRA on your own text, in MLX.",
         epilog="Phases run in the order train, test, generate, export; ask for at least one.",
     )
@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=PROMPT_FORMATS, metavar="FORM")  # fmt: skip
     add("--system", nonempty, None, "system message for the chat form of a prompt", metavar="TEXT")
     add("--export", str, None, f"write the result as {', '.join(FORMS)}", action="append", nargs=2,
-        metavar=("FORM", "FOLDER"))  # fmt: skip
+        metavar=("FORM", "PATH"))  # fmt: skip
     return parser
 
 
@@ -185,8 +185,9 @@ def run_phases(config: Config, group: Group) -> None:
     group.leave()
     if group.is_first:
         generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
-        own = prompts.own_template(run.settings.get(LEARNT_FORMAT), tokenizer)
-        export.write_all(exports, model, folder, public_name(config.model, folder), own)
+        name, learnt = public_name(config.model, folder), run.settings.get(LEARNT_FORMAT)
+        export.write_all(exports, model, folder, name, prompts.own_template(learnt, tokenizer))
+        ollama.write_all(exports, name, learnt, template, tokenizer)
         report.print_outcome(run, examples)
 
 
@@ -201,8 +202,8 @@ def read_files(config: Config) -> Files:
 
 def read_requests(config: Config) -> tuple[list[str], list[export.Export]]:
     """The prompts and the exports asked for, checked before a model is fetched for them."""
-    exports = [(form, Path(folder)) for form, folder in config.export or []]
-    export.check_folders(exports)
+    exports = [(form, Path(path)) for form, path in config.export or []]
+    export.check_paths(exports)
     return prompts.read(config.prompt or []), exports
 
 

@@ -460,7 +460,10 @@ def ask(url: str, request: dict) -> dict:
 @pytest.mark.parametrize(
     ("exports", "reason"),
     [
-        ([("gguf", "out")], "takes a form (mlx-lm, peft, merged, merged-float) and a folder"),
+        ([("gguf", "out")], "gguf takes a file, such as"),
+        ([("gguf", "full/a.gguf")], "a.Modelfile cannot be made: File exists; name a new one"),
+        ([("gguf", "full")], "gguf takes a file, such as"),
+        ([("ggml", "out")], "takes a form (mlx-lm, peft, gguf, merged, merged-float) and a folder"),
         ([("merged", "full")], "full cannot be made: File exists; name a new one"),
         ([("merged", "file")], "file cannot be made: File exists"),
         ([("peft", ".")], "cannot be made: File exists"),
@@ -479,6 +482,7 @@ def test_a_wrong_export_is_reported_before_anything_is_loaded(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
+    (tmp_path / "full" / "a.Modelfile").touch()
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "empty").mkdir()
@@ -488,7 +492,7 @@ def test_a_wrong_export_is_reported_before_anything_is_loaded(
     ended = call("--train", "--model", "not/there", "--data", data, *flags)
     one_error(ended, reason)
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "full" / "a.gguf").exists()
 
 
 def place(folder: Path, name: str) -> Path:
@@ -500,6 +504,7 @@ def place(folder: Path, name: str) -> Path:
     [
         ("mlx-lm", "deepseek_v3", None, "mlx-lm has no LoRA for model.layers.2.mlp.gate"),
         ("peft", "internlm2", None, "it is not known what transformers calls model.layers.2"),
+        ("gguf", "deepseek_v3", None, "no adapter of deepseek_v3 models is known to work"),
         ("merged-float", "internlm2", 4, "weights of internlm2 models is not known"),
         ("merged-float", "deepseek_v3", 4, "mlx-lm cannot dequantize"),
     ],
@@ -510,10 +515,10 @@ def test_what_a_form_cannot_hold_is_reported_before_training(
     base = make_base(tmp_path / "base", name, bits)
     flags = ["--model", base, "--data", data, "--train", "--adapter-file", tmp_path / "a.npz"]
     flags += ["--lora-layers", 2]
-    ended = call(*flags, "--export", form, tmp_path / "out")
+    ended = call(*flags, "--export", form, tmp_path / "out.gguf")
     one_error(ended, f"--export {form}: ", reason)
     assert "Iter" not in ended.stdout
-    assert not (tmp_path / "out").exists() and not (tmp_path / "a.npz").exists()
+    assert not (tmp_path / "out.gguf").exists() and not (tmp_path / "a.npz").exists()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

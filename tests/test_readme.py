@@ -32,7 +32,7 @@ def code(text: str) -> set[str]:
     return set(re.findall(r"`([^`]+)`", prose(text).replace("\n  ", " ")))
 
 
-@pytest.mark.parametrize("language", ["bash", "json", ""])
+@pytest.mark.parametrize("language", ["bash", "sh", "json", ""])
 def test_both_parts_have_the_same_commands_data_and_output(language: str) -> None:
     assert blocks(ENGLISH, language) == blocks(KOREAN, language) != []
 
@@ -80,7 +80,8 @@ def test_the_commands_work_as_typed_one_after_the_other(tmp_path: Path) -> None:
     hub = tiny.make_model(tmp_path / "hub", **size)
     here = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
     (project / "hosts.json").write_text(json.dumps([here, here]))
-    script = "set -e\n" + "".join(blocks(ENGLISH, "bash"))
+    exports = re.findall(r"(?m)^python .*", "".join(blocks(ENGLISH, "sh")))  # the rest is of others
+    script = "set -e\n" + "".join(blocks(ENGLISH, "bash")) + exports[0]
     script = script.replace("GuminiResearch/Gumini-1B-Base", str(hub))
     (project / "commands").write_text(script, encoding="utf-8")
     # Standard input stays open, as on a terminal: the launcher would spin on one that has ended.
@@ -93,5 +94,6 @@ def test_the_commands_work_as_typed_one_after_the_other(tmp_path: Path) -> None:
     assert printed.count("\nAfter     ") == 1
     assert printed.count("Saved adapter weights to lora_finetune/lora_adapters.npz") == 4
     assert "error:" not in printed
+    assert (project / "answers.gguf").exists() and (project / "answers.Modelfile").exists()
     for name in ("demo.run/losses.png", "for-mlx-lm", "for-peft", "merged"):
         assert (project / "lora_finetune" / name).exists()

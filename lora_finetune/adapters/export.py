@@ -7,36 +7,43 @@ from errno import EEXIST
 from pathlib import Path
 
 import models
-from lora_finetune.adapters import merged, mlx_lm, npz, peft
+from lora_finetune.adapters import gguf, merged, mlx_lm, npz, peft
 from lora_finetune.base.errors import UserError, hint, print_line
-from lora_finetune.base.files import check_can_make, whole_folder
+from lora_finetune.base.files import atomic_write, check_can_make, whole_folder
 from lora_finetune.base.signals import raising_signals
 from lora_finetune.model_folder.transformers_names import is_written_by_mlx
 
 import mlx.nn as nn
 import numpy as np
 
-Export = tuple[str, Path]  # one of these forms, and the folder to be made for it
+Export = tuple[str, Path]  # one of these forms, and the folder, or GGUF file, to be made
 
 CHECKS = {
     "mlx-lm": mlx_lm.check,
     "peft": peft.module_names,
+    "gguf": gguf.tensor_names,
     "merged": merged.check,
     "merged-float": merged.check_float,
 }
 
 
-def check_folders(exports: list[Export]) -> None:
-    """Raise UserError where a folder is there already or cannot be made."""
-    for _, folder in exports:
+def check_paths(exports: list[Export]) -> None:
+    """Raise UserError where a folder or file is there already or cannot be made."""
+    for form, path in exports:
         try:
-            check_can_make(folder)
-            if os.path.lexists(folder):
-                raise FileExistsError(EEXIST, os.strerror(EEXIST))
+            for made in (path, modelfile_of(path)) if form == "gguf" else (path,):
+                check_can_make(made)
+                if os.path.lexists(made):
+                    raise FileExistsError(EEXIST, os.strerror(EEXIST))
         except OSError as error:
             raise UserError(
-                f"--export: the folder {folder} cannot be made: {error.strerror}; name a new one"
+                f"--export: {made} cannot be made: {error.strerror}; name a new one"
             ) from None
+
+
+def modelfile_of(file: Path) -> Path:
+    """The Modelfile that tells Ollama of a GGUF file, beside it."""
+    return file.with_suffix(".Modelfile")
 
 
 def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
@@ -45,13 +52,14 @@ def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
         try:
             CHECKS[form](model, base)
         except ValueError as error:
-            raise UserError(f"--export {form}: {error}; take another form") from None
+            other = "merged-float" if form == "gguf" else "another form"
+            raise UserError(f"--export {form}: {error}; take {other}") from None
 
 
 def write_all(
     exports: list[Export], model: nn.Module, base: Path, name: str, template: str | None = None
 ) -> None:
-    """Write each form into its folder, whole or not at all. The model is of no use afterwards.
+    """Write each form to its path, whole or not at all. The model is of no use afterwards.
 
     `name` is the model's for other tools: its repository, or the path of its folder, `base`.
     `template` is a chat template for whole models in the place of the base's.
@@ -59,22 +67,26 @@ def write_all(
     """
     forms = {form for form, _ in exports}
     adapter, layers = whole_pairs(model), models.layer_paths(model)
-    names = peft.module_names(model, base) if "peft" in forms else {}
-    if names and is_written_by_mlx(base):
+    names = {form: CHECKS[form](model, base) for form in forms & {"peft", "gguf"}}
+    if "peft" in forms and is_written_by_mlx(base):
         hint(f"in PEFT take the original model in the place of {name}, which has MLX's layout")
     logits = merged.sample_logits(model) if forms & {"merged", "merged-float"} else None
     model.clear()  # merging loads it again, and there may be no memory for two
-    for form, folder in exports:
-        with raising_signals(f"{folder} is not made"), whole_folder(folder) as made:
+    for form, path in exports:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        making = atomic_write if form == "gguf" else whole_folder
+        with raising_signals(f"{path} is not made"), making(path) as made:
             if form == "mlx-lm":
                 mlx_lm.write(made, adapter, layers, name)
             elif form == "peft":
-                peft.write(made, {names[path]: pair for path, pair in adapter.items()}, name)
+                peft.write(made, {names[form][p]: pair for p, pair in adapter.items()}, name)
+            elif form == "gguf":
+                gguf.write(made[0].name, adapter, names[form], base, path.stem)
             else:
                 merged.write(made, base, adapter, logits, form == "merged-float")
                 if template:
                     merged.put_template(made, template)
-        print_line(f"Exported as {form} to {folder}.")
+        print_line(f"Exported as {form} to {path}.")
 
 
 def whole_pairs(model: nn.Module) -> npz.Adapter:

@@ -135,7 +135,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises UserError where it cannot be written.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as work:
             made = Path(work, "made")  # unlike `work`, others may read it
             made.mkdir()

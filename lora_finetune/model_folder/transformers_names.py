@@ -41,7 +41,7 @@ CHECKPOINT = [
     (r"qwen2(_5)?_vl", TEXT, "model."),
     (r"(qwen3_vl|qwen3_5)(_moe)?|gemma4(_unified)?|lfm2_vl", TEXT, "model.language_model."),
     (r"muse_glimmer", r"^model\.", "model.language_model."),
-    (r"gpt_neox", r"^model\.embed_out\.", "embed_out."),
+    (r"gpt_neox", r"^model\.embed_out(?=\.|$)", "embed_out"),
     (r"gpt_neox", r"^model\.h\.", "gpt_neox.layers."),
     (r"gpt_neox", r"^model\.", "gpt_neox."),
     (r"gptj|gpt2", r"^model\.", "transformer."),

@@ -12,7 +12,7 @@ from typing import Any
 from lora_finetune.base.command_line import in_project
 from lora_finetune.base.errors import is_unicode, warn
 
-FORMS = ("mlx-lm", "peft", "merged", "merged-float")  # of --export
+FORMS = ("mlx-lm", "peft", "gguf", "merged", "merged-float")  # of --export
 PROMPT_FORMATS = ("auto", "raw", "chat", "qa")
 
 
@@ -96,7 +96,7 @@ def command(flags: dict[str, Any]) -> str:
     for flag, value in flags.items():
         if value is True:
             words.append(flag)
-        elif isinstance(value, list):  # --export, whose folder may begin with a dash
+        elif isinstance(value, list):  # --export, whose path may begin with a dash
             words += [flag, *(f"./{word}" if word.startswith("-") else word for word in value)]
         elif value is not None and value is not False:
             words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
@@ -142,6 +142,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("argument --no-adapter: is for --test and --prompt, without --train, --export")
     if not args.train and (flags := {"lora_rank", "lora_scale"} & args.typed):
         parser.error(f"argument {flag_name(min(flags))}: is for training; an adapter has its own")
-    for form, folder in args.export or []:
-        if form not in FORMS or not folder:
+    for form, path in args.export or []:
+        if form not in FORMS or not path:
             parser.error(f"argument --export: takes a form ({', '.join(FORMS)}) and a folder")
+        if form == "gguf" and not path.endswith(".gguf"):
+            parser.error(f"argument --export: gguf takes a file, such as {path}.gguf")
