@@ -29,8 +29,6 @@ from transformers.utils import logging
 if mx.cuda.is_available():
     # TF32 rounds the factors of float32 products to 10 bits, which puts gradients 1 % off.
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
-    # The gradients of cuDNN's attention differ from run to run: none could be resumed exactly.
-    os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
     # MLX hands operations over in groups, of which ten may wait: large ones hold gigabytes.
     os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")

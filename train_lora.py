@@ -31,10 +31,10 @@ from lora_finetune.base.command_line import (
     scale_number,
     whole_number,
 )
-from lora_finetune.base.errors import Interrupted, UserError, first_line, print_line, warn
+from lora_finetune.base.errors import Interrupted, UserError, first_line, hint, print_line, warn
 from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
-from lora_finetune.mlx_patches import patches, rope
+from lora_finetune.mlx_patches import attention, patches, rope
 from lora_finetune.mlx_patches.loading import Limits, find_limits
 from lora_finetune.model_folder.files import context_length, find_model, fingerprints, public_name
 from lora_finetune.run import checkpoint, generate, ollama, report, show
@@ -300,6 +300,8 @@ def train(run: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
     longest, cut = texts.lengths.max(), texts.num_truncated
     size = f"{len(texts)} examples, {len(texts.tokens)} tokens, longest {longest}, {cut} cut"
     print_line(f"Training: {size}")
+    if told := attention.repeats():
+        hint(told)
     if prefix := frozen_prefix.find(model):
         loss = prefix.loss(loss)
         examples = {s: frozen_prefix.WithStates(prefix, examples[s]) for s in ("train", "valid")}

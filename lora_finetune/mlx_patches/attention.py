@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
@@ -13,12 +14,19 @@ from lora_finetune.mlx_patches.transforms import in_turn
 import mlx.core as mx
 import numpy as np
 
-# Queries per block. Half as many take little less memory, and on a GPU more time.
-BLOCK = 256
-
-# On CUDA, with cuDNN off, MLX has no kernel for attention, and copies keys and values for each head
-# of a group that shares them; by hand the queries of a group stand one behind the other.
 ON_CUDA = mx.cuda.is_available()
+
+# MLX's kernels for attention and its gradients, cuDNN's, are the fastest on CUDA, but their
+# gradients differ in the last bits from run to run. With MLX_CUDA_USE_CUDNN_SDPA=0, MLX's own
+# setting, it has none; then and where a kernel lacks something, it copies keys and values for each
+# head of a group that shares them. Here the queries of a group stand one behind the other.
+USES_CUDNN = ON_CUDA and os.environ.get("MLX_CUDA_USE_CUDNN_SDPA") != "0"
+# The kernel for gradients takes lengths that are multiples of this (MLX 0.32.4,
+# ScaledDotProductAttentionVJP::use_fallback).
+KERNEL_MULTIPLE = 128
+
+# Queries per block. Half as many take little less memory, and on a GPU more time.
+BLOCK = 512 if ON_CUDA else 256
 
 whole_attention = mx.fast.scaled_dot_product_attention
 
@@ -31,13 +39,17 @@ def attention(
 
     For the gradients the scores of a block are computed again. Under a causal mask, keys after the
     block are left out. A mask other than "causal" or booleans (length, length) is left to MLX; one
-    that is added may have gradients of its own.
+    that is added may have gradients of its own. What MLX has kernels of cuDNN for is left to them.
 
     Args:
         queries, keys, values: (rows, heads, length, size); the heads of keys and values can be
             fewer, and the size of values another.
     """
     length, scale = queries.shape[2], float(scale)
+    if USES_CUDNN and not isinstance(mask, mx.array) and has_kernels(queries, keys, values):
+        return whole_attention(
+            queries, keys, values, scale=scale, mask=mask, sinks=sinks, **options
+        )
     by_hand = sinks is None and (ON_CUDA or activations.uses_fast_exp(queries))
     is_known = mask is not None and keys.shape[2] == length
     if isinstance(mask, mx.array):
@@ -53,6 +65,29 @@ def attention(
     function = mx.custom_function(blocks.forward)
     function.vjp(blocks.gradients)
     return function(*inputs)
+
+
+def repeats() -> str | None:
+    """What to say on CUDA of whether runs repeat to the last bit; None elsewhere, where they do."""
+    if not ON_CUDA:
+        return None
+    if USES_CUDNN:
+        return (
+            "attention is cuDNN's, whose gradients differ in the last bits from run to run; "
+            "MLX_CUDA_USE_CUDNN_SDPA=0 in the environment repeats them, which takes longer"
+        )
+    return "attention is without cuDNN (MLX_CUDA_USE_CUDNN_SDPA=0), so runs repeat to the last bit"
+
+
+def has_kernels(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether MLX has kernels for attention of such types and sizes, and for its gradients."""
+    if queries.shape[2] % KERNEL_MULTIPLE:
+        return False
+    try:
+        whole_attention(queries, keys, values, scale=1.0, force_fused=True)
+    except ValueError:
+        return False
+    return True
 
 
 class Blocks(NamedTuple):

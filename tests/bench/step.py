@@ -1,10 +1,10 @@
-"""Training steps of this program, or of mlx-lm as it comes, timed when a line asks for some.
+"""Training steps of this program, of mlx-lm as it comes or of PEFT, timed at a line's request.
 
-    python step.py train_lora.py|mlx-lm MODEL
+    python step.py train_lora.py|mlx-lm|peft|peft-compiled MODEL LAYERS
 
-A line on standard input names the rows and the tokens of a row of a batch. The answer is a line:
-the seconds of a step, as the mean of forty after eight, and the most memory in GB that the process
-has held in them. All layers have LoRA on queries and values.
+A line on standard input names the rows of a batch, the tokens of a row, and how many steps to do
+after a fifth as many. The answer is a line: the mean of their seconds, and the most memory in GB
+that the process has held in them. The last LAYERS have LoRA on queries and values.
 """
 
 import sys
@@ -19,7 +19,7 @@ import numpy as np
 Steps = Callable[[np.ndarray, int], None]
 
 
-def plain_steps(folder: Path) -> Steps:
+def plain_steps(folder: Path, layers: int) -> Steps:
     """Steps as mlx_lm.lora does them, without anything of this program."""
     import mlx.core as mx
     import mlx.nn as nn
@@ -32,7 +32,7 @@ def plain_steps(folder: Path) -> Steps:
     model.freeze()
     keys = ["self_attn.q_proj", "self_attn.v_proj"]
     options = {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": keys}
-    linear_to_lora_layers(model, len(model.layers), options)
+    linear_to_lora_layers(model, layers, options)
     model.train()
     optimizer = optim.Adam(learning_rate=2e-5)
     state = [model.state, optimizer.state, mx.random.state]
@@ -52,7 +52,7 @@ def plain_steps(folder: Path) -> Steps:
     return steps
 
 
-def our_steps(folder: Path) -> Steps:
+def our_steps(folder: Path, layers: int) -> Steps:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from lora_finetune.adapters import loading
     from lora_finetune.mlx_patches import patches
@@ -64,7 +64,7 @@ def our_steps(folder: Path) -> Steps:
 
     model = load_as_stored(folder)[0]
     mx.eval(model.parameters())  # else each compiled step would read them anew
-    loading.adapt(model, {}, None, len(model.layers))
+    loading.adapt(model, {}, None, layers)
     loss = losses.make_loss(model)
     model.train()
     trainer = Trainer(model, loss, 2e-5, {})
@@ -79,20 +79,66 @@ def our_steps(folder: Path) -> Steps:
     return steps
 
 
-def main() -> None:
-    contender, folder = sys.argv[1], Path(sys.argv[2])
-    steps = {"mlx-lm": plain_steps, "train_lora.py": our_steps}[contender](folder)
-    import mlx.core as mx
+def peft_steps(folder: Path, layers: int, is_compiled: bool = False) -> Steps:
+    """Steps of PyTorch and PEFT in bfloat16, LoRA in float32, with Adam's fused kernel."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
+    number = model.config.num_hidden_layers
+    last = list(range(number - layers, number))
+    targets = ["q_proj", "v_proj"]
+    options = {"r": 8, "lora_alpha": 160, "target_modules": targets, "layers_to_transform": last}
+    model = get_peft_model(model, LoraConfig(**options))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(parameters, lr=2e-5, fused=True)
+    if is_compiled:
+        model = torch.compile(model)
+
+    def steps(tokens: np.ndarray, number: int) -> None:
+        inputs = torch.tensor(tokens[:, :-1], device="cuda", dtype=torch.long)
+        for _ in range(number):
+            model(input_ids=inputs, labels=inputs).loss.backward()
+            adam.step()
+            adam.zero_grad()
+        torch.cuda.synchronize()
+
+    return steps
+
+
+CONTENDERS = {
+    "mlx-lm": plain_steps,
+    "train_lora.py": our_steps,
+    "peft": peft_steps,
+    "peft-compiled": partial(peft_steps, is_compiled=True),
+}
+
+
+def main() -> None:
+    contender, folder, layers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    steps = CONTENDERS[contender](folder, layers)
+    if contender.startswith("peft"):
+        from torch import cuda
+
+        clear, reset, peak = (
+            cuda.empty_cache,
+            cuda.reset_peak_memory_stats,
+            cuda.max_memory_allocated,
+        )
+    else:
+        import mlx.core as mx
+
+        clear, reset, peak = mx.clear_cache, mx.reset_peak_memory, mx.get_peak_memory
     for line in sys.stdin:
-        rows, width = map(int, line.split())
+        rows, width, number = map(int, line.split())
         tokens = np.random.default_rng(0).integers(0, 300, (rows, width + 1)).astype(np.int32)
-        mx.clear_cache()
-        steps(tokens, 8)
-        mx.reset_peak_memory()
+        clear()
+        steps(tokens, number // 5)
+        reset()
         start = time.perf_counter()
-        steps(tokens, 40)
-        print((time.perf_counter() - start) / 40, mx.get_peak_memory() / 1e9, flush=True)
+        steps(tokens, number)
+        print((time.perf_counter() - start) / number, peak() / 1e9, flush=True)
 
 
 if __name__ == "__main__":
