@@ -291,6 +291,7 @@ def test_attention_by_blocks_and_its_gradients_are_those_of_mlx(
     monkeypatch.setattr(activations, "has_slow_exp", lambda: slow_exp)
     monkeypatch.setattr(attention, "BLOCK", block)  # 64: a text shorter than a block
     monkeypatch.setattr(attention, "ON_CUDA", on_cuda)
+    monkeypatch.setattr(attention, "LONG", 20 if on_cuda else math.inf)
     mx.random.seed(0)
     inputs = [mx.random.normal((2, n, 33, 16)) for n in (heads[0], heads[1], heads[1])]
     weight = mx.random.normal((2, heads[0], 33, 16))

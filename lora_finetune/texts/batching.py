@@ -9,8 +9,6 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
-from lora_finetune.mlx_patches.attention import KERNEL_MULTIPLE, USES_CUDNN
-
 import mlx.core as mx
 import numpy as np
 
@@ -61,14 +59,11 @@ def padded_width(lengths: np.ndarray, max_inputs: float = math.inf) -> int:
 def padded_length(length: int) -> int:
     """Round up to a multiple of 32, above 256 of 64, above 512 of 128 …; on a CPU of a quarter.
 
-    Above 256 tokens on CUDA, to a length that cuDNN's attention takes. Each new width has the step
-    traced again and, on a GPU, kernels chosen, which takes seconds. A CPU only traces, and padding
-    costs it more.
+    Each new width has the step traced again and, on a GPU, kernels chosen, which takes seconds. A
+    CPU only traces, and padding costs it more.
     """
     step = max(32, 2 ** (int(length - 1).bit_length() - 3))
     step //= 4 if mx.default_device() == mx.cpu else 1
-    if USES_CUDNN and length > 256:
-        step = max(step, KERNEL_MULTIPLE)
     return -(-length // step) * step
 
 

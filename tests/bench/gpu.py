@@ -1,16 +1,18 @@
 """Training on a GPU beside mlx-lm: single steps, and whole runs, with random weights.
 
-    python tests/bench/gpu.py [--steps] [--runs] [--quantized] [--processes] [--memory]
-        [--small]
+    python tests/bench/gpu.py [--steps] [--shapes] [--runs] [--quantized] [--processes]
+        [--memory] [--small]
 
 --steps: a compiled step of this program and the plain one of mlx_lm.lora in turn, each in a process
 of its own, on Gumini-1B's shape in bfloat16, against the arithmetic at the matrix rate measured
-beside them. --runs: 2,000 texts of log-normal length, 1 epoch, whole processes in turn, first with
-an empty cache of compiled kernels. --quantized: the specification's example, Phi-3's shape in 8
-bits, batch 4, 8 of 32 layers, 3 epochs. --processes: two processes on two GPUs with batches of 20
-texts of 256 tokens, against one with batches of 10, Gumini-1B's shape, in turn; only if asked for.
---memory: peaks of steps of real shapes, packed as on a Mac, and what they come to for each 1,000
-tokens in a batch; only if asked for. --small: all at a tiny shape.
+beside them. --shapes: the same for Llama-3.1-8B's shape with 16 of 32 layers adapted, PEFT with and
+without torch.compile too, two at a time; only if asked for. --runs: 2,000 texts of log-normal
+length, 1 epoch, whole processes in turn, first with an empty cache of compiled kernels.
+--quantized: the specification's example, Phi-3's shape in 8 bits, batch 4, 8 of 32 layers, 3
+epochs. --processes: two processes on two GPUs with batches of 20 texts of 256 tokens, against one
+with batches of 10, Gumini-1B's shape, in turn; only if asked for. --memory: peaks of steps of real
+shapes, packed as on a Mac, and what they come to for each 1,000 tokens in a batch; only if asked
+for. --small: all at a tiny shape.
 """
 
 from __future__ import annotations
@@ -99,15 +101,18 @@ def matrix_rate(size: int) -> float:
 
 
 @contextmanager
-def contender(name: str, folder: Path) -> Iterator[Callable[[int, int], tuple[float, float]]]:
+def contender(
+    name: str, folder: Path, layers: int, number: int
+) -> Iterator[Callable[[int, int], tuple[float, float]]]:
     """A process that tells the seconds of a step on a batch, and its peak of memory in GB."""
     command = [sys.executable, str(Path(__file__).with_name("step.py")), name, str(folder)]
+    command.append(str(layers))
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
 
         def measure(rows: int, width: int) -> tuple[float, float]:
-            print(rows, width, file=process.stdin, flush=True)
+            print(rows, width, number, file=process.stdin, flush=True)
             seconds, peak = map(float, process.stdout.readline().split())
             return seconds, peak
 
@@ -122,8 +127,8 @@ def compare_steps(config: dict, small: bool) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
         tiny.write_model(folder, model, tiny.LLAMA | config)
-        names = ("mlx-lm", "train_lora.py")
-        contenders = {name: stack.enter_context(contender(name, folder)) for name in names}
+        names, layers = ("mlx-lm", "train_lora.py"), config["num_hidden_layers"]
+        contenders = {n: stack.enter_context(contender(n, folder, layers, 40)) for n in names}
         for rows, width in [(2, 32)] if small else [(10, 256), (10, 1024)]:
             found = {name: [] for name in names}
             for _ in range(7):
@@ -139,6 +144,26 @@ def compare_steps(config: dict, small: bool) -> None:
                 print(f"  {name:14} {median * 1e3:7.1f} ms {share:5.0%} {peak:7.2f} GB")
             ratios = [theirs[0] / ours[0] for theirs, ours in zip(*found.values(), strict=True)]
             print(f"  faster by {statistics.median(ratios):.2f}", flush=True)
+
+
+def compare_shapes(config: dict, small: bool) -> None:
+    """Steps of each of the others beside those of this program, the last half of the layers."""
+    config = config | {"tie_word_embeddings": False}
+    layers = config["num_hidden_layers"] // 2
+    with tempfile.TemporaryDirectory() as work:
+        tiny.write_model(folder := Path(work, "model"), build(config), tiny.LLAMA | config)
+        for other in ("mlx-lm",) if small else ("mlx-lm", "peft", "peft-compiled"):
+            with (
+                contender(other, folder, layers, 8) as theirs,
+                contender("train_lora.py", folder, layers, 8) as ours,
+            ):
+                for shape in [(2, 32)] if small else [(4, 512), (4, 2048), (1, 8192)]:
+                    pairs = [(theirs(*shape), ours(*shape)) for _ in range(3)]
+                    ratio = statistics.median(a[0] / b[0] for a, b in pairs)
+                    memory = max(b[1] for _, b in pairs) / max(a[1] for a, _ in pairs)
+                    last = ", ".join(f"{s * 1e3:.1f} ms {gb:.1f} GB" for s, gb in pairs[-1])
+                    print(f"{shape[0]} x {shape[1]} beside {other}: faster by {ratio:.2f}, "
+                          f"memory {memory:.2f} (last: {last})", flush=True)  # fmt: skip
 
 
 # --- Whole runs ---------------------------------------------------------------------------------
@@ -315,10 +340,11 @@ def compare_processes(config: dict, small: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for part in ("steps", "runs", "quantized", "processes", "memory", "small"):
+    for part in ("steps", "shapes", "runs", "quantized", "processes", "memory", "small"):
         parser.add_argument(f"--{part}", action="store_true")
     args = parser.parse_args()
-    every = not (args.steps or args.runs or args.quantized or args.processes or args.memory)
+    asked = args.steps, args.shapes, args.runs, args.quantized, args.processes, args.memory
+    every = not any(asked)
     small = SMALL if args.small else {}
     print(mx.device_info().get("device_name"), "mlx", mx.__version__, flush=True)
     if args.runs or every:
@@ -329,6 +355,8 @@ def main() -> None:
         compare_runs("Phi-3 in 8 bits", PHI_3 | small, options, 8, args.small)
     if args.steps or every:
         compare_steps(GUMINI | small, args.small)
+    if args.shapes:
+        compare_shapes(SHAPES["Llama-3.1-8B"] | small, args.small)
     if args.memory:
         measure_memory(small)
     if args.processes:
