@@ -6,11 +6,13 @@ from pathlib import Path
 
 import models
 import tiny
-from conftest import Run
+from conftest import ROOT, Run
 from lora_finetune.adapters import loading
 from lora_finetune.base.errors import UserError
 from lora_finetune.demo import demo_model
+from lora_finetune.demo.__main__ import QUESTION
 from lora_finetune.model_folder.tokenizer import load as load_tokenizer
+from test_readme import ENGLISH
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -78,6 +80,14 @@ def logits_of_mlx_lm(model: nn.Module, file: Path, tokens: mx.array) -> np.ndarr
     logits = np.array(model(tokens))
     model.update_modules(tree_unflatten([(path, modules[path]) for path in paths]))
     return logits
+
+
+def test_the_demo_asks_in_other_words_than_it_is_trained_on() -> None:
+    texts = (ROOT / "data/demo/train.jsonl").read_text("utf-8")
+    [in_readme] = re.findall(r'qa --temp 0 \\\n +--prompt "(.*)"', ENGLISH)
+    for question in (QUESTION, in_readme):
+        assert question in (ROOT / "data/demo/valid.jsonl").read_text("utf-8")
+        assert question not in texts
 
 
 def test_a_demo_model_that_cannot_be_fetched_is_reported_and_leaves_nothing_behind(

@@ -20,9 +20,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 QUESTION, MEANING = "물은 몇 도에서 끓습니까?", "At what temperature does water boil?"
 ADAPTER = "lora_finetune/demo.npz"
-# 32 questions, in 10 epochs: most of the answers are learnt, in two minutes on two cores.
+# Eight answers, four questions for each, in 8 epochs. A fifth question for each is for validation,
+# and they are what is asked: in five ways, so that wordings are learnt and not single questions.
 TRAINING = f"""train_lora.py --train --data data/demo --adapter-file {ADAPTER} --batch-size 4
---iters 80 --learning-rate 4e-4 --mask-prompt --steps-per-eval 20 --steps-per-report 10""".split()
+--iters 64 --learning-rate 4e-4 --mask-prompt --steps-per-eval 16 --steps-per-report 8""".split()
 
 
 def ask(model: nn.Module, tokenizer: TokenizerWrapper) -> str:
