@@ -23,13 +23,13 @@ import numpy as np
 # which this file is that of its convert_lora_to_gguf.py, and llama.cpp then computes what we do.
 TYPES = """
     apertus cohere2 cohere:command-r ernie4_5 ernie4_5_moe:ernie4_5-moe exaone exaone4
-    exaone_moe:exaone-moe gemma gemma2 gemma3 gemma3_text:gemma3 glm4 glm4_moe:glm4moe
-    gpt_neox:gptneox gpt_oss:gpt-oss granite granitemoe hunyuan_v1_dense:hunyuan-dense
-    internlm3:llama iquestcoder:llama jamba lfm2 lfm2_moe:lfm2moe llama llama4 llama4_text:llama4
-    ministral3:mistral3 mistral3 mistral:llama mixtral:llama nemotron olmo2 olmo3:olmo2 olmoe phi3
-    phi:phi2 qwen2 qwen2_5_vl:qwen2vl qwen2_moe:qwen2moe qwen2_vl:qwen2vl qwen3 qwen3_5:qwen35
-    qwen3_5_moe:qwen35moe qwen3_5_moe_text:qwen35moe qwen3_5_text:qwen35 qwen3_moe:qwen3moe
-    qwen3_vl:qwen3vl seed_oss smollm3 stablelm starcoder2
+    exaone_moe:exaone-moe gemma gemma2 gemma3 gemma3_text:gemma3 gemma4 gemma4_text:gemma4
+    gemma4_unified:gemma4 glm4 glm4_moe:glm4moe gpt_neox:gptneox gpt_oss:gpt-oss granite granitemoe
+    hunyuan_v1_dense:hunyuan-dense internlm3:llama iquestcoder:llama jamba lfm2 lfm2_moe:lfm2moe
+    llama llama4 llama4_text:llama4 ministral3:mistral3 mistral3 mistral:llama mixtral:llama
+    nemotron olmo2 olmo3:olmo2 olmoe phi3 phi:phi2 qwen2 qwen2_5_vl:qwen2vl qwen2_moe:qwen2moe
+    qwen2_vl:qwen2vl qwen3 qwen3_5:qwen35 qwen3_5_moe:qwen35moe qwen3_5_moe_text:qwen35moe
+    qwen3_5_text:qwen35 qwen3_moe:qwen3moe qwen3_vl:qwen3vl seed_oss smollm3 stablelm starcoder2
 """.split()  # noqa: SIM905
 ARCHITECTURES = {name: other or name for name, _, other in (t.partition(":") for t in TYPES)}
 
