@@ -32,6 +32,7 @@ def write(
         text = "{{ .Prompt }}"
     elif learnt == prompts.CHAT and template:
         text = chat_template(template, tokenizer)
+    if text and learnt == prompts.CHAT:
         ends |= prompts.encode_chat("a", None, tokenizer, template, 1).end_tokens
     lines = [
         f"# The base, {base}: put the path of its GGUF file here, or its name in Ollama's library.",

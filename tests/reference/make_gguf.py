@@ -36,8 +36,8 @@ from gguf import GGUFReader  # noqa: E402
 FILE = HERE / "gguf.json"
 CONFIGS = json.loads((HERE.parent / "architectures.json").read_text("utf-8"))
 LIKE_LLAMA = ("mistral", "iquestcoder")  # which mlx-lm loads as such
-# Of Mistral 3, the converter writes the base in place of the adapter; the others are like those that
-# architectures.json has.
+# Of Mistral 3, the converter writes the base in place of the adapter; the others are like those in
+# architectures.json.
 NOT_CONVERTED = {"mistral3", "ministral3", "qwen2_5_vl", "gemma4_unified"}
 NOT_CONVERTED |= {"qwen3_5_text", "qwen3_5_moe_text"}
 HYBRIDS = ("jamba", "lfm2", "lfm2_moe", "qwen3_5", "qwen3_5_moe")  # not all layers are alike
