@@ -37,9 +37,7 @@ def modelfile(
 def test_questions_are_put_below_their_heading(call: Run, tmp_path: Path) -> None:
     question = {"text": "### 질문:\n물은?\n\n### 답변:\n끓는다."}
     assert modelfile(call, tmp_path, templates.CHATML, question) == (
-        "# The form of the texts that the adapter learnt.\n"
-        'TEMPLATE """### 질문:\n{{ .Prompt }}\n\n### 답변:\n"""\n'
-        'PARAMETER stop "<|endoftext|>"\n'
+        'TEMPLATE """### 질문:\n{{ .Prompt }}\n\n### 답변:\n"""\nPARAMETER stop "<|endoftext|>"\n'
     )
 
 

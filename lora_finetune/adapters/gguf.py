@@ -23,12 +23,13 @@ import numpy as np
 # which this file is that of its convert_lora_to_gguf.py, and llama.cpp then computes what we do.
 TYPES = """
     apertus cohere2 cohere:command-r ernie4_5 ernie4_5_moe:ernie4_5-moe exaone exaone4
-    exaone_moe:exaone-moe gemma gemma2 gemma3 gemma3_text:gemma3 glm4 glm4_moe:glm4moe
-    gpt_neox:gptneox gpt_oss:gpt-oss granite granitemoe hunyuan_v1_dense:hunyuan-dense
-    internlm3:llama iquestcoder:llama jamba lfm2 lfm2_moe:lfm2moe llama llama4 llama4_text:llama4
-    ministral3:mistral3 mistral3 mistral:llama mixtral:llama nemotron olmo2 olmo3:olmo2 olmoe phi3
-    phi:phi2 qwen2 qwen2_5_vl:qwen2vl qwen2_moe:qwen2moe qwen2_vl:qwen2vl qwen3 qwen3_moe:qwen3moe
-    qwen3_vl:qwen3vl seed_oss smollm3 stablelm starcoder2
+    exaone_moe:exaone-moe gemma gemma2 gemma3 gemma3_text:gemma3 gemma4 gemma4_text:gemma4
+    gemma4_unified:gemma4 glm4 glm4_moe:glm4moe gpt_neox:gptneox gpt_oss:gpt-oss granite granitemoe
+    hunyuan_v1_dense:hunyuan-dense internlm3:llama iquestcoder:llama jamba lfm2 lfm2_moe:lfm2moe
+    llama llama4 llama4_text:llama4 ministral3:mistral3 mistral3 mistral:llama mixtral:llama
+    nemotron olmo2 olmo3:olmo2 olmoe phi3 phi:phi2 qwen2 qwen2_5_vl:qwen2vl qwen2_moe:qwen2moe
+    qwen2_vl:qwen2vl qwen3 qwen3_5:qwen35 qwen3_5_moe:qwen35moe qwen3_5_moe_text:qwen35moe
+    qwen3_5_text:qwen35 qwen3_moe:qwen3moe qwen3_vl:qwen3vl seed_oss smollm3 stablelm starcoder2
 """.split()  # noqa: SIM905
 ARCHITECTURES = {name: other or name for name, _, other in (t.partition(":") for t in TYPES)}
 
@@ -93,11 +94,17 @@ def write(file: str, adapter: Adapter, names: dict[str, str], base: Path, title:
 
 def in_order(b: np.ndarray, name: str, architecture: str, settings: dict) -> np.ndarray:
     """B (d_out, r) with its rows in the order of llama.cpp's weight."""
-    layer, heads = name.rpartition(".")[2], settings.get("num_attention_heads")
+    layer, heads, rank = name.rpartition(".")[2], settings.get("num_attention_heads"), b.shape[1]
     if layer == "attn_k":
         heads = settings.get("num_key_value_heads") or heads
     if layer in ("attn_q", "attn_k") and architecture in IN_TURNS:
-        return b.reshape(heads, 2, -1, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
+        return b.reshape(heads, 2, -1, rank).swapaxes(1, 2).reshape(b.shape)
     if layer == "attn_qkv" and architecture == "gptneox":  # there by heads, in llama.cpp q, k, v
-        return b.reshape(heads, 3, -1, b.shape[1]).swapaxes(0, 1).reshape(b.shape)
+        return b.reshape(heads, 3, -1, rank).swapaxes(0, 1).reshape(b.shape)
+    if layer == "attn_qkv" and architecture in ("qwen35", "qwen35moe"):
+        # Of the heads of values for each one of keys, llama.cpp has first the first of all.
+        groups, width = settings["linear_num_key_heads"], settings["linear_value_head_dim"]
+        q_and_k, v = np.split(b, [2 * groups * settings["linear_key_head_dim"]])
+        v = v.reshape(groups, -1, width, rank).swapaxes(0, 1).reshape(v.shape)
+        return np.concatenate([q_and_k, v])
     return b

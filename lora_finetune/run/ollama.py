@@ -36,19 +36,15 @@ def write(
         text = dataset.join_question("{{ .Prompt }}", "")
     elif learnt == prompts.RAW:
         text = "{{ .Prompt }}"
-    elif learnt == prompts.CHAT and template:
-        text = chat_template(template, tokenizer)
+    elif learnt == prompts.CHAT and template and (text := chat_template(template, tokenizer)):
         ends |= prompts.encode_chat("a", None, tokenizer, template, 1).end_tokens
     lines = [
         f"# The base, {base}: put the path of its GGUF file here, or its name in Ollama's library.",
         f"FROM ./{Path(base).name}.gguf",
         f"ADAPTER ./{gguf.name}",
+        f'TEMPLATE """{text}"""' if text else "# Without a TEMPLATE, that of the base counts.",
+        *(f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(end)}"' for end in sorted(ends)),
     ]
-    if text:
-        lines += ["# The form of the texts that the adapter learnt.", f'TEMPLATE """{text}"""']
-    else:
-        lines += ["# Without a TEMPLATE, that of the base counts."]
-    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(end)}"' for end in sorted(ends)]
     with atomic_write(file := modelfile_of(gguf)) as [stream]:
         stream.write("".join(f"{line}\n" for line in lines).encode())
     name = re.sub(r"[^a-z0-9._-]", "", gguf.stem.lower()).lstrip("._-") or "mine"

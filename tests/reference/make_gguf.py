@@ -36,9 +36,11 @@ from gguf import GGUFReader  # noqa: E402
 FILE = HERE / "gguf.json"
 CONFIGS = json.loads((HERE.parent / "architectures.json").read_text("utf-8"))
 LIKE_LLAMA = ("mistral", "iquestcoder")  # which mlx-lm loads as such
-# The converter writes the base of Mistral 3 for its adapter; mlx-lm has Qwen 2.5-VL under 2-VL.
-NOT_CONVERTED = {"mistral3", "ministral3", "qwen2_5_vl"}
-HYBRIDS = ("jamba", "lfm2", "lfm2_moe")  # whose last layer has no attention
+# Of Mistral 3, the converter writes the base in place of the adapter; the others are like those in
+# architectures.json.
+NOT_CONVERTED = {"mistral3", "ministral3", "qwen2_5_vl", "gemma4_unified"}
+NOT_CONVERTED |= {"qwen3_5_text", "qwen3_5_moe_text"}
+HYBRIDS = ("jamba", "lfm2", "lfm2_moe", "qwen3_5", "qwen3_5_moe")  # not all layers are alike
 NOT_IN_TRANSFORMERS = {
     "exaone": "ExaoneForCausalLM",
     "internlm3": "InternLM3ForCausalLM",
@@ -62,7 +64,7 @@ def make_model(name: str, folder: Path, kind: str | None = None) -> nn.Module:
     """
     config = tiny.LLAMA | CONFIGS["llama" if name in LIKE_LLAMA else name]["config"]
     model = tiny.build_model(copy.deepcopy(config))
-    config |= {"model_type": name, "architectures": [kind]}
+    config |= {"model_type": name, "architectures": [kind], "mtp_num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
     number = len(model.layers) if name in HYBRIDS else 1
     models.add_lora(model, dict.fromkeys(models.find_targets(model, number), 2))
