@@ -36,10 +36,11 @@ from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import patches, rope
 from lora_finetune.mlx_patches.loading import Limits, find_limits
-from lora_finetune.model_folder.files import context_length, find_model, fingerprints, public_name
+from lora_finetune.model_folder.files import context_length, fingerprints
+from lora_finetune.model_folder.hub import find_model, public_name
 from lora_finetune.run import checkpoint, generate, report, show
 from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
-from lora_finetune.run.run import Run, must_agree, open_run
+from lora_finetune.run.run import PINNED, Run, must_agree, open_run, pinned_model
 from lora_finetune.texts import batching, dataset, prompts, tokenizing
 from lora_finetune.texts.chat import Template, template_of
 from lora_finetune.training import distributed, frozen_prefix, losses
@@ -76,7 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="append", metavar="TEXT")  # fmt: skip
 
     parser.section("model and texts")
-    add("--model", nonempty, None, "model folder, or Hugging Face repository (default: demo model)")
+    add(
+        "--model",
+        nonempty,
+        None,
+        "model folder, or Hugging Face OWNER/NAME[@REVISION] (default: demo)",
+    )
     add("--data", nonempty, "lora_finetune/data", "folder of {train,valid,test}.jsonl",
         metavar="FOLDER")  # fmt: skip
     add("--add-eos-token", int, 1, "append the end-of-text token to each text: 1, or 0",
@@ -157,7 +163,8 @@ def run_phases(config: Config, group: Group) -> None:
     texts, exports = read_requests(config) if group.is_first else ([], [])
 
     prepare_device(group)
-    folder, model, tokenizer = load(config, group)
+    name = pinned_model(config, run.start)
+    folder, model, tokenizer = load(name, group)
     with memory.device_errors("take a smaller or a quantized model"):
         limits, identity = find_limits(model), fingerprints(model, folder)
         adapt(run, model)
@@ -165,6 +172,7 @@ def run_phases(config: Config, group: Group) -> None:
 
     if config.train:
         run.settings |= identity | {LEARNT_FORMAT: prompts.learnt_format(files["train"], tokenizer)}
+        run.settings |= {PINNED: name} if public_name(name, folder)[1] else {}
     template = read_template(run, files, tokenizer)
     asked = encode_prompts(run, texts, tokenizer, template, limits)
     examples = read_examples(config, files, tokenizer, template, limits)
@@ -185,7 +193,7 @@ def run_phases(config: Config, group: Group) -> None:
 
     if group.is_first:
         generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
-        export.write_all(exports, model, folder, public_name(config.model, folder))
+        export.write_all(exports, model, folder, *public_name(name, folder))
         report.print_outcome(run)
 
 
@@ -214,10 +222,10 @@ def prepare_device(group: Group) -> None:
     memory.set_limits(memory.available())
 
 
-def load(config: Config, group: Group) -> tuple[Path, nn.Module, TokenizerWrapper]:
+def load(name: str | None, group: Group) -> tuple[Path, nn.Module, TokenizerWrapper]:
     """The folder of the model, which is fetched if need be, the model and its tokenizer."""
     with group.first_ahead():
-        folder = find_model(config.model or str(demo_model.fetch()))
+        folder = find_model(name or str(demo_model.fetch()), models.check_settings)
     print("Loading pretrained model", flush=True)
     return folder, *models.load(folder)
 

@@ -45,10 +45,13 @@ def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
             raise UserError(f"--export {form}: {error}; take another form") from None
 
 
-def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) -> None:
+def write_all(
+    exports: list[Export], model: nn.Module, base: Path, name: str, revision: str | None = None
+) -> None:
     """Write each form into its folder, whole or not at all. The model is of no use afterwards.
 
-    `name` is the model's for other tools: its repository, or the path of its folder, `base`.
+    `name` is the model's for other tools: its repository, or the path of its folder, `base`;
+    `revision` that of the repository, if it was pinned.
     Raises UserError where a form cannot be written.
     """
     forms = {form for form, _ in exports}
@@ -61,9 +64,10 @@ def write_all(exports: list[Export], model: nn.Module, base: Path, name: str) ->
     for form, folder in exports:
         with raising_signals(f"{folder} is not made"), whole_folder(folder) as made:
             if form == "mlx-lm":
-                mlx_lm.write(made, adapter, layers, name)
+                mlx_lm.write(made, adapter, layers, name, revision)
             elif form == "peft":
-                peft.write(made, {names[path]: pair for path, pair in adapter.items()}, name)
+                renamed = {names[path]: pair for path, pair in adapter.items()}
+                peft.write(made, renamed, name, revision)
             else:
                 merged.write(made, base, adapter, logits, form == "merged-float")
         print(f"Exported as {form} to {folder}.", flush=True)

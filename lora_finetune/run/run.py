@@ -18,7 +18,7 @@ from pathlib import Path
 import models
 from lora_finetune.adapters import loading, npz
 from lora_finetune.base.command_line import ROOT
-from lora_finetune.base.errors import UserError, warn
+from lora_finetune.base.errors import UserError, hint, warn
 from lora_finetune.base.files import atomic_write, file_checksum, real_file
 from lora_finetune.run.checkpoint import (
     Progress,
@@ -212,7 +212,8 @@ def read_log(file: Path, saved: int) -> list[str]:
     return whole[:saved] + [line for line in whole[saved:] if '"test_loss"' in line]
 
 
-HELD_OUT = "the texts held out"  # among the settings of a run
+# Names among the settings of a run.
+HELD_OUT, PINNED = "the texts held out", "the model's revision"
 
 
 def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Run:
@@ -257,6 +258,15 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
             "resume); raise --epochs or --iters, or begin anew from its adapter with --start-iter 0"
         )
     return run
+
+
+def pinned_model(config: Config, start: Start) -> str | None:
+    """--model, with the revision that was pinned when its adapter was trained if none is typed."""
+    pinned = start.settings.get(PINNED, "")
+    if not config.model or config.model != pinned.partition("@")[0]:
+        return config.model
+    hint(f"the model is {pinned}, since that revision was pinned when {start.source} was trained")
+    return pinned
 
 
 def must_agree(
