@@ -147,6 +147,7 @@ def started() -> Iterator[tuple[Hub, str]]:
     hub = Hub()
     handler = type("HandlerOfHub", (Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.handle_error = lambda *_: None  # where a test ended in the middle of an answer
         server.daemon_threads, server.block_on_close = True, False
         Thread(target=server.serve_forever, daemon=True).start()
         yield hub, f"http://127.0.0.1:{server.server_port}"

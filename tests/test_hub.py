@@ -13,10 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
 
 import hub as hubs
 import tiny
 from conftest import ROOT, Run, one_error
+from lora_finetune.base import errors
 from lora_finetune.base.errors import UserError
 from lora_finetune.model_folder.hub import find_model
 
@@ -199,9 +201,9 @@ def mamba(folder: Path) -> None:
 
 
 OTHERS = {  # what a repository is instead, and what is said of it
-    "GGUF files": (ggufs, "has its weights as GGUF files"),
-    "an adapter of PEFT": (lora, "is an adapter of its/base; give --model its/base"),
-    "an adapter of mlx-lm": (lora_of_mlx, "is an adapter of its/base; give --model its/base"),
+    "GGUF files": (ggufs, "has its weights as GGUF files only"),
+    "an adapter of PEFT": (lora, "is an adapter of its/base: give --model its/base"),
+    "an adapter of mlx-lm": (lora_of_mlx, "is an adapter of its/base: give --model its/base"),
     "pickles": (pickled, "has no model*.safetensors (no pickle"),
     "an unknown architecture": (unknown, "Model type frobnicator not supported"),
     "an architecture without attention": (mamba, "(mamba) have no attention for LoRA"),
@@ -306,14 +308,16 @@ def test_ctrl_c_ends_a_download_at_once(
 
 
 def test_what_is_waited_for_is_told_where_xet_cannot_be_reached(
-    hub: hubs.Hub, environment: dict[str, str], adapter: Path
+    hub: hubs.Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "0")
+    monkeypatch.setattr(errors, "SLOW", 0.5)
     hub.xet, hub.silent = constants.ENDPOINT, "/reconstructions/"
-    process = start(NAME, adapter, environment)
-    line = process.stderr.readline().decode()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 128 + signal.SIGINT
-    assert line.startswith("hint: waiting for Xet") and "HF_HUB_DISABLE_XET=1" in line
+    Timer(1, hub.ended.set).start()
+    with pytest.raises(UserError, match=r"Xet, .* cannot be reached .*HF_HUB_DISABLE_XET=1"):
+        find_model(NAME)
+    line, rest = capfd.readouterr().err.split("\n", 1)
+    assert line.startswith("hint: waiting for Xet") and "HF_HUB_DISABLE_XET=1" in line and not rest
 
 
 # --- Revisions ----------------------------------------------------------------------------------

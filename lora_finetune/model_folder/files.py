@@ -49,7 +49,7 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     ]
 
 
-def problem(names: Iterable[str], folder: Path, way_out: str) -> str | None:
+def problem(names: Iterable[str], folder: Path) -> str | None:
     """What a model needs and none of the files is, or what these are instead; None if it has all.
 
     `folder` has at least those of them that are no weights.
@@ -60,23 +60,20 @@ def problem(names: Iterable[str], folder: Path, way_out: str) -> str | None:
         config = read_object(folder / "adapter_config.json")
         base = config.get("base_model_name_or_path") or config.get("model") or "its base"
         return (
-            f"is an adapter of {base}; give --model {base}, and the adapter's folder to "
+            f"is an adapter of {base}: give --model {base}, and the adapter's folder as "
             "--adapter-file or --resume-adapter-file"
         )
     if WEIGHTS in lacking and any(name.endswith(".gguf") for name in names):
-        return (
-            "has its weights as GGUF files, which are for llama.cpp; take the model in safetensors "
-            "that they were made from"
-        )
+        return "has its weights as GGUF files only, which are for llama.cpp, not as safetensors"
     others = " (no pickle such as pytorch_model.bin is loaded)" if lacking == [WEIGHTS] else ""
-    return f"has no {lacking[0]}{others}; {way_out}" if lacking else None
+    return f"has no {lacking[0]}{others}" if lacking else None
 
 
 def check_files(folder: Path) -> Any:
     """The type of the model in a folder; raises UserError where a file is missing."""
-    way_out = "download the whole model, or name the folder that holds it"
-    if wrong := problem((file.name for file in folder.iterdir()), folder, way_out):
-        raise UserError(f"the model folder {folder} {wrong}")
+    if wrong := problem((file.name for file in folder.iterdir()), folder):
+        way_out = "download the whole model, or name the folder that holds it"
+        raise UserError(f"the model folder {folder} {wrong}; {way_out}")
     index = folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():
         listed = read_object(index).get("weight_map")

@@ -8,36 +8,27 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from lora_finetune.base.errors import UserError, abbreviated, hint, hint_if_slow, warn
+from lora_finetune.base.errors import UserError, abbreviated, hint_if_slow, warn
 from lora_finetune.base.files import file_checksum
 from lora_finetune.base.signals import STOPS, handled
 from lora_finetune.model_folder.files import FILES, WEIGHTS, again, matching, problem, shortened
 
 import httpx2
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_cached_repo_tree,
-    get_token,
-    set_client_factory,
-    snapshot_download,
-)
+import huggingface_hub
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import tqdm
 from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils._runtime import is_xet_available
-
-OTHER = "take another repository"
 
 
 def find_model(
@@ -78,11 +69,12 @@ def public_name(name: str | None, folder: Path) -> tuple[str, str | None]:
 def fetch(name: str, check: Callable, patterns: Iterable[str]) -> Path:
     """The folder of a repository in the cache, with all its files of those patterns."""
     repo, at, revision = name.partition("@")
-    set_client_factory(patient_client)
+    huggingface_hub.set_client_factory(patient_client)
     try:
         if at and not revision:
             raise hub_errors.HFValidationError
-        info = unless_reset(partial(HfApi().model_info, repo, revision=revision or None))
+        ask = huggingface_hub.HfApi().model_info
+        info = unless_reset(partial(ask, repo, revision=revision or None))
     except hub_errors.HFValidationError:
         raise UserError(
             f"there is no model folder {name}, and it is no name of a repository either, "
@@ -96,13 +88,15 @@ def fetch(name: str, check: Callable, patterns: Iterable[str]) -> Path:
     try:
         (snapshots / info.sha).mkdir(parents=True, exist_ok=True)  # or an OSError tells at once
         folder = download(repo, revision or None, set(matching(names, patterns)) - set(weights))
-        if WEIGHTS in patterns and (wrong := problem(names, folder, OTHER)):
-            raise UserError(f"the model {name} {wrong}")
+        if WEIGHTS in patterns and (wrong := problem(names, folder)):
+            raise UserError(f"the model {name} {wrong}; take another repository")
         if not all((folder / each).exists() for each in weights):
             check(folder)
-            tree = get_cached_repo_tree(repo, revision=folder.name)
+            tree = huggingface_hub.get_cached_repo_tree(repo, revision=folder.name)
             waits = is_xet_available() and any(file.xet_hash for file in tree)
-            with telling_if_nothing_comes() if waits else nullcontext():
+            words = "waiting for Xet, the hub's storage service; HF_HUB_DISABLE_XET=1 goes without"
+            Bar.came = not waits
+            with hint_if_slow(words, lambda: Bar.came):
                 download(repo, folder.name, weights)
     except UserError:
         raise
@@ -128,16 +122,16 @@ def find_cached(name: str, patterns: Iterable[str], error: Exception) -> Path:
         folder = Path(snapshot_download(repo, **where, allow_patterns=[], local_files_only=True))
     except hub_errors.LocalEntryNotFoundError:
         raise UserError(f"there is no model folder {name}, and {reason}") from None
-    names = here = [file.name for file in folder.iterdir() if file.exists()]
-    with suppress(hub_errors.CachedRepoTreeNotFoundError):  # others fetched the files one by one
-        names = [entry.path for entry in get_cached_repo_tree(repo, **where)]
-    wrong = WEIGHTS in patterns and problem(names, folder, OTHER)
-    if wrong and names is not here:
-        raise UserError(f"the model {name} {wrong}")
-    lacking = [each for each in matching(names, patterns) if not (folder / each).exists()]
-    if wrong or lacking:
-        what = f"has no {abbreviated(lacking)}" if lacking else wrong
-        raise UserError(f"the model {name} is in the cache in part only, and {reason} (it {what})")
+    wrong = WEIGHTS in patterns and problem(
+        [file.name for file in folder.iterdir() if file.exists()], folder
+    )
+    with suppress(hub_errors.CachedRepoTreeNotFoundError):  # others fetch files one by one
+        tree = huggingface_hub.get_cached_repo_tree(repo, **where)
+        names = matching([file.path for file in tree], patterns)
+        if lacking := [each for each in names if not (folder / each).exists()]:
+            wrong = f"has no {abbreviated(lacking)}"
+    if wrong:
+        raise UserError(f"the model {name} is in the cache in part only, and {reason} (it {wrong})")
     if not isinstance(error, hub_errors.OfflineModeIsEnabled):
         warn(f"{reason}; the model is taken from the cache as it was fetched last")
     return folder
@@ -155,7 +149,7 @@ def why(error: Exception) -> str:
     cases = [
         (isinstance(error, hub_errors.OfflineModeIsEnabled),
          "the Hugging Face hub is not asked, as HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set"),
-        (status == 401 and get_token(),
+        (status == 401 and huggingface_hub.get_token(),
          f"the hub does not take your token, that of {token}; `hf auth login` takes a new one"),
         (isinstance(error, hub_errors.GatedRepoError),
          "its owner has not given you access yet (ask on its page, then `hf auth login`)"),
@@ -205,30 +199,14 @@ def unless_reset(call: Callable[[], Any]) -> Any:
 class Bar(tqdm):
     """The client's progress bars, on a terminal only, which note that something has come."""
 
-    came = threading.Event()
+    came = False
 
     def __init__(self, *args: object, **options: object):
         super().__init__(*args, **{"disable": None} | options)
 
     def update(self, n: float | None = 1) -> bool | None:
-        Bar.came.set()
+        Bar.came = True
         return super().update(n)
-
-
-@contextmanager
-def telling_if_nothing_comes() -> Iterator[None]:
-    """Say what is waited for where Xet gives nothing for as long as an answer may take."""
-    seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    words = f"waiting for Xet, the hub's storage service, for {seconds} s so far; Ctrl-C stops, "
-    words += "and HF_HUB_DISABLE_XET=1 in the environment goes without it"
-    Bar.came.clear()
-    timer = threading.Timer(seconds, lambda: Bar.came.is_set() or hint(words))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 @contextmanager
