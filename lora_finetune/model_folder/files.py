@@ -88,7 +88,7 @@ def check_files(folder: Path) -> Any:
         if name in NUM_LAYERS and isinstance(value, int) and value > number:
             raise UserError(
                 f"{folder / 'config.json'} has {name} {value}, and the weights beside it are only "
-                f"{number} arrays; download the model again"
+                f"{number} arrays; {again(folder / 'config.json')}"
             )
     return config.get("model_type")
 

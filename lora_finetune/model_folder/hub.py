@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from lora_finetune.base.errors import UserError, abbreviated, hint_if_slow, warn
@@ -36,10 +35,8 @@ def find_model(
 ) -> Path:
     """The folder of a model; a repository OWNER/NAME or OWNER/NAME@REVISION is fetched if need be.
 
-    Args:
-        check: is called with the folder before weights are fetched; it raises UserError where they
-            would be of no use.
-        only: patterns of the files to fetch.
+    With `only` files of those patterns are. Before weights are fetched, `check` is called with the
+    folder of the others; it raises UserError where no model can be made with it.
     """
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 (raises for ~nobody)
     if folder.is_dir():
@@ -82,13 +79,13 @@ def fetch(name: str, check: Callable, patterns: Iterable[str]) -> Path:
         ) from None
     except Exception as error:  # whatever the network does
         return find_cached(name, patterns, error)
-    names = [each.rfilename for each in info.siblings]
+    names = [each.rfilename for each in info.siblings or []]
     weights = [each for each in matching(names, [WEIGHTS]) if WEIGHTS in patterns]
     snapshots = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
     try:
         (snapshots / info.sha).mkdir(parents=True, exist_ok=True)  # or an OSError tells at once
         folder = download(repo, revision or None, set(matching(names, patterns)) - set(weights))
-        if WEIGHTS in patterns and (wrong := problem(names, folder)):
+        if wrong := problem(names, folder):
             raise UserError(f"the model {name} {wrong}; take another repository")
         if not all((folder / each).exists() for each in weights):
             check(folder)
@@ -216,7 +213,7 @@ def ending_at_once() -> Iterator[None]:
     It never uses what it has of those, so that is removed.
     """
 
-    def end(number: int, _: FrameType | None) -> NoReturn:
+    def end(number: int, _: object) -> NoReturn:
         ours = []
         for entry in Path("/dev/fd").iterdir():
             with suppress(OSError):
@@ -225,7 +222,9 @@ def ending_at_once() -> Iterator[None]:
             with suppress(OSError):
                 if any(os.path.samestat(file.stat(), each) for each in ours):
                     file.unlink()
-        print("\ninterrupted: the next run fetches what is missing", file=sys.stderr, flush=True)
+        clear = "\033[J" if sys.stderr.isatty() else ""  # bars stand below
+        words = "interrupted: the next run fetches what is missing"
+        print(f"\n{clear}{words}", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
     with handled((signal.SIGINT, *STOPS), end):
