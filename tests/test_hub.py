@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -245,6 +246,16 @@ def test_a_cache_that_cannot_be_written_is_reported(hub: hubs.Hub, tmp_path: Pat
     (tmp_path / "home").write_text("a file")
     with pytest.raises(UserError, match=r"home/hub cannot be written: .*; make room, or let HF_HO"):
         find_model(NAME)
+
+
+def test_a_disk_that_does_not_take_the_weights_is_reported(hub: hubs.Hub) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written: File too large; make room"):
+            find_model(NAME)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_cache_that_another_tool_filled_in_part_is_reported(

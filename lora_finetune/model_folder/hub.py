@@ -81,9 +81,9 @@ def fetch(name: str, check: Callable, patterns: Iterable[str]) -> Path:
         return find_cached(name, patterns, error)
     names = [each.rfilename for each in info.siblings or []]
     weights = [each for each in matching(names, [WEIGHTS]) if WEIGHTS in patterns]
-    snapshots = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
+    blobs = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "blobs")
     try:
-        (snapshots / info.sha).mkdir(parents=True, exist_ok=True)  # or an OSError tells at once
+        blobs.mkdir(parents=True, exist_ok=True)  # where that cannot be, an error tells at once
         folder = download(repo, revision or None, set(matching(names, patterns)) - set(weights))
         if wrong := problem(names, folder):
             raise UserError(f"the model {name} {wrong}; take another repository")
@@ -134,11 +134,14 @@ def find_cached(name: str, patterns: Iterable[str], error: Exception) -> Path:
     return folder
 
 
-OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+OF_DISKS += (errno.ENOTDIR,)
 
 
 def why(error: Exception) -> str:
     """Why the hub did not give what was asked for, and what to do."""
+    if isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__:
+        return why(error.__cause__)
     status = getattr(getattr(error, "response", None), "status_code", None)
     of_xet = re.search(r"\(os error (\d+)\)", str(error))
     number = int(of_xet[1]) if of_xet else getattr(error, "errno", None)
