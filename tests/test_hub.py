@@ -23,6 +23,7 @@ from lora_finetune.base import errors
 from lora_finetune.base.errors import UserError
 from lora_finetune.model_folder.hub import find_model
 
+import mlx.core as mx
 import pytest
 from huggingface_hub import close_session, constants, hf_hub_download
 
@@ -219,6 +220,16 @@ def test_what_is_no_model_is_told_before_weights_are_fetched(
     hub.folders[NAME, "main"] = copied
     one_error(call("--prompt", "a", "--model", NAME, "--adapter-file", adapter), words)
     assert not any(name in line for line in hub.asked for name in ("safetensors", ".gguf", ".bin"))
+
+
+def test_weights_beyond_the_memory_are_told_before_they_are_fetched(
+    hub: hubs.Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"max_recommended_working_set_size": 100_000}
+    monkeypatch.setattr(mx, "device_info", lambda: small)
+    with pytest.raises(UserError, match=r"there are 0\.0001 GB of memory; take a smaller"):
+        find_model(NAME)
+    assert not any("safetensors" in line for line in hub.asked)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def check_files(folder: Path) -> Any:
                 f"{abbreviated(missing)} of {index} is missing; {again(folder / missing[0])}"
             )
     config = read_object(folder / "config.json")
-    number = sum(len(read_whole(file)) for file in folder.glob("model*.safetensors"))
+    number = sum(len(read_whole(file)) for file in folder.glob(WEIGHTS))
     for name, value in text_settings(config):  # building a million layers takes minutes
         if name in NUM_LAYERS and isinstance(value, int) and value > number:
             raise UserError(
@@ -93,9 +93,12 @@ def check_files(folder: Path) -> Any:
     return config.get("model_type")
 
 
-def check_memory(folder: Path, error: BaseException | None = None) -> None:
-    """Raise UserError where the weights are larger than the memory, or `error` is a lack of it."""
-    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+def check_memory(folder: Path, error: BaseException | None = None, size: int = 0) -> None:
+    """Raise UserError where the weights are larger than the memory, or `error` is a lack of it.
+
+    `size`, in bytes, is that of weights that are not there yet.
+    """
+    size = size or sum(file.stat().st_size for file in folder.glob(WEIGHTS))
     available = memory.available()
     if size > available or (error and memory.is_lacking(error)):
         why = f" ({shortened(error)})" if error else ""

@@ -19,7 +19,15 @@ from typing import Any, NoReturn
 from lora_finetune.base.errors import UserError, abbreviated, hint_if_slow, warn
 from lora_finetune.base.files import file_checksum
 from lora_finetune.base.signals import STOPS, handled
-from lora_finetune.model_folder.files import FILES, WEIGHTS, again, matching, problem, shortened
+from lora_finetune.model_folder.files import (
+    FILES,
+    WEIGHTS,
+    again,
+    check_memory,
+    matching,
+    problem,
+    shortened,
+)
 
 import httpx2
 import huggingface_hub
@@ -90,6 +98,7 @@ def fetch(name: str, check: Callable, patterns: Iterable[str]) -> Path:
         if not all((folder / each).exists() for each in weights):
             check(folder)
             tree = huggingface_hub.get_cached_repo_tree(repo, revision=folder.name)
+            check_memory(folder, size=sum(file.size for file in tree if file.path in weights))
             waits = is_xet_available() and any(file.xet_hash for file in tree)
             words = "waiting for Xet, the hub's storage service; HF_HUB_DISABLE_XET=1 goes without"
             Bar.came = not waits
