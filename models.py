@@ -17,6 +17,7 @@ from lora_finetune.mlx_patches import activations, loading
 from lora_finetune.mlx_patches.settings import warn_of_unread
 from lora_finetune.model_folder import files, tokenizer
 from lora_finetune.model_folder.config import model_family
+from lora_finetune.model_folder.hub import find_model
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,23 +45,40 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     No code that comes with a model is run: no remote code, no pickle.
 
     Args:
-        path_or_repo: a folder, or a repository id such as `GuminiResearch/Gumini-1B-Base`.
+        path_or_repo: a folder, or a repository id such as `GuminiResearch/Gumini-1B-Base`, with
+            `@REVISION` behind it where a branch, tag or commit is meant.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
     """
-    folder = files.find_model(path_or_repo)
+    folder = find_model(path_or_repo, check_settings)
     model_type = files.check_files(folder)
     files.check_memory(folder)
-    try:
-        what = f"the model {folder} cannot be loaded as mlx-lm's {model_type}"
+    with explained(folder, f"the model {folder} cannot be loaded as mlx-lm's {model_type}"):
         model, config, theirs = loading.load_as_stored(folder)
         loading.find_limits(model)  # what is wrong with some settings shows only in a call
         warn_of_unread(model, theirs)
         model = loading.in_fast_types(model)
-        what = f"the tokenizer of the model {folder} cannot be loaded"
+    with explained(folder, f"the tokenizer of the model {folder} cannot be loaded"):
         wrapper = tokenizer.load(folder, config)
         wrapper.encode("a")
+    return model, wrapper
+
+
+def check_settings(folder: Path) -> None:
+    """Raise UserError where no model that LoRA can adapt is made by a folder without weights."""
+    model_type = files.read_object(folder / "config.json").get("model_type")
+    with explained(folder, f"the model {folder} cannot be loaded as mlx-lm's {model_type}"):
+        model, *_ = loading.load_as_stored(folder, has_weights=False)
+        loading.find_limits(model)
+        find_targets(model, len(model.layers))
+
+
+@contextlib.contextmanager
+def explained(folder: Path, what: str) -> Iterator[None]:
+    """Raise UserError where a block that loads a folder fails: what cannot be, and why."""
+    try:
+        yield
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # mlx-lm may raise anything; importing olmo exits
@@ -68,7 +86,6 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
             f"{what} ({files.reason(folder, error)}); compare its files with their source, or take "
             "another model"
         ) from error
-    return model, wrapper
 
 
 # --- LoRA ---------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import attention, patches, rope
 from lora_finetune.mlx_patches.loading import Limits, find_limits
-from lora_finetune.model_folder.files import context_length, find_model, fingerprints, public_name
+from lora_finetune.model_folder.files import context_length, fingerprints
+from lora_finetune.model_folder.hub import find_model, public_name
 from lora_finetune.run import checkpoint, generate, ollama, report, show
 from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
 from lora_finetune.run.run import Run, must_agree, open_run
@@ -76,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append", metavar="TEXT")  # fmt: skip
 
     parser.section("model and texts")
-    add("--model", nonempty, None, "model folder, or Hugging Face repository (default: demo model)")
+    add("--model", nonempty, None, "model folder, or Hugging Face OWNER/NAME[@REVISION] (default: "
+        "demo model)")  # fmt: skip
     add("--data", nonempty, "lora_finetune/data", "folder of {train,valid,test}.jsonl",
         metavar="FOLDER")  # fmt: skip
     add("--add-eos-token", int, 1, "append the end-of-text token to each text: 1, or 0",
@@ -158,7 +160,7 @@ def run_phases(config: Config, group: Group) -> None:
     texts, exports = read_requests(config) if group.is_first else ([], [])
 
     prepare_device(group)
-    folder, model, tokenizer = load(config, group)
+    folder, model, tokenizer = load(run, group)
     with memory.device_errors("take a smaller or a quantized model"):
         limits, identity = find_limits(model), fingerprints(model, folder)
         adapt(run, model)
@@ -185,9 +187,7 @@ def run_phases(config: Config, group: Group) -> None:
     group.leave()
     if group.is_first:
         generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
-        name, learnt = public_name(config.model, folder), run.settings.get(LEARNT_FORMAT)
-        export.write_all(exports, model, folder, name, prompts.own_template(learnt, tokenizer))
-        ollama.write_all(exports, name, learnt, template, tokenizer)
+        write_exports(run, exports, model, folder, tokenizer, template)
         report.print_outcome(run, examples)
 
 
@@ -216,10 +216,10 @@ def prepare_device(group: Group) -> None:
     memory.set_limits(memory.available())
 
 
-def load(config: Config, group: Group) -> tuple[Path, nn.Module, TokenizerWrapper]:
+def load(run: Run, group: Group) -> tuple[Path, nn.Module, TokenizerWrapper]:
     """The folder of the model, which is fetched if need be, the model and its tokenizer."""
     with group.first_ahead():
-        folder = find_model(config.model or str(demo_model.fetch()))
+        folder = find_model(run.model or str(demo_model.fetch()), models.check_settings)
     print_line("Loading pretrained model")
     return folder, *models.load(folder)
 
@@ -268,6 +268,16 @@ def read_examples(
     return tokenizing.load(
         files, tokenizer, template, limits.vocab_size, add_eos, config.mask_prompt, length
     )
+
+
+def write_exports(
+    run: Run, exports: list[export.Export], model: nn.Module, folder: Path,
+    tokenizer: TokenizerWrapper, template: Template | None,
+) -> None:  # fmt: skip
+    """Write the adapter in the forms asked for, so that prompts go in as the texts were."""
+    learnt, (name, _) = run.settings.get(LEARNT_FORMAT), public_name(run.model, folder)
+    export.write_all(exports, model, folder, run.model, prompts.own_template(learnt, tokenizer))
+    ollama.write_all(exports, name, learnt, template, tokenizer)
 
 
 def disagrees_on_metal(examples: Splits, model: nn.Module) -> bool:

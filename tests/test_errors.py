@@ -9,9 +9,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import models
 import tiny
@@ -703,38 +701,6 @@ def test_a_hub_out_of_reach_is_reported(
     args = ["--prompt", "a", "--model", "some-owner/some-model"]
     how = {} if offline else {"by": run, "env": env}
     fails(*args, **how, mentions=("some-owner/some-model", "hub"))
-
-
-class Hub(BaseHTTPRequestHandler):
-    """A model hub that answers every request as the real one does for a missing repository."""
-
-    def do_GET(self) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def log_message(self, *_: object) -> None:
-        """Keep silent."""
-
-
-def test_a_repository_that_the_hub_lacks_is_reported(
-    run: Run, fails: Fails, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    tiny.make_adapter(tmp_path / "a.npz")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
-        Thread(target=hub.serve_forever, daemon=True).start()
-        env = {
-            "HF_HOME": str(tmp_path_factory.mktemp("hub")),
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "HF_HUB_OFFLINE": None,
-        }
-        args = ["--prompt", "a", "--model", "some-owner/some-model"]
-        fails(*args, by=run, env=env, mentions=("some-owner/some-model", "no such repository"))
-        hub.shutdown()
 
 
 def test_what_else_is_wrong_is_reported_before_a_model_is_fetched(

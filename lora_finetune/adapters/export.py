@@ -11,6 +11,7 @@ from lora_finetune.adapters import gguf, merged, mlx_lm, npz, peft
 from lora_finetune.base.errors import UserError, hint, print_line
 from lora_finetune.base.files import atomic_write, check_can_make, whole_folder
 from lora_finetune.base.signals import raising_signals
+from lora_finetune.model_folder.hub import public_name
 from lora_finetune.model_folder.transformers_names import is_written_by_mlx
 
 import mlx.nn as nn
@@ -57,15 +58,20 @@ def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
 
 
 def write_all(
-    exports: list[Export], model: nn.Module, base: Path, name: str, template: str | None = None
-) -> None:
+    exports: list[Export], model: nn.Module, base: Path, name: str | None = None,
+    template: str | None = None,
+) -> None:  # fmt: skip
     """Write each form to its path, whole or not at all. The model is of no use afterwards.
 
-    `name` is the model's for other tools: its repository, or the path of its folder, `base`.
-    `template` is a chat template for whole models in the place of the base's.
-    Raises UserError where a form cannot be written.
+    Args:
+        base: the folder of the model.
+        name: what --model has for it.
+        template: a chat template for whole models in the place of the base's.
+
+    Raises:
+        UserError: a form cannot be written.
     """
-    forms = {form for form, _ in exports}
+    forms, (name, revision) = {form for form, _ in exports}, public_name(name, base)
     adapter, layers = whole_pairs(model), models.layer_paths(model)
     names = {form: CHECKS[form](model, base) for form in forms & {"peft", "gguf"}}
     if "peft" in forms and is_written_by_mlx(base):
@@ -77,9 +83,10 @@ def write_all(
         making = atomic_write if form == "gguf" else whole_folder
         with raising_signals(f"{path} is not made"), making(path) as made:
             if form == "mlx-lm":
-                mlx_lm.write(made, adapter, layers, name)
+                mlx_lm.write(made, adapter, layers, name, revision)
             elif form == "peft":
-                peft.write(made, {names[form][p]: pair for p, pair in adapter.items()}, name)
+                renamed = {names[form][path]: pair for path, pair in adapter.items()}
+                peft.write(made, renamed, name, revision)
             elif form == "gguf":
                 gguf.write(made[0].name, adapter, names[form], base, path.stem)
             else:

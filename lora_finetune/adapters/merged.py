@@ -13,7 +13,7 @@ from lora_finetune.base.errors import UserError, abbreviated, hint
 from lora_finetune.base.files import write_json
 from lora_finetune.mlx_patches.loading import as_loaded, can_merge, float_type, load_as_stored
 from lora_finetune.model_folder import transformers_names
-from lora_finetune.model_folder.files import read_object, text_settings
+from lora_finetune.model_folder.files import FILES, read_object, text_settings
 from lora_finetune.model_folder.weights import Weights, read_weights
 
 import mlx.core as mx
@@ -90,16 +90,12 @@ def write(
         )
 
 
-# The files of a base that come along: settings, tokenizers and what is said of it; no weights of
-# other kinds, which a pickle may be, and no programs.
-KEPT = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.tiktoken")
-KEPT += ("LICENSE*", "README.md")
 EARLIER_TEMPLATE = "chat_template.base.jinja"
 
 
 def copy_others(base: Path, folder: Path) -> None:
     """Copy the files of a base that are neither weights, nor tell of them, nor programs."""
-    for file in {file for pattern in KEPT for file in base.glob(pattern)}:
+    for file in {file for pattern in FILES for file in base.glob(pattern)}:
         if not file.name.endswith((".index.json", "hf_quant_config.json")):
             copy = folder / file.relative_to(base)
             copy.parent.mkdir(exist_ok=True)

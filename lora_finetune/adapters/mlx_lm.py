@@ -30,8 +30,10 @@ def check(model: nn.Module, base: Path) -> None:
             raise ValueError(f"mlx-lm has no LoRA for {path}, which is no plain linear layer")
 
 
-def write(folder: Path, adapter: Adapter, layers: list[str], base: str) -> None:
-    """Write an adapter of the model named `base`, with layers at these paths, first to last.
+def write(
+    folder: Path, adapter: Adapter, layers: list[str], base: str, revision: str | None = None
+) -> None:
+    """Write an adapter of the model `base`, with layers at these paths, first to last.
 
     mlx-lm adapts the modules of certain names in the last layers.
     """
@@ -41,6 +43,7 @@ def write(folder: Path, adapter: Adapter, layers: list[str], base: str) -> None:
     adapted = [n for n, start in enumerate(starts) if any(p.startswith(start) for p in adapter)]
     config = {
         "model": base,
+        "revision": revision,
         "fine_tune_type": "lora",
         "num_layers": len(layers) - min(adapted, default=len(layers)),
         "lora_parameters": {

@@ -80,8 +80,8 @@ def module_names(model: nn.Module, base: Path) -> dict[str, str]:
     return {path: path for path in paths}
 
 
-def write(folder: Path, adapter: Adapter, base: str) -> None:
-    """Write an adapter of the model named `base`, by the names of transformers' modules."""
+def write(folder: Path, adapter: Adapter, base: str, revision: str | None = None) -> None:
+    """Write an adapter of the model `base`, by the names of transformers' modules."""
     adapter, rank = of_one_rank(adapter)
     arrays = {}
     for path, (a, b) in adapter.items():
@@ -98,6 +98,7 @@ def write(folder: Path, adapter: Adapter, base: str) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": rank,
         "lora_alpha": int(models.SCALE * rank),
         "lora_dropout": 0.0,

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
@@ -74,8 +74,8 @@ SLOW = 10.0  # seconds
 
 
 @contextmanager
-def hint_if_slow(message: str) -> Iterator[None]:
-    timer = threading.Timer(SLOW, hint, [message])
+def hint_if_slow(message: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    timer = threading.Timer(SLOW, lambda: unless() or hint(message))
     timer.daemon = True
     timer.start()
     try:

@@ -57,7 +57,7 @@ def load_as_stored(
         else:
             make, arguments = model_classes(words, theirs)
             model, used = make(arguments.from_dict(words)), {}
-    if problem:
+    if problem and has_weights:  # once a model
         warn(
             f"transformers cannot read this model's config.json ({shortened(problem)}), so nothing "
             "tells whether mlx-lm computes the model as it was trained"

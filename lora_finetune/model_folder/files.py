@@ -1,13 +1,14 @@
-"""The folder of a model: where it is, and whether its files are whole, before MLX reads them."""
+"""The folder of a model: which files it has, and whether they are whole, before MLX reads them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
+import re
 import textwrap
 from collections.abc import Iterable
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from lora_finetune.base.errors import UserError, abbreviated
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
 from mlx.utils import tree_flatten
 
-# Fetched from the hub: weights as safetensors, settings and tokenizer; never code.
-HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+# The files of a model, which are fetched from the hub, and which exports carry on: settings,
+# tokenizers and what is said of it; no weights of other kinds, which a pickle may be, and no
+# programs. Those in other folders (onnx/, original/, checkpoint-500/) are of no use here.
+FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.tiktoken")
+FILES += ("LICENSE*", "README.md")
+WEIGHTS = "model*.safetensors"
 
 # How the file begins that a clone without Git LFS has in the place of a large one.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -33,67 +36,69 @@ CONTEXT_LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len")
 TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.jinja", "generation_config.json")
 TOKENIZER_FILES += ("chat_template.json", "additional_chat_templates/*.jinja")
 
-# --- Finding ------------------------------------------------------------------------------------
-
-
-def find_model(path_or_repo: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
-    """The folder of a model; a Hugging Face repository is downloaded, or found in the cache."""
-    folder = Path(os.path.expanduser(path_or_repo))  # noqa: PTH111 (raises for ~nobody)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{path_or_repo} is a file; --model takes a folder or a repository id")
-    try:
-        return Path(snapshot_download(path_or_repo, allow_patterns=list(files)))
-    except hub_errors.HFValidationError:
-        why = "it is not the name of a repository either, OWNER/NAME"
-    except hub_errors.GatedRepoError:
-        why = "its owner has not given you access yet (ask on its page, then `hf auth login`)"
-    except hub_errors.RepositoryNotFoundError:
-        why = "the Hugging Face hub has no such repository, or it is private (`hf auth login`)"
-    except Exception as error:  # whatever the network does
-        why = f"the Hugging Face hub cannot be reached ({shortened(error)})"
-    raise UserError(f"there is no model folder {path_or_repo}, and {why}")
-
-
-def public_name(path_or_repo: str | None, folder: Path) -> str:
-    """The model's name for other tools: its repository, or the absolute path of its folder."""
-    is_folder = not path_or_repo or Path(os.path.expanduser(path_or_repo)).is_dir()  # noqa: PTH111
-    return str(folder.absolute()) if is_folder else path_or_repo
-
-
 # --- Checking -----------------------------------------------------------------------------------
+
+
+def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The names of files, with / between folders, that fit patterns; * is for a part of a name."""
+    patterns = list(patterns)
+    return [
+        name
+        for name in names
+        if any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
+    ]
+
+
+def problem(names: Iterable[str], folder: Path) -> str | None:
+    """What a model needs and none of the files is, or what these are instead; None if it has all.
+
+    `folder` has at least those of them that are no weights.
+    """
+    names = list(names)
+    lacking = [p for p in ("config.json", "tokenizer*", WEIGHTS) if not matching(names, [p])]
+    if WEIGHTS in lacking and (folder / "adapter_config.json").exists():
+        config = read_object(folder / "adapter_config.json")
+        base = config.get("base_model_name_or_path") or config.get("model") or "its base"
+        return (
+            f"is an adapter of {base}: give --model {base}, and the adapter's folder as "
+            "--adapter-file or --resume-adapter-file"
+        )
+    if WEIGHTS in lacking and any(name.endswith(".gguf") for name in names):
+        return "has its weights as GGUF files only, which are for llama.cpp, not as safetensors"
+    others = " (no pickle such as pytorch_model.bin is loaded)" if lacking == [WEIGHTS] else ""
+    return f"has no {lacking[0]}{others}" if lacking else None
 
 
 def check_files(folder: Path) -> Any:
     """The type of the model in a folder; raises UserError where a file is missing."""
-    for needed in ("config.json", "tokenizer*", "model*.safetensors"):
-        if not any(folder.glob(needed)):
-            others = " (no pickle such as pytorch_model.bin is loaded)" if needed[0] == "m" else ""
-            raise UserError(
-                f"the model folder {folder} has no {needed}{others}; download the whole model, or "
-                "name the folder that holds it"
-            )
+    if wrong := problem((file.name for file in folder.iterdir()), folder):
+        way_out = "download the whole model, or name the folder that holds it"
+        raise UserError(f"the model folder {folder} {wrong}; {way_out}")
     index = folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():
         listed = read_object(index).get("weight_map")
         files = set(map(str, listed.values())) if isinstance(listed, dict) else {"weight_map"}
         if missing := sorted(files - {file.name for file in folder.iterdir()}):
-            raise UserError(f"{abbreviated(missing)} of {index} is missing; download it again")
+            raise UserError(
+                f"{abbreviated(missing)} of {index} is missing; {again(folder / missing[0])}"
+            )
     config = read_object(folder / "config.json")
-    number = sum(len(read_whole(file)) for file in folder.glob("model*.safetensors"))
+    number = sum(len(read_whole(file)) for file in folder.glob(WEIGHTS))
     for name, value in text_settings(config):  # building a million layers takes minutes
         if name in NUM_LAYERS and isinstance(value, int) and value > number:
             raise UserError(
                 f"{folder / 'config.json'} has {name} {value}, and the weights beside it are only "
-                f"{number} arrays; download the model again"
+                f"{number} arrays; {again(folder / 'config.json')}"
             )
     return config.get("model_type")
 
 
-def check_memory(folder: Path, error: BaseException | None = None) -> None:
-    """Raise UserError where the weights are larger than the memory, or `error` is a lack of it."""
-    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+def check_memory(folder: Path, error: BaseException | None = None, size: int = 0) -> None:
+    """Raise UserError where the weights are larger than the memory, or `error` is a lack of it.
+
+    `size`, in bytes, is that of weights that are not there yet.
+    """
+    size = size or sum(file.stat().st_size for file in folder.glob(WEIGHTS))
     available = memory.available()
     if size > available or (error and memory.is_lacking(error)):
         why = f" ({shortened(error)})" if error else ""
@@ -107,7 +112,7 @@ def check_memory(folder: Path, error: BaseException | None = None) -> None:
 def reason(folder: Path, error: BaseException) -> str:
     """Why loading failed; raises UserError where for lack of memory, or for a damaged file."""
     check_memory(folder, error)
-    for file in sorted(file for pattern in HUB_FILES for file in folder.glob(pattern)):
+    for file in sorted(file for pattern in (*FILES, WEIGHTS) for file in folder.glob(pattern)):
         read_whole(file)
     return shortened(error)
 
@@ -129,8 +134,17 @@ def read_whole(file: Path) -> Any:
         return mx.load(str(file)) if file.suffix == ".safetensors" else None
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"{file} is damaged or cut short ({shortened(error)}); download it again"
+            f"{file} is damaged or cut short ({shortened(error)}); {again(file)}"
         ) from None
+
+
+def again(file: Path) -> str:
+    """How to get a file of a model again; what is in the hub's cache, its client does not fetch."""
+    cached = re.fullmatch(r".*/models--([^/]+)/snapshots/([^/]+)", str(file.parent.absolute()))
+    if not cached:
+        return "download it again"
+    repo = cached[1].replace("--", "/")
+    return f"`hf download {repo} {file.name} --revision {cached[2]} --force-download` gets it anew"
 
 
 # --- Reading ------------------------------------------------------------------------------------
@@ -140,7 +154,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """A JSON object that a model needs; raises UserError where the file does not hold one."""
     content = read_whole(file)
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object; download it again")
+        raise UserError(f"{file} is not a JSON object; {again(file)}")
     return content
 
 

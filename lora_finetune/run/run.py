@@ -16,8 +16,9 @@ from pathlib import Path
 import models
 from lora_finetune.adapters import loading, npz
 from lora_finetune.base.command_line import ROOT
-from lora_finetune.base.errors import UserError, warn
+from lora_finetune.base.errors import UserError, hint, warn
 from lora_finetune.base.files import atomic_write, check_can_make, file_checksum, link, real_file
+from lora_finetune.model_folder.hub import public_name
 from lora_finetune.run.checkpoint import (
     Progress,
     Start,
@@ -45,6 +46,7 @@ class Run:
 
     Attributes:
         start: the adapter to start from, and the state of the run that it is of.
+        model: --model, with the revision that was pinned, if one was.
         iters: the iteration to train to.
         settings: what the result depends on, by the names to report each under.
         question: one of the validation texts', to ask.
@@ -58,6 +60,7 @@ class Run:
         self.best, self.picture = self.folder / "best.npz", self.folder / "losses.png"
         self.log, self.log_lines = self.folder / "log.jsonl", []
         self.progress = start.state.progress if start.state else Progress()
+        self.model = pinned_model(config, start)
         self.iters, self.settings = 0, start.settings
         self.question = ""
         self.pending_best: dict[str, np.ndarray] = {}
@@ -202,7 +205,8 @@ def read_log(file: Path, saved: int) -> list[str]:
     return whole[:saved] + [line for line in whole[saved:] if '"test_loss"' in line]
 
 
-HELD_OUT = "the texts held out"  # among the settings of a run
+# Names among the settings of a run.
+HELD_OUT, PINNED = "the texts held out", "the model's revision"
 
 
 def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Run:
@@ -233,6 +237,8 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
         files["train"], files["valid"], run.settings[HELD_OUT] = dataset.hold_out(
             files["train"], held
         )
+    if public_name(run.model, adapter)[1]:
+        run.settings[PINNED] = run.model
     run.question = prompts.example(files["valid"])
     run.settings |= {files[split].path.name: files[split].checksum for split in ("train", "valid")}
     per_epoch = math.ceil(len(files["train"].rows) / config.batch_size)
@@ -260,6 +266,15 @@ def open_adapter(config: Config, adapter: Path, group: Group) -> Run:
     source = loading.find_adapter(adapter)
     start = Start(source, loading.read_adapter(source), models.SCALE, settings_of(source))
     return Run(source, start, config, group)
+
+
+def pinned_model(config: Config, start: Start) -> str | None:
+    """--model, with the revision that was pinned when its adapter was trained if none is typed."""
+    pinned = start.settings.get(PINNED, "")
+    if not config.model or config.model != pinned.partition("@")[0]:
+        return config.model
+    hint(f"the model is {pinned}, since that revision was pinned when {start.source} was trained")
+    return pinned
 
 
 def must_agree(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lora_finetune.demo import demo_model
 from lora_finetune.model_folder import tokenizer as tokenizers
-from lora_finetune.model_folder.files import HUB_FILES, find_model, read_object
+from lora_finetune.model_folder.files import FILES, read_object
+from lora_finetune.model_folder.hub import find_model
 from lora_finetune.run.config import Config
 from lora_finetune.texts import dataset, tokenizing
 from lora_finetune.texts.chat import template_of
@@ -24,8 +25,7 @@ def show(config: Config) -> None:
     file = dataset.read(Path(config.data, "train.jsonl"), config.mask_prompt)
     if not file.path.with_name("valid.jsonl").exists():
         file, *_ = dataset.hold_out(file, None)
-    without_weights = [pattern for pattern in HUB_FILES if "safetensors" not in pattern]
-    folder = find_model(config.model or str(demo_model.fetch()), without_weights)
+    folder = find_model(config.model or str(demo_model.fetch()), only=FILES)
     tokenizer = tokenizers.load(folder, read_object(folder / "config.json"))
     template = template_of(tokenizer, config.chat_template_args)
     add_eos = bool(config.add_eos_token) and tokenizer.eos_token_id is not None
