@@ -77,8 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append", metavar="TEXT")  # fmt: skip
 
     parser.section("model and texts")
-    add("--model", nonempty, None, "model folder, or Hugging Face OWNER/NAME[@REVISION] (default: "
-        "demo model)")  # fmt: skip
+    add("--model", nonempty, None, "folder, or hub repository OWNER/NAME[@REVISION] (default: demo "
+        "model)")  # fmt: skip
     add("--data", nonempty, "lora_finetune/data", "folder of {train,valid,test}.jsonl",
         metavar="FOLDER")  # fmt: skip
     add("--add-eos-token", int, 1, "append the end-of-text token to each text: 1, or 0",

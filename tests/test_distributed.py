@@ -230,7 +230,9 @@ def test_where_one_answers_no_more_a_stop_ends_the_first_which_saves(
     processes[1].kill()
     assert processes[0].exitcode == 2
     line = printed(tmp_path, "err")[0][-1]
-    assert line.startswith("error: the connection to another process was lost (TimeoutError)")
+    # It may have heard of the stop from both, and lost the other when it waited for its end.
+    lost = "error: the connection to another process was lost (TimeoutError)"
+    assert line.startswith((lost, "interrupted: ")) and "is saved" in line
     assert f"iteration {assert_saved_whole(tmp_path)} is saved" in line
 
 

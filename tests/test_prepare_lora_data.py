@@ -141,8 +141,8 @@ def counts_of(ended: Ended) -> dict[str, int]:
     pattern = (
         r"Read (?P<rows>\d+) examples of .+: dropped (?P<empty>\d+) with an empty side, "
         r"(?P<duplicate>\d+) exact duplicates, (?P<elsewhere>\d+) whose question is in another "
-        r"set\.\n(Wrote|Would write) to .+: (?P<train>\d+) train, (?P<valid>\d+) valid, "
-        r"(?P<test>\d+) test\."
+        r"set\.\n(?:What .+\n)?(Wrote|Would write) to .+: (?P<train>\d+) train, "
+        r"(?P<valid>\d+) valid, (?P<test>\d+) test\."
     )
     found = re.match(pattern, ended.stdout)
     assert found, ended.stdout

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import templates
 import tiny
 import train_lora
 from conftest import ROOT
+from test_chat import write_tokenizer
 
 import pytest
 
@@ -76,7 +78,8 @@ def test_the_commands_work_as_typed_one_after_the_other(tmp_path: Path) -> None:
     for file in (project / "data/korean_textbooks_qa").glob("*.jsonl"):
         file.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:8]), "utf-8")
     size = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
-    tiny.make_model(project / "lora_finetune" / "SmolLM2-135M-Instruct", **size)
+    demo = tiny.make_model(project / "lora_finetune" / "SmolLM2-135M-Instruct", **size)
+    write_tokenizer(demo, templates.CHATML)
     hub = tiny.make_model(tmp_path / "hub", **size)
     here = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
     (project / "hosts.json").write_text(json.dumps([here, here]))
