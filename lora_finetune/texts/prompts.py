@@ -76,7 +76,7 @@ def own_template(learnt: str | None, tokenizer: TokenizerWrapper) -> str | None:
 def example(file: dataset.File) -> str:
     """A prompt, in one line, for a model that learnt texts like those of a file: a short one."""
     questions = (" ".join(question_of(row).split()) for _, row in islice(file.rows, 100))
-    return min(questions, key=len)
+    return min(questions, key=lambda text: ("'" in text, len(text)))  # to be quoted
 
 
 def question_of(row: dataset.Row) -> str:
