@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import tiny
+import train_lora
 from conftest import PERPLEXITY, ROOT, Run, one_error
 from lora_finetune.base import files
 
@@ -207,3 +208,31 @@ def test_a_bar_is_closed_before_an_error_and_a_line_stands_above_it() -> None:
     seen = [line.rpartition("\r")[2] for line in lines]
     assert seen[:2] == ["warning: a", "b"]
     assert seen[2].startswith(" 50%|") and seen[3:] == ["error: c", ""]
+
+
+# --- Flags from a file ---------------------------------------------------------------------------
+
+
+def test_flags_are_read_from_a_file_and_what_is_typed_after_wins(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    inner.write_text("--seed 5\n")
+    file = tmp_path / "flags of mine"
+    file.write_text(f"# a comment\n--iters 3 --seed 4  # both\n--prompt '#1 안녕'\n@{inner}\n")
+    parser = train_lora.build_parser()
+    found = parser.parse_args(["--batch-size", "9", f"@{file}", "--iters", "7", "--train"])
+    assert (found.batch_size, found.iters, found.seed, found.train) == (9, 7, 5, True)
+    assert found.prompt == ["#1 안녕"]
+    assert {"iters", "seed"} <= found.typed
+
+
+def test_a_value_that_begins_with_the_mark_of_a_file_is_none() -> None:
+    words = ["--prompt", "@you", "-p", "@me", "--export", "peft", "@here", "--prompt=@all"]
+    found = train_lora.build_parser().parse_args(words)
+    assert found.prompt == ["@you", "@me", "@all"]
+    assert found.export == [["peft", "@here"]]
+
+
+def test_a_file_of_flags_that_cannot_be_read_is_an_error(call: Run, tmp_path: Path) -> None:
+    one_error(call("--train", f"@{tmp_path / 'none'}"), "none cannot be read: No such file")
+    (tmp_path / "loop").write_text(f"@{tmp_path / 'loop'}")
+    one_error(call("--train", f"@{tmp_path / 'loop'}"), "loop is no list of flags")

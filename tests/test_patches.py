@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -397,6 +398,29 @@ def test_what_the_mask_hides_has_no_part_in_anything_however_high_its_score(
     assert (output == 0).all()
     assert (of_v[:, :, 10:] == 0).all()
     np.testing.assert_allclose(of_v[:, :, :10].astype(mx.float32), 2, rtol=0.01)
+
+
+OF_CUDNN = """
+import lora_finetune
+from lora_finetune.mlx_patches import attention
+import mlx.core as mx
+q, k, v, weight = (mx.random.normal((2, heads, 512, 64)) for heads in (4, 2, 2, 4))
+def total(*inputs, function=attention.attention):
+    return (function(*inputs, scale=0.1, mask="causal").astype(mx.float32) * weight).sum()
+half = [x.astype(mx.bfloat16) for x in (q, k, v)]
+assert attention.has_kernels(*half) and not attention.has_kernels(q, k, v)
+found = mx.grad(total, argnums=(0, 1, 2))(*half)
+exact = mx.grad(total, argnums=(0, 1, 2))(*(x.astype(mx.float32) for x in half))
+for a, b in zip(found, exact):
+    assert mx.abs(a - b).max() < 0.02 * mx.abs(b).max()
+"""
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="cuDNN is on CUDA alone")
+def test_attention_of_cudnn_is_exact_to_the_rounding_of_its_type() -> None:
+    """In a process of its own, since the tests are told to do without it."""
+    environment = {k: v for k, v in os.environ.items() if k != "MLX_CUDA_USE_CUDNN_SDPA"}
+    subprocess.run([sys.executable, "-c", OF_CUDNN], cwd=ROOT, env=environment, check=True)
 
 
 def test_no_array_of_length_squared_is_kept_for_the_gradients() -> None:

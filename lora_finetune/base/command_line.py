@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,31 @@ class Parser(argparse.ArgumentParser):
 
     def switch(self, name: str, help: str) -> None:
         self.group.add_argument(name, action="store_true", help=help)
+
+    def parse_args(self, args: list[str] | None = None, namespace: object = None) -> object:
+        return super().parse_args(self.expanded(sys.argv[1:] if args is None else args), namespace)
+
+    def expanded(self, words: list[str]) -> list[str]:
+        """The words of a command line, with those of a file in the place of each @FILE.
+
+        Values of flags may begin with @ too, such as prompts, so argparse's own way does not do.
+        """
+        numbers = {name: action.nargs for action in self._actions for name in action.option_strings}
+        found, num_values = [], 0
+        for word in words:
+            if num_values or not word.startswith("@"):
+                found.append(word)
+                of_flag = 1 if (number := numbers.get(word, 0)) is None else number
+                num_values = num_values - 1 if num_values else of_flag
+                continue
+            try:
+                text = Path(word[1:]).read_text(encoding="utf-8-sig")
+                found += self.expanded(shlex.split(text, comments=True))
+            except OSError as error:
+                self.error(f"{word[1:]} cannot be read: {error.strerror}")
+            except (ValueError, RecursionError) as error:
+                self.error(f"{word[1:]} is no list of flags: {error}")
+        return found
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(message)}\n")
