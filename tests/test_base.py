@@ -235,4 +235,4 @@ def test_a_value_that_begins_with_the_mark_of_a_file_is_none() -> None:
 def test_a_file_of_flags_that_cannot_be_read_is_an_error(call: Run, tmp_path: Path) -> None:
     one_error(call("--train", f"@{tmp_path / 'none'}"), "none cannot be read: No such file")
     (tmp_path / "loop").write_text(f"@{tmp_path / 'loop'}")
-    one_error(call("--train", f"@{tmp_path / 'loop'}"), "loop is no list of flags")
+    one_error(call("--train", f"@{tmp_path / 'loop'}"), "loop names itself")

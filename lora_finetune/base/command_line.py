@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: list[str] | None = None, namespace: object = None) -> object:
         return super().parse_args(self.expanded(sys.argv[1:] if args is None else args), namespace)
 
-    def expanded(self, words: list[str]) -> list[str]:
+    def expanded(self, words: list[str], within: tuple[str, ...] = ()) -> list[str]:
         """The words of a command line, with those of a file in the place of each @FILE.
 
         Values of flags may begin with @ too, such as prompts, so argparse's own way does not do.
@@ -58,12 +58,14 @@ class Parser(argparse.ArgumentParser):
                 of_flag = 1 if (number := numbers.get(word, 0)) is None else number
                 num_values = num_values - 1 if num_values else of_flag
                 continue
+            if word in within:
+                self.error(f"{word[1:]} names itself as a file of flags")
             try:
                 text = Path(word[1:]).read_text(encoding="utf-8-sig")
-                found += self.expanded(shlex.split(text, comments=True))
+                found += self.expanded(shlex.split(text, comments=True), (*within, word))
             except OSError as error:
                 self.error(f"{word[1:]} cannot be read: {error.strerror}")
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 self.error(f"{word[1:]} is no list of flags: {error}")
         return found
 
