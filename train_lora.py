@@ -2,8 +2,7 @@
 
     python train_lora.py --train --test --prompt "질문"
 
-The file follows a run: the command line, `run` with its phases in turn, training, evaluation,
-generation.
+The file follows a run: the command line, `run` with its phases in turn, training, test.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from lora_finetune.adapters import export, loading
 from lora_finetune.base import linux_cpu, memory
 from lora_finetune.base.command_line import (
     Parser,
+    iterations_or_share,
     json_object,
     nonempty,
     nonnegative_number,
@@ -47,6 +47,7 @@ from lora_finetune.training import distributed, frozen_prefix, losses
 from lora_finetune.training import step as training_step
 from lora_finetune.training.distributed import ALONE, Group
 from lora_finetune.training.losses import Loss
+from lora_finetune.training.optimizer import SCHEDULES
 from lora_finetune.training.step import NotFiniteError, Trainer
 
 import mlx.core as mx
@@ -112,6 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
     switch("--mask-prompt", "count the loss on answers only, not on questions")
     add("--lora-rank", whole_number(1, below=2**16), None, "rank of the LoRA update (default: 8)")
     add("--lora-scale", scale_number, None, "scale of the LoRA update (default: 20.0)")
+    add("--lr-schedule", str, "constant", f"learning rate over the run: {', '.join(SCHEDULES)}",
+        choices=SCHEDULES, metavar="FORM")  # fmt: skip
+    add("--warmup", iterations_or_share, "0", "iterations in which the learning rate rises, or N%% "
+        "of the run")  # fmt: skip
     add("--patience", positive, None, "early-stopping patience, in validations")
     add("--chat-template-args", json_object, None, "arguments of the chat template, such as "
         "'{\"enable_thinking\": false}'", metavar="JSON")  # fmt: skip
@@ -317,7 +322,7 @@ def train(run: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
         examples = {s: frozen_prefix.WithStates(prefix, examples[s]) for s in ("train", "valid")}
     model.train()  # before the step is traced: some layers have kernels without a gradient else
     moments = run.start.state.optimizer if run.start.state else {}
-    trainer = Trainer(model, loss, config.learning_rate, moments, group)
+    trainer = Trainer(model, loss, run.optimizer, moments, group, run.progress.iteration)
     with saved_on_failure(run, trainer), memory.device_errors(SMALLER_BATCHES):
         rows, progress = -(-config.batch_size // group.size), run.progress
         progress.micro_batches = training_step.fit_memory(
@@ -382,7 +387,7 @@ def validate(run: Run, model: nn.Module, loss: Loss, examples: batching.Examples
     """
     progress, start = run.progress, time.perf_counter()
     batches = run.config.batch_size, run.config.val_batches
-    mean = evaluate(model, loss, examples, *batches, run.group, progress.micro_batches)
+    mean = losses.evaluate(model, loss, examples, *batches, run.group, progress.micro_batches)
     model.train()
     took = time.perf_counter() - start
     training_step.check_finite(mean, "the validation loss")
@@ -459,29 +464,7 @@ def save_unfinished(run: Run, trainer: Trainer, first: int) -> str:
     )
 
 
-# --- Evaluation ---------------------------------------------------------------------------------
-
-
-def evaluate(
-    model: nn.Module, loss: Loss, examples: batching.Examples, batch_size: int, num_batches: int,
-    group: Group = ALONE, micro_batches: int = 1,
-) -> float:  # fmt: skip
-    """Mean loss in nats per target token over the first batches (-1: over all examples)."""
-    model.eval()
-    total, num_targets = 0.0, 0
-    shares = micro_batches * group.size
-    batches = batching.evaluation_batches(examples, batch_size, num_batches, shares)
-    starts = range(0, len(batches), group.size)  # of rounds, in which each process has one
-    for start in tqdm(starts, "Evaluating", leave=False, disable=None):
-        group.check_stop()
-        own = (0.0, 0)
-        if start + group.rank < len(batches):
-            batch = map(mx.array, examples.batch(batches[start + group.rank]))
-            own = (n.item() for n in rope.by_length(loss)(model, *batch))
-        for batch_total, number in group.gather(*own):
-            total += batch_total
-            num_targets += number
-    return total / max(num_targets, 1)
+# --- Test ---------------------------------------------------------------------------------------
 
 
 def test(run: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
@@ -489,7 +472,7 @@ def test(run: Run, model: nn.Module, loss: Loss, examples: batching.Examples) ->
     config, group = run.config, run.group
     print_line("Testing")
     with memory.device_errors("lower --batch-size or --max-seq-length"), group.hear_stops():
-        mean = evaluate(model, loss, examples, config.batch_size, config.test_batches, group)
+        mean = losses.evaluate(model, loss, examples, config.batch_size, config.test_batches, group)
     perplexity = math.exp(mean) if mean < 700 else math.inf
     print_line(f"Test loss {mean:.3f}, Test ppl {perplexity:.3f}.")
     run.add_to_log({"test_loss": mean, "test_ppl": perplexity})

@@ -128,7 +128,7 @@ PERPLEXITY = re.compile(r"ppl ([\d.]+)\.\n")  # on the test set, in what a progr
 OUTCOME = ("Validation loss ", "Ask it: ", "Go on: ", "Export it: ")
 
 # What a GPU has to say beside, on stderr.
-OF_GPU = re.compile("^hint: (trying out the model|the weights are dequantized).*\n", re.M)
+OF_GPU = re.compile("^hint: (trying out|the weights are dequantized|attention is).*\n", re.M)
 
 
 def without_outcome(ended: Ended) -> Ended:

@@ -86,9 +86,7 @@ def train(
     )
     for _ in range(EPOCHS):
         yield from itertools.islice(steps, math.ceil(len(examples["train"]) / BATCH_SIZE))
-        yield train_lora.evaluate(
-            model, loss, examples["valid"], BATCH_SIZE, -1, micro_batches=parts
-        )
+        yield losses.evaluate(model, loss, examples["valid"], BATCH_SIZE, -1, micro_batches=parts)
         model.train()
 
 

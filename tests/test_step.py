@@ -10,6 +10,7 @@ import tiny
 from conftest import Run as CommandLine
 from lora_finetune.training import losses
 from lora_finetune.training import step as training_step
+from lora_finetune.training.optimizer import Optimizer
 from lora_finetune.training.step import Trainer
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ def make_trainer(loss: losses.Loss = losses.loss) -> Trainer:
     model = tiny.build_model(tiny.LLAMA)
     models.add_lora(model, dict.fromkeys(models.find_targets(model, 2), 8))
     model.train()
-    return Trainer(model, loss, 1e-2, {})
+    return Trainer(model, loss, Optimizer(1e-2), {})
 
 
 def saved(trainer: Trainer) -> Arrays:

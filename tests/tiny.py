@@ -8,6 +8,7 @@ from pathlib import Path
 import models  # noqa: F401
 from lora_finetune.adapters import loading
 from lora_finetune.training.losses import Loss
+from lora_finetune.training.optimizer import Optimizer
 from lora_finetune.training.step import Trainer
 
 import mlx.core as mx
@@ -158,7 +159,7 @@ def train_on(
     model: nn.Module, loss: Loss, batches: Iterable[list], learning_rate: float = 1e-3
 ) -> Iterator[float]:
     """The sum of the loss before each step on batches; the model is trained meanwhile."""
-    trainer = Trainer(model, loss, learning_rate, {})
+    trainer = Trainer(model, loss, Optimizer(learning_rate), {})
     for total, *_ in trainer.steps(iter(batches), ahead=lambda: False):
         yield total
 

@@ -40,6 +40,8 @@ class Config:
     seed: int = field(metadata=RESULT)
     batch_size: int = field(metadata=RESULT)
     learning_rate: float = field(metadata=RESULT)
+    lr_schedule: str = field(metadata=RESULT)
+    warmup: str = field(metadata=RESULT)
     val_batches: int = field(metadata=RESULT)
     max_seq_length: int = field(metadata=RESULT)
     mask_prompt: bool = field(metadata=RESULT)

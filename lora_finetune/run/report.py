@@ -19,17 +19,19 @@ import mlx.core as mx
 
 def report_training(run: Run) -> None:
     """Report the training loss and speed since the last report, and begin new sums."""
-    progress = run.progress
+    progress, optimizer = run.progress, run.optimizer
     numbers = {
         "train_loss": progress.total / max(progress.tokens, 1),
         "it_per_sec": progress.steps / progress.seconds,
         "tokens_per_sec": progress.tokens / progress.seconds,
         "peak_mem_gb": mx.get_peak_memory() / 1e9,
+        "learning_rate": optimizer.rate(progress.iteration),
     }
+    rate = f", Learning rate {numbers['learning_rate']:.3e}" if optimizer.varies else ""
     print_line(
         f"Iter {progress.iteration}: Train loss {numbers['train_loss']:.3f}, "
         f"It/sec {numbers['it_per_sec']:.3f}, Tokens/sec {numbers['tokens_per_sec']:.3f}, "
-        f"Peak mem {numbers['peak_mem_gb']:.3f} GB"
+        f"Peak mem {numbers['peak_mem_gb']:.3f} GB{rate}"
     )
     run.add_to_log({"iter": progress.iteration} | numbers)
     progress.total, progress.tokens, progress.steps, progress.seconds = 0.0, 0, 0, 0.0
@@ -63,7 +65,7 @@ def draw_losses(run: Run) -> None:
 def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> None:
     """Training as a thin line, validation dashed with points, the best marked with a star.
 
-    Told apart without colour.
+    Told apart without colour. A learning rate that changes is dotted, with an axis of its own.
     """
     axes = figure.subplots()
     iterations, losses = zip(*((e["iter"], e["train_loss"]) for e in training), strict=True)
@@ -81,6 +83,11 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
     axes.set_ylabel("Loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend()
+    iterations, rates = zip(*((e["iter"], e["learning_rate"]) for e in training), strict=True)
+    if len(set(rates)) > 1:
+        right = axes.twinx()
+        right.plot(iterations, rates, ":", color="0.55", linewidth=1)
+        right.set_ylabel("Learning rate (dotted)")
 
 
 # --- The end ------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from lora_finetune.run.checkpoint import (
 from lora_finetune.run.config import Config
 from lora_finetune.texts import batching, dataset, prompts
 from lora_finetune.training.distributed import Group
+from lora_finetune.training.optimizer import Optimizer
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,6 +66,11 @@ class Run:
         self.question = ""
         self.pending_best: dict[str, np.ndarray] = {}
         self.replaces, self.lock_stream = False, None
+
+    @property
+    def optimizer(self) -> Optimizer:
+        c = self.config
+        return Optimizer(c.learning_rate, self.iters, c.lr_schedule, c.warmup)
 
     def check(self) -> None:
         """Check that a run can save here; raises UserError where it cannot."""
@@ -108,6 +114,9 @@ class Run:
             warn(f"{source} has no training state beside it, so Adam starts with fresh moments")
         if source and warn_of_changes(source, self.start.settings, self.settings):
             self.progress = Progress(self.progress.iteration)  # its losses are not comparable
+        length, self.settings[LENGTH] = self.start.settings.get(LENGTH), self.iters
+        if length not in (None, self.iters) and self.optimizer.depends_on_length:
+            hint(f"the learning rate is now that of a run of {self.iters} iterations, not {length}")
         if not self.group.is_first:
             return
         goes_on = bool(state) and self.progress is state.progress
@@ -207,6 +216,7 @@ def read_log(file: Path, saved: int) -> list[str]:
 
 # Names among the settings of a run.
 HELD_OUT, PINNED = "the texts held out", "the model's revision"
+LENGTH = "the iterations"
 
 
 def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Run:

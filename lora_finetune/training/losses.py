@@ -7,12 +7,16 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 
 import models
+from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.activations import exp, log_sum_exp
 from lora_finetune.mlx_patches.modules import intercepted
 from lora_finetune.mlx_patches.transforms import in_turn
+from lora_finetune.texts import batching
+from lora_finetune.training.distributed import ALONE, Group
 
 import mlx.core as mx
 import mlx.nn as nn
+from tqdm import tqdm
 
 # Takes the model and the arrays of a batch.
 Loss = Callable[..., tuple[mx.array, mx.array]]
@@ -219,3 +223,28 @@ def num_outputs(module: nn.Module) -> int:
     if hasattr(module, "as_linear"):
         return module.weight.shape[0]
     return models.linear_shape(module)[0] if models.is_linear(module) else 0
+
+
+# --- The loss of many batches -------------------------------------------------------------------
+
+
+def evaluate(
+    model: nn.Module, loss: Loss, examples: batching.Examples, batch_size: int, num_batches: int,
+    group: Group = ALONE, micro_batches: int = 1,
+) -> float:  # fmt: skip
+    """Mean loss in nats per target token over the first batches (-1: over all examples)."""
+    model.eval()
+    total, num_targets = 0.0, 0
+    shares = micro_batches * group.size
+    batches = batching.evaluation_batches(examples, batch_size, num_batches, shares)
+    starts = range(0, len(batches), group.size)  # of rounds, in which each process has one
+    for start in tqdm(starts, "Evaluating", leave=False, disable=None):
+        group.check_stop()
+        own = (0.0, 0)
+        if start + group.rank < len(batches):
+            batch = map(mx.array, examples.batch(batches[start + group.rank]))
+            own = (n.item() for n in rope.by_length(loss)(model, *batch))
+        for batch_total, number in group.gather(*own):
+            total += batch_total
+            num_targets += number
+    return total / max(num_targets, 1)

@@ -15,10 +15,10 @@ from lora_finetune.mlx_patches.transforms import TRYING, compiled_if_possible
 from lora_finetune.texts import batching
 from lora_finetune.training.distributed import ALONE, Group
 from lora_finetune.training.losses import Loss
+from lora_finetune.training.optimizer import Optimizer
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -32,6 +32,8 @@ AHEAD = mx.default_device() == mx.gpu
 class NotFiniteError(UserError):
     """A loss, a gradient or a parameter is infinite or not a number."""
 
+
+Moments = dict[str, mx.array | int]  # as `read_moments` has them
 
 # --- Parameters ---------------------------------------------------------------------------------
 
@@ -53,13 +55,13 @@ def parted(flat: mx.array, like: dict) -> dict:
     return tree_unflatten([(n, piece[: a.size].reshape(a.shape)) for (n, a), piece in pieces])
 
 
-def read_moments(model: nn.Module, saved: dict[str, np.ndarray]) -> dict[str, mx.array]:
-    """Adam's moments `m` and `v` of all parameters.
+def read_moments(model: nn.Module, saved: dict[str, np.ndarray], iteration: int = 0) -> Moments:
+    """Adam's moments `m` and `v` of all parameters, and the run's `iteration`, the last one done.
 
     Args:
         saved: as `Trainer.named_moments` has it; parameters without moments start fresh.
     """
-    moments = {}
+    moments = {"iteration": iteration}
     for moment in ("m", "v"):
         of_each = {
             name: mx.array(saved.get(f"{name}.{moment}", mx.zeros(array.shape)))
@@ -76,30 +78,25 @@ class Result(NamedTuple):
     """The results of a step, which MLX need not have computed yet."""
 
     parameters: mx.array
-    moments: dict[str, mx.array]
+    moments: Moments
     loss: mx.array  # the sum over all targets, in nats
     tokens: int  # how many targets there are
     parameter_sum: mx.array  # finite only if each gradient and updated parameter is
 
 
-Step = Callable[[mx.array, dict, list[batching.Batch]], Result]
+Step = Callable[[mx.array, Moments, list[batching.Batch]], Result]
 
 
-def make_step(
-    model: nn.Module, loss: Loss, learning_rate: float = 0.0, group: Group = ALONE
-) -> Step:
+def make_step(model: nn.Module, loss: Loss, optimizer: Optimizer, group: Group = ALONE) -> Step:
     """A function of the parameters, Adam's moments and a batch; it changes none of them.
 
     The gradients of the sum of the loss are added up over the micro-batches that a batch is given
     in, and over the processes, and divided by the batch's targets: memory is needed for one
     micro-batch only, and the sum is the same to rounding.
-
-    Adam is MLX's own as it comes, without bias correction: the default learning rate and recipes
-    for MLX are made for it.
     """
-    gradients_of, adam = make_gradients(model, loss), optim.Adam(learning_rate)
+    gradients_of = make_gradients(model, loss)
 
-    def step(parameters: mx.array, moments: dict, batch: list[batching.Batch]) -> Result:
+    def step(parameters: mx.array, moments: Moments, batch: list[batching.Batch]) -> Result:
         tokens = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
         if batch:
             total, gradient = gradients_of(parameters, *batch[0])
@@ -110,9 +107,8 @@ def make_step(
             more, gradient_of_more = gradients_of(parameters, *micro_batch)
             total, gradient = total + more, gradient + gradient_of_more
         total, gradient, tokens = group.sum(total, gradient, tokens)
-        moments = dict(moments)  # Adam changes it in place
-        # Not compiled: on a GPU that would take seconds, and operations on one array are few.
-        updated = adam.apply_single(gradient / mx.array(max(tokens, 1)), parameters, moments)
+        mean = gradient / mx.array(max(tokens, 1))
+        updated, moments = optimizer.update(mean, parameters, moments)
         return Result(updated, moments, total, tokens, updated.sum())
 
     return step
@@ -150,12 +146,13 @@ class Trainer:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, learning_rate: float, saved: dict[str, np.ndarray],
-        group: Group = ALONE,
+        self, model: nn.Module, loss: Loss, optimizer: Optimizer, saved: dict[str, np.ndarray],
+        group: Group = ALONE, iteration: int = 0,
     ):  # fmt: skip
-        self.model, self.step = model, make_step(model, loss, learning_rate, group)
+        self.model, self.step = model, make_step(model, loss, optimizer, group)
         self.like = model.trainable_parameters()
-        self.parameters, self.moments = joined(self.like), read_moments(model, saved)
+        self.parameters = joined(self.like)
+        self.moments = read_moments(model, saved, iteration)
 
     def steps(
         self, batches: Iterator[list[batching.Batch]], ahead: Callable[[], bool]
@@ -170,7 +167,7 @@ class Trainer:
             RuntimeError, MemoryError: MLX's, where the device fails.
         """
 
-        def begin(parameters: mx.array, moments: dict) -> Result | None:
+        def begin(parameters: mx.array, moments: Moments) -> Result | None:
             batch = next(batches, None)
             return None if batch is None else self.step(parameters, moments, batch)
 
@@ -206,8 +203,8 @@ class Trainer:
         """The moments of each parameter (`….m`, `….v`), as MLX names them."""
         return {
             f"{name}.{moment}": array
-            for moment, flat in self.moments.items()
-            for name, array in tree_flatten(parted(flat, self.like))
+            for moment in ("m", "v")
+            for name, array in tree_flatten(parted(self.moments[moment], self.like))
         }
 
 
@@ -238,7 +235,8 @@ def fit_memory(
 
     def try_step(number: int) -> None:
         batch = examples.batch(longest[-number:])
-        mx.eval(make_step(model, loss)(joined(parameters), read_moments(model, {}), [batch]))
+        step = make_step(model, loss, Optimizer(0.0))
+        mx.eval(step(joined(parameters), read_moments(model, {}), [batch]))
 
     most = -(-rows // micro_batches)
     with hint_if_slow(TRYING):

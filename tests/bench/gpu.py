@@ -41,6 +41,7 @@ from lora_finetune.adapters import loading  # noqa: E402
 from lora_finetune.mlx_patches import patches  # noqa: E402
 from lora_finetune.texts import batching  # noqa: E402
 from lora_finetune.training import frozen_prefix, losses  # noqa: E402
+from lora_finetune.training.optimizer import Optimizer  # noqa: E402
 from lora_finetune.training.step import Trainer  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
@@ -268,7 +269,7 @@ def step_peak(model: nn.Module, rows: int, width: int) -> float:
     if prefix := frozen_prefix.find(model):
         loss, examples = prefix.loss(loss), prefix.examples(examples)
     model.train()
-    trainer = Trainer(model, loss, 2e-5, {})
+    trainer = Trainer(model, loss, Optimizer(2e-5), {})
     for _ in range(2):
         mx.clear_cache()
         mx.reset_peak_memory()

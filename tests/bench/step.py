@@ -58,6 +58,7 @@ def our_steps(folder: Path, layers: int) -> Steps:
     from lora_finetune.mlx_patches import patches
     from lora_finetune.mlx_patches.loading import load_as_stored
     from lora_finetune.training import losses
+    from lora_finetune.training.optimizer import Optimizer
     from lora_finetune.training.step import Trainer
 
     import mlx.core as mx
@@ -67,7 +68,7 @@ def our_steps(folder: Path, layers: int) -> Steps:
     loading.adapt(model, {}, None, layers)
     loss = losses.make_loss(model)
     model.train()
-    trainer = Trainer(model, loss, 2e-5, {})
+    trainer = Trainer(model, loss, Optimizer(2e-5), {})
 
     def steps(tokens: np.ndarray, number: int) -> None:
         is_target = np.arange(tokens.shape[1])[None].repeat(len(tokens), 0) > 0
