@@ -157,11 +157,12 @@ def known_kinds(args: argparse.Namespace, note: Note) -> list[Kind]:
         pairs(*TURNS),
         *(Kind((name,), (context or "context",), passages) for name in NESTED),
     ]
+    others = list(starmap(pairs, product(QUESTIONS, ANSWERS)))
     if context:  # which stands before questions alone
-        return kinds
+        return kinds + others
     turns = [Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS]
     texts = Kind(("text",), (), lambda row: [make_example(text_in(row, "text", note))])
-    return [*kinds, *turns, *starmap(pairs, product(QUESTIONS, ANSWERS)), texts]
+    return [*kinds, *turns, *others, texts]
 
 
 def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:

@@ -208,7 +208,7 @@ def read_files(config: Config) -> Files:
 def read_requests(config: Config) -> tuple[list[str], list[export.Export]]:
     """The prompts and the exports asked for, checked before a model is fetched for them."""
     exports = [(form, Path(path)) for form, path in config.export or []]
-    export.check_paths(exports)
+    export.check_paths(exports, Path(config.adapter_file))
     return prompts.read(config.prompt or []), exports
 
 

@@ -470,6 +470,9 @@ def ask(url: str, request: dict) -> dict:
         ([("peft", "가" * 90)], "cannot be made: File name too long"),
         ([("peft", "loop")], "cannot be made"),
         ([("peft", "file/out")], "cannot be made: Not a directory"),
+        ([("peft", "out"), ("merged", "out/")], "out is taken by other output"),
+        ([("peft", "out/peft"), ("merged", "out")], "out is taken by other output"),
+        ([("peft", "new")], "new is taken by other output"),  # the adapter's folder
     ],
 )
 def test_a_wrong_export_is_reported_before_anything_is_loaded(
@@ -488,7 +491,7 @@ def test_a_wrong_export_is_reported_before_anything_is_loaded(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     flags = [w for form, folder in exports for w in ("--export", form, place(tmp_path, folder))]
-    flags += ["--adapter-file", tmp_path / "a.npz"]
+    flags += ["--adapter-file", tmp_path / "new" / "a.npz"]
     ended = call("--train", "--model", "not/there", "--data", data, *flags)
     one_error(ended, reason)
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"

@@ -550,6 +550,9 @@ def test_a_context_goes_with_alpaca_and_columns_named_by_hand(takes: Takes, tmp_
     made = ["### 질문:\n나\n\n써라.\n\n### 답변:\n가"]
     said = f"warning: {file}: columns that are left out: c\n"
     assert takes(file, *named, "--context-column", "output") == (made, said)
+    file = write_lines(tmp_path / "b.jsonl", {"c": "배경", "질문": "왜?", "답변": "그냥."})
+    made = ["### 질문:\n배경\n\n왜?\n\n### 답변:\n그냥."]
+    assert takes(file, "--context-column", "c") == (made, "")
 
 
 def test_a_context_column_that_cannot_be_used_is_reported(fails: Fails, tmp_path: Path) -> None:

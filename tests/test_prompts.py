@@ -20,6 +20,7 @@ from test_chat import BOS, turns, write_tokenizer
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 LIMITS = Limits(300, 4096)
@@ -310,16 +311,22 @@ def test_standard_input_is_read_once(pipe: Callable[..., Ended]) -> None:
     one_error(pipe(b"a", "--prompt", "-"), "--prompt", "no prompt")
 
 
-@pytest.mark.parametrize("in_file", [False, True], ids=["in the settings", "in a file"])
+@pytest.mark.parametrize("kept_in", ["settings", "settings by name", "file", "JSON file"])
 def test_a_merged_model_asks_in_the_form_of_the_questions_it_learnt(
-    call: Run, speaker: Path, tmp_path: Path, in_file: bool
+    call: Run, speaker: Path, tmp_path: Path, kept_in: str
 ) -> None:
     """Its chat template makes the very text of training; the base's is kept beside it."""
     model = shutil.copytree(speaker, tmp_path / "model")
     settings = json.loads((model / "tokenizer_config.json").read_text())
-    if in_file:
+    if kept_in == "settings by name":
+        names = ["tool_use", "default"]
+        settings["chat_template"] = [{"name": n, "template": TEMPLATE} for n in names]
+    elif kept_in == "file":
         (model / "chat_template.jinja").write_text(settings.pop("chat_template"))
-        (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    elif kept_in == "JSON file":
+        of_processor = {"chat_template": settings.pop("chat_template")}
+        (model / "chat_template.json").write_text(json.dumps(of_processor))
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
     merged = tmp_path / "merged"
     ended = learn(call, model, tmp_path, QUESTION, "--export", "merged", merged)
     assert "chat_template.jinja puts questions below the headings" in ended.stderr
@@ -332,8 +339,43 @@ def test_a_merged_model_asks_in_the_form_of_the_questions_it_learnt(
     whole = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
     assert whole.startswith(QUESTION["text"] + tokenizer.eos_token)
 
-    learn(call, model, tmp_path, CHAT, "--export", "merged", tmp_path / "chats")
-    assert AutoTokenizer.from_pretrained(tmp_path / "chats").chat_template == TEMPLATE
+    chats = tmp_path / "chats"
+    learn(call, model, tmp_path, CHAT, "--export", "merged", chats)
+    assert json.loads((chats / "tokenizer_config.json").read_text()) == settings
+    assert {file.name for file in model.glob("chat*")} == {
+        file.name for file in chats.glob("chat*")
+    }
+
+
+@pytest.mark.parametrize("scheme", ["never", "first", "always"])
+@pytest.mark.parametrize("first", ["", "<s> ", "<|pad|> <s> "])
+def test_the_template_of_questions_gives_the_tokens_of_training(
+    plain_speaker: Path, tmp_path: Path, scheme: str, first: str
+) -> None:
+    """Where the tokenizer puts tokens, or a space, before each text."""
+    model = shutil.copytree(plain_speaker, tmp_path / "model")
+    backend = Tokenizer.from_file(str(model / "tokenizer.json"))
+    spaces = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([spaces, backend.pre_tokenizer])
+    if first:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{first}$A", special_tokens=[("<s>", BOS), ("<|pad|>", tiny.PAD)]
+        )
+    backend.save(str(model / "tokenizer.json"))
+    tokenizer = models.load(model)[1]
+    asked = tokenizer.apply_chat_template(
+        CHAT["messages"][:1], add_generation_prompt=True, return_dict=False,
+        chat_template=prompts.own_template(prompts.QA, tokenizer),
+    )  # fmt: skip
+    assert asked == tokenizer.encode("### 질문:\n물\n\n### 답변:\n")
+
+
+def test_a_question_without_words_is_no_example(tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"text": dataset.join_question(q, "네")}) for q in ("", "왜 그런가?", "왜?")
+    ]
+    (tmp_path / "valid.jsonl").write_text("\n".join(lines))
+    assert prompts.example(dataset.read(tmp_path / "valid.jsonl", False)) == "왜?"
 
 
 def test_an_answer_that_is_cut_says_so(call: Run, speaker: Path, tmp_path: Path) -> None:

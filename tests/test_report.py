@@ -255,7 +255,7 @@ def test_the_printed_commands_are_short_and_ask_what_the_model_learnt(
         words = shlex.split(ask.removeprefix("Ask it:"))
         start = words.index("--model")
         assert words[start:] == [*map(str, flags), "--prompt", asked]
-    own = ["--temp", "0.0", "--prompt", "달은?"]
+    own = ["--temp", "0.0", "--prompt", "달은\u3000👨\u200d👩?"]
     ask = call(*flags, *train, *own, "--max-tokens", 2).outcome.splitlines()[1]
     words = shlex.split(ask.removeprefix("Ask it:"))
     start = words.index("--model")

@@ -28,8 +28,12 @@ CHECKS = {
 }
 
 
-def check_paths(exports: list[Export]) -> None:
-    """Raise UserError where a folder or file is there already or cannot be made."""
+def check_paths(exports: list[Export], adapter: Path) -> None:
+    """Raise UserError where a folder or file is there already or cannot be made.
+
+    So too where it will be there by then, for another export or for the `adapter` to be saved.
+    """
+    taken = set(Path(os.path.realpath(adapter)).parents)
     for form, path in exports:
         try:
             for made in (path, modelfile_of(path)) if form == "gguf" else (path,):
@@ -40,6 +44,10 @@ def check_paths(exports: list[Export]) -> None:
             raise UserError(
                 f"--export: {made} cannot be made: {error.strerror}; name a new one"
             ) from None
+        whole = Path(os.path.realpath(path))
+        if whole in taken:
+            raise UserError(f"--export: {path} is taken by other output; name a new one")
+        taken |= {whole, *whole.parents}
 
 
 def modelfile_of(file: Path) -> Path:

@@ -106,13 +106,17 @@ def put_template(folder: Path, template: str) -> None:
     """Give a model another chat template; the one that it had is kept in a file beside it."""
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     found = read_object(settings) if settings.exists() else {}
-    earlier = found.pop("chat_template", None)
+    earlier, of_processor = found.pop("chat_template", None), folder / "chat_template.json"
+    if of_processor.exists():
+        earlier = earlier or read_object(of_processor).get("chat_template")
+        of_processor.unlink()
+    if isinstance(earlier, list):  # several, by names
+        earlier = {each["name"]: each["template"] for each in earlier}.get("default")
     if file.exists():
         earlier = file.read_text(encoding="utf-8")
     if isinstance(earlier, str):
         file.with_name(EARLIER_TEMPLATE).write_text(earlier, encoding="utf-8")
     write_json(settings, found)
-    (folder / "chat_template.json").unlink(missing_ok=True)
     file.write_text(template, encoding="utf-8")
     hint(
         f"{file.name} puts questions below the headings that the texts had"

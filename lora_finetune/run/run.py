@@ -283,7 +283,8 @@ def pinned_model(config: Config, start: Start) -> str | None:
     pinned = start.settings.get(PINNED, "")
     if not config.model or config.model != pinned.partition("@")[0]:
         return config.model
-    hint(f"the model is {pinned}, since that revision was pinned when {start.source} was trained")
+    source = start.source or config.adapter_file
+    hint(f"the model is {pinned}, since that revision was pinned when {source} was trained")
     return pinned
 
 

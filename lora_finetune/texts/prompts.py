@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_finetune.base.errors import UserError, hint, warn
@@ -58,9 +58,16 @@ def own_template(learnt: str | None, tokenizer: TokenizerWrapper) -> str | None:
     """A chat template of the form of questions below headings, for a model that learnt those."""
     if learnt != QA:
         return None
-    begins = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    [plain] = tokenizing.encode(tokenizer, [dataset.QUESTION_HEADING])
+    added = tokenizer.added_tokens_decoder
+    first = takewhile(lambda i: i in added and added[i].special, plain.ids)
+    start = "".join(tokenizer.convert_ids_to_tokens(list(first)))
+    # Some tokenizers put a space before a text, but not behind their own first token.
+    texts = [f"{start} {dataset.QUESTION_HEADING}"]
+    is_spaced = tokenizing.encode(tokenizer, texts, templated=True) == [plain]
     return (
-        "{{ bos_token }}" * begins
+        start
+        + " " * is_spaced
         + "{% for m in messages %}{% if m.role == 'assistant' %}"
         + f"{dataset.ANSWER_HEADING}\n"
         + "{{ m.content }}{{ eos_token }}\n\n{% else %}"
@@ -76,7 +83,8 @@ def own_template(learnt: str | None, tokenizer: TokenizerWrapper) -> str | None:
 def example(file: dataset.File) -> str:
     """A prompt, in one line, for a model that learnt texts like those of a file: a short one."""
     questions = (" ".join(question_of(row).split()) for _, row in islice(file.rows, 100))
-    return min(questions, key=lambda text: ("'" in text, len(text)))  # to be quoted
+    by_length = sorted(filter(None, questions), key=len)
+    return min(by_length, key=lambda text: "'" in text, default="")  # it is to be quoted
 
 
 def question_of(row: dataset.Row) -> str:
