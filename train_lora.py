@@ -34,7 +34,7 @@ from lora_finetune.base.command_line import (
 from lora_finetune.base.errors import Interrupted, UserError, first_line, hint, print_line, warn
 from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
-from lora_finetune.mlx_patches import attention, patches, rope
+from lora_finetune.mlx_patches import attention, patches
 from lora_finetune.mlx_patches.loading import Limits, find_limits
 from lora_finetune.model_folder.files import context_length, fingerprints
 from lora_finetune.model_folder.hub import find_model, public_name

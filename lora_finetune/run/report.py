@@ -83,7 +83,7 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
     axes.set_ylabel("Loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend()
-    iterations, rates = zip(*((e["iter"], e["learning_rate"]) for e in training), strict=True)
+    iterations, rates = zip(*((e["iter"], e.get("learning_rate")) for e in training), strict=True)
     if len(set(rates)) > 1:
         right = axes.twinx()
         right.plot(iterations, rates, ":", color="0.55", linewidth=1)
