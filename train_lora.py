@@ -28,6 +28,7 @@ from lora_finetune.base.command_line import (
     json_object,
     nonempty,
     nonnegative_number,
+    positive_number,
     scale_number,
     whole_number,
 )
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=SCHEDULES, metavar="FORM")  # fmt: skip
     add("--warmup", iterations_or_share, "0", "iterations in which the learning rate rises, or N%% "
         "of the run")  # fmt: skip
+    add("--max-grad-norm", positive_number, None, "scale gradients of a larger norm down to it")
     add("--patience", positive, None, "early-stopping patience, in validations")
     add("--chat-template-args", json_object, None, "arguments of the chat template, such as "
         "'{\"enable_thinking\": false}'", metavar="JSON")  # fmt: skip
@@ -352,6 +354,7 @@ def training_loop(
         last = iteration == run.iters
         if iteration > progress.iteration:
             progress.add(*next(steps))  # raises where it is not finite
+            report.warn_of_jump(run, examples["train"])
             bar.update()
             group.check_stop()
         if progress.steps and (last or progress.every(config.steps_per_report)):

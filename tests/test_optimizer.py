@@ -1,4 +1,4 @@
-"""Recipes of training: learning rates by the iteration, against numbers made by hand."""
+"""Recipes of training, against numbers made by hand."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import math
 import re
 from pathlib import Path
 
+import tiny
 from conftest import Run as CommandLine
+from lora_finetune.training import losses
 from lora_finetune.training.optimizer import Optimizer
 from test_errors import one_error
+from test_step import batches, make_trainer
 
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 
 @pytest.fixture
@@ -70,3 +77,59 @@ def test_a_rate_is_reported_and_a_longer_run_goes_on_by_its_own_schedule(
 @pytest.mark.parametrize("warmup", ["-1", "101%", "x%", "2.5", "nan%"])
 def test_a_warmup_is_iterations_or_a_share(call: CommandLine, warmup: str) -> None:
     one_error(call("--train", f"--warmup={warmup}"), "--warmup")
+
+
+# --- The gradient -------------------------------------------------------------------------------
+
+
+def update(optimizer: Optimizer, gradient: list[float]) -> tuple[list[float], float]:
+    """The first update of parameters that are 1, and the norm of the gradient."""
+    ones, moments = mx.ones(len(gradient)), {"m": mx.zeros(2), "v": mx.zeros(2), "iteration": 0}
+    found, _, norm = optimizer.update(mx.array(gradient), ones, moments)
+    return found.tolist(), norm.item()
+
+
+def test_a_gradient_is_clipped_to_its_largest_norm_and_a_smaller_one_stays() -> None:
+    # Adam's first step is as large whatever the gradient, but for the eps of 1e-8.
+    limited, free = Optimizer(1.0, max_grad_norm=5e-9), Optimizer(1.0)
+    for given, clipped in [((3.0, 4.0), (3e-9, 4e-9)), ((3e-9, 0.0), (3e-9, 0.0))]:
+        found, norm = update(limited, given)
+        assert found == pytest.approx(update(free, clipped)[0], rel=1e-6)
+        assert norm == pytest.approx(math.hypot(*given))
+    assert update(limited, [3e-9, 0.0]) == update(free, [3e-9, 0.0])
+    assert update(limited, [0.0, 0.0]) == ([1.0, 1.0], 0.0)
+
+
+def test_the_norm_is_of_the_mean_loss_over_all_micro_batches() -> None:
+    trainer, [[first], [second]] = make_trainer(), list(batches(2))
+    second[1][:, 5:] = False  # other targets than the first's, so that a mean of means is another
+    gradient = {}
+    for tokens, is_target in (first, second):
+        of_sum = nn.value_and_grad(trainer.model, lambda *b: losses.loss(trainer.model, *b)[0])
+        for name, array in tree_flatten(of_sum(mx.array(tokens), mx.array(is_target))[1]):
+            gradient[name] = gradient.get(name, 0) + np.array(array, np.float64)
+    targets = first[1][:, 1:].sum() + second[1][:, 1:].sum()
+    expected = math.sqrt(sum((array**2).sum() for array in gradient.values())) / targets
+    [(*_, norm)] = trainer.steps(iter([[first, second]]), ahead=lambda: False)
+    assert norm == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_text_unlike_the_others_is_named_by_its_line(
+    call: CommandLine, args: list[object], tmp_path: Path
+) -> None:
+    """After an empty line, which counts; of its two epochs the second tells for sure."""
+    texts = ["a" * 40] * 20
+    texts[12] = "다른 글 x7"
+    for split in ("train", "valid"):
+        file = tiny.write_jsonl(tmp_path / "data", split, texts)
+        file.write_text("\n" + file.read_text("utf-8"), "utf-8")
+    args = [*args, "--data", tmp_path / "data", "--batch-size", 1, "--learning-rate", "3e-3"]
+    ended = call(*args, "--epochs", 3, "--lora-layers", 4, "--steps-per-report", 1)
+    *_, last = ended.stderr.splitlines()
+    found = re.fullmatch(
+        r"warning: iteration (\d+): the gradient's norm \((.*)\) is \d+ times the median of those "
+        r"before; its texts are lines 14 of train.jsonl", last,
+    )  # fmt: skip
+    assert found and ended.stderr.count("warning") <= 2
+    norms = {entry["iter"]: entry["grad_norm"] for entry in reports(tmp_path)}
+    assert norms[int(found[1])] == pytest.approx(float(found[2]), rel=1e-2)

@@ -102,7 +102,8 @@ def number(kind: type, least: float, below: float = math.inf, also: int | None =
 
 
 whole_number = partial(number, int, below=2**31)
-nonnegative_number, scale_number = number(float, 0), number(float, 0.0001, below=10001)
+nonnegative_number, positive_number = number(float, 0), number(float, 1e-9)
+scale_number = number(float, 0.0001, below=10001)
 
 
 def iterations_or_share(text: str) -> str:

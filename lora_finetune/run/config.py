@@ -42,6 +42,7 @@ class Config:
     learning_rate: float = field(metadata=RESULT)
     lr_schedule: str = field(metadata=RESULT)
     warmup: str = field(metadata=RESULT)
+    max_grad_norm: float | None = field(metadata=RESULT)
     val_batches: int = field(metadata=RESULT)
     max_seq_length: int = field(metadata=RESULT)
     mask_prompt: bool = field(metadata=RESULT)

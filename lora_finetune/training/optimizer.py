@@ -12,18 +12,20 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 class Optimizer(NamedTuple):
-    """Adam, with a learning rate by the iteration.
+    """Adam, with a learning rate by the iteration and a limit to the gradient.
 
     Attributes:
         learning_rate: the highest.
         iters: the last iteration of the run.
         warmup: iterations in which the rate rises, "100", or their share of the run, "5%".
+        max_grad_norm: the largest L2 norm of all gradients together; None for no limit.
     """
 
     learning_rate: float
     iters: int = 1
     schedule: str = "constant"
     warmup: str = "0"
+    max_grad_norm: float | None = None
 
     @property
     def varies(self) -> bool:
@@ -50,18 +52,25 @@ class Optimizer(NamedTuple):
 
     def update(
         self, gradient: mx.array, parameters: mx.array, moments: dict
-    ) -> tuple[mx.array, dict]:
-        """The parameters and moments after an iteration; those before it stay as they are.
+    ) -> tuple[mx.array, dict, mx.array]:
+        """The parameters and moments after an iteration, and the norm of its gradient.
+
+        With a limit X the gradient is first multiplied by min(1, X / norm). PyTorch divides by
+        norm + 1e-6, against a norm of 0; here X / 0 is infinite, and min makes it 1.
 
         Adam is MLX's own as it comes, without bias correction: the default learning rate and
         recipes for MLX are made for it.
 
         Args:
             gradient: of the mean loss, float32 (n,), as `parameters` and the moments are.
-            moments: Adam's `m` and `v`, and the run's `iteration`, the last one done.
+            moments: Adam's `m` and `v`, and the run's `iteration`, the last one done; those given
+                stay as they are.
         """
         iteration = moments["iteration"] + 1
         moments = moments | {"iteration": iteration}  # a copy: Adam changes it in place
+        norm = mx.sqrt(mx.square(gradient).sum())
+        if self.max_grad_norm is not None:
+            gradient = gradient * mx.minimum(1, self.max_grad_norm / norm)
         # Not compiled: on a GPU that would take seconds, and operations on one array are few.
         adam = optim.Adam(self.rate(iteration))
-        return adam.apply_single(gradient, parameters, moments), moments
+        return adam.apply_single(gradient, parameters, moments), moments, norm
