@@ -119,6 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup", iterations_or_share, "0", "iterations in which the learning rate rises, or N%% "
         "of the run")  # fmt: skip
     add("--max-grad-norm", positive_number, None, "scale gradients of a larger norm down to it")
+    add("--optimizer", str, "adam", "adam or adamw", choices=("adam", "adamw"), metavar="FORM")
+    add("--weight-decay", nonnegative_number, None, "weight decay of adamw (default: 0.01)")
+    switch("--bias-correction", "correct Adam's moments for their start at 0, as PyTorch does")
     add("--patience", positive, None, "early-stopping patience, in validations")
     add("--chat-template-args", json_object, None, "arguments of the chat template, such as "
         "'{\"enable_thinking\": false}'", metavar="JSON")  # fmt: skip

@@ -82,10 +82,14 @@ def test_a_warmup_is_iterations_or_a_share(call: CommandLine, warmup: str) -> No
 # --- The gradient -------------------------------------------------------------------------------
 
 
+def start(size: int) -> dict:
+    """Moments before the first step."""
+    return {"m": mx.zeros(size), "v": mx.zeros(size), "iteration": 0, "steps": 0}
+
+
 def update(optimizer: Optimizer, gradient: list[float]) -> tuple[list[float], float]:
     """The first update of parameters that are 1, and the norm of the gradient."""
-    ones, moments = mx.ones(len(gradient)), {"m": mx.zeros(2), "v": mx.zeros(2), "iteration": 0}
-    found, _, norm = optimizer.update(mx.array(gradient), ones, moments)
+    found, _, norm = optimizer.update(mx.array(gradient), mx.ones(2), start(2))
     return found.tolist(), norm.item()
 
 
@@ -133,3 +137,44 @@ def test_a_text_unlike_the_others_is_named_by_its_line(
     assert found and ended.stderr.count("warning") <= 2
     norms = {entry["iter"]: entry["grad_norm"] for entry in reports(tmp_path)}
     assert norms[int(found[1])] == pytest.approx(float(found[2]), rel=1e-2)
+
+
+# --- Adam as PyTorch has it ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_with_bias_correction_it_is_the_adam_of_the_papers(decay: float) -> None:
+    """In float64, step by step (Kingma and Ba, 2015; decay as Loshchilov and Hutter, 2019)."""
+    rng = np.random.default_rng(0)
+    optimizer = Optimizer(1e-2, 50, "cosine", "10%", weight_decay=decay, bias_correction=True)
+    weights = rng.normal(size=64).astype(np.float32)
+    found, moments = mx.array(weights), start(64)
+    w, m, v = weights.astype(np.float64), 0, 0
+    sizes = 10.0 ** rng.integers(-9, 2, 64)  # some as small as epsilon
+    for t in range(1, 51):
+        g = (rng.normal(size=64) * sizes).astype(np.float32)
+        found, moments, _ = optimizer.update(mx.array(g), found, moments)
+        g, rate = g.astype(np.float64), optimizer.rate(t)
+        w = w - rate * decay * w
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        w = w - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    assert np.abs(w - weights).max() > 0.05
+    np.testing.assert_allclose(found, w, rtol=0, atol=1e-6)
+
+
+def test_without_it_the_first_step_is_over_three_times_as_large() -> None:
+    """0.1 g / √(0.001 g²) in place of g / |g|; and AdamW's decay is apart from the gradient."""
+    for flags, moved in [({}, 10**0.5), ({"bias_correction": True}, 1.0)]:
+        assert update(Optimizer(0.1, **flags), [2.0, 3.0])[0] == pytest.approx(
+            [1 - 0.1 * moved] * 2
+        )
+    assert update(Optimizer(0.1, weight_decay=0.5), [0.0, 0.0])[0] == pytest.approx([0.95] * 2)
+
+
+def test_weight_decay_is_for_adamw_and_a_change_of_it_is_told(
+    call: CommandLine, args: list[object], tmp_path: Path
+) -> None:
+    one_error(call(*args, "--weight-decay", 0.1), "--weight-decay", "--optimizer adamw")
+    call(*args, "--iters", 1, "--optimizer", "adamw", "--weight-decay", 0.1)
+    resume = ["--iters", 2, "--resume-adapter-file", tmp_path / "a.npz", "--optimizer", "adamw"]
+    assert "--weight-decay (0.1, now 0.01)\n" in call(*args, *resume).stderr

@@ -71,7 +71,10 @@ class Run:
     @property
     def optimizer(self) -> Optimizer:
         c = self.config
-        return Optimizer(c.learning_rate, self.iters, c.lr_schedule, c.warmup, c.max_grad_norm)
+        return Optimizer(
+            c.learning_rate, self.iters, c.lr_schedule, c.warmup, c.max_grad_norm, c.weight_decay,
+            c.bias_correction,
+        )  # fmt: skip
 
     def check(self) -> None:
         """Check that a run can save here; raises UserError where it cannot."""

@@ -56,12 +56,13 @@ def parted(flat: mx.array, like: dict) -> dict:
 
 
 def read_moments(model: nn.Module, saved: dict[str, np.ndarray], iteration: int = 0) -> Moments:
-    """Adam's moments `m` and `v` of all parameters, and the run's `iteration`, the last one done.
+    """Adam's moments `m` and `v` of all parameters, the `steps` they are of, and the `iteration`.
 
     Args:
         saved: as `Trainer.named_moments` has it; parameters without moments start fresh.
+        iteration: of the run, the last one done.
     """
-    moments = {"iteration": iteration}
+    moments = {"iteration": iteration, "steps": int(saved.get("steps", [0])[0])}
     for moment in ("m", "v"):
         of_each = {
             name: mx.array(saved.get(f"{name}.{moment}", mx.zeros(array.shape)))
@@ -204,8 +205,8 @@ class Trainer:
         self.model.update(parted(self.parameters, self.like))
 
     def named_moments(self) -> dict[str, mx.array]:
-        """The moments of each parameter (`….m`, `….v`), as MLX names them."""
-        return {
+        """The moments of each parameter (`….m`, `….v`), as MLX names them, and their `steps`."""
+        return {"steps": mx.array([self.moments["steps"]])} | {
             f"{name}.{moment}": array
             for moment in ("m", "v")
             for name, array in tree_flatten(parted(self.moments[moment], self.like))
