@@ -114,10 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     switch("--mask-prompt", "count the loss on answers only, not on questions")
     add("--lora-rank", whole_number(1, below=2**16), None, "rank of the LoRA update (default: 8)")
     add("--lora-scale", scale_number, None, "scale of the LoRA update (default: 20.0)")
-    add("--lr-schedule", str, "constant", f"learning rate over the run: {', '.join(SCHEDULES)}",
+    add("--lr-schedule", str, "constant", f"rate over the run: {', '.join(SCHEDULES)}",
         choices=SCHEDULES, metavar="FORM")  # fmt: skip
-    add("--warmup", iterations_or_share, "0", "iterations in which the learning rate rises, or N%% "
-        "of the run")  # fmt: skip
+    add("--warmup", iterations_or_share, "0", "iterations of rising learning rate, or N%% of all")
     add("--max-grad-norm", positive_number, None, "scale gradients of a larger norm down to it")
     add("--optimizer", str, "adam", "adam or adamw", choices=("adam", "adamw"), metavar="FORM")
     add("--weight-decay", nonnegative_number, None, "weight decay of adamw (default: 0.01)")

@@ -132,7 +132,7 @@ def test_a_text_unlike_the_others_is_named_by_its_line(
     *_, last = ended.stderr.splitlines()
     found = re.fullmatch(
         r"warning: iteration (\d+): the gradient's norm \((.*)\) is \d+ times the median of those "
-        r"before; its texts are lines 14 of train.jsonl", last,
+        r"before; look at train.jsonl, lines 14", last,
     )  # fmt: skip
     assert found and ended.stderr.count("warning") <= 2
     norms = {entry["iter"]: entry["grad_norm"] for entry in reports(tmp_path)}

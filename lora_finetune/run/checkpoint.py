@@ -30,7 +30,7 @@ def run_folder(adapter_file: Path) -> Path:
 # --- Progress -----------------------------------------------------------------------------------
 
 
-NORMS, LEAST_NORMS = 101, 10  # of gradients: how many are kept, and make a median
+NORMS, LEAST_NORMS = 101, 20  # of gradients: how many are kept, and make a median
 
 
 @dataclass

@@ -50,8 +50,8 @@ def warn_of_jump(run: Run, texts: batching.Examples) -> None:
     lines = ", ".join(map(str, sorted(run.lines[rows])[:10])) + ", …" * (len(rows) > 10)
     warn(
         f"iteration {progress.iteration}: the gradient's norm ({progress.norms[-1]:.3g}) is "
-        f"{progress.jump:.0f} times the median of those before; its texts are lines {lines} of "
-        "train.jsonl"
+        f"{progress.jump:.0f} times the median of those before; look at "
+        f"train.jsonl, lines {lines}"
     )
 
 
