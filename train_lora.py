@@ -28,13 +28,14 @@ from lora_finetune.base.command_line import (
     json_object,
     nonempty,
     nonnegative_number,
+    positive_number,
     scale_number,
     whole_number,
 )
 from lora_finetune.base.errors import Interrupted, UserError, first_line, hint, print_line, warn
 from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
-from lora_finetune.mlx_patches import attention, patches, rope
+from lora_finetune.mlx_patches import attention, patches
 from lora_finetune.mlx_patches.loading import Limits, find_limits
 from lora_finetune.model_folder.files import context_length, fingerprints
 from lora_finetune.model_folder.hub import find_model, public_name
@@ -113,10 +114,13 @@ def build_parser() -> argparse.ArgumentParser:
     switch("--mask-prompt", "count the loss on answers only, not on questions")
     add("--lora-rank", whole_number(1, below=2**16), None, "rank of the LoRA update (default: 8)")
     add("--lora-scale", scale_number, None, "scale of the LoRA update (default: 20.0)")
-    add("--lr-schedule", str, "constant", f"learning rate over the run: {', '.join(SCHEDULES)}",
+    add("--lr-schedule", str, "constant", f"rate over the run: {', '.join(SCHEDULES)}",
         choices=SCHEDULES, metavar="FORM")  # fmt: skip
-    add("--warmup", iterations_or_share, "0", "iterations in which the learning rate rises, or N%% "
-        "of the run")  # fmt: skip
+    add("--warmup", iterations_or_share, "0", "iterations of rising learning rate, or N%% of all")
+    add("--max-grad-norm", positive_number, None, "scale gradients of a larger norm down to it")
+    add("--optimizer", str, "adam", "adam or adamw", choices=("adam", "adamw"), metavar="FORM")
+    add("--weight-decay", nonnegative_number, None, "weight decay of adamw (default: 0.01)")
+    switch("--bias-correction", "correct Adam's moments for their start at 0, as PyTorch does")
     add("--patience", positive, None, "early-stopping patience, in validations")
     add("--chat-template-args", json_object, None, "arguments of the chat template, such as "
         "'{\"enable_thinking\": false}'", metavar="JSON")  # fmt: skip
@@ -352,6 +356,7 @@ def training_loop(
         last = iteration == run.iters
         if iteration > progress.iteration:
             progress.add(*next(steps))  # raises where it is not finite
+            report.warn_of_jump(run, examples["train"])
             bar.update()
             group.check_stop()
         if progress.steps and (last or progress.every(config.steps_per_report)):

@@ -113,6 +113,38 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(
         assert_same_run(folder, uninterrupted)
 
 
+RECIPE = [
+    "--lr-schedule",
+    "cosine",
+    "--warmup",
+    "30%",
+    "--max-grad-norm",
+    2,
+    "--optimizer",
+    "adamw",
+]
+RECIPE += ["--weight-decay", 0.1, "--bias-correction"]
+
+
+def test_a_run_with_all_that_is_off_by_default_goes_on_the_same(
+    args: list[object], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Rates and Adam's correction are of the iteration, also where the run was killed twice."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder, kills in [(whole, []), (cut, [9, 20])]:
+        folder.mkdir()
+        resume: list[object] = []
+        for step in [*kills, None]:
+            more = [*args, *RECIPE, "--iters", ITERS, *resume]
+            background.start(folder, *more, killed_at=step).join()
+            resume = ["--resume-adapter-file", "a.npz"]
+    assert_same_run(cut, whole)
+    log = entries(whole / "a.run/log.jsonl", "learning_rate")
+    assert (log[0]["learning_rate"], log[-1]["learning_rate"]) == (7.5e-3, 0)  # of 3 and 13
+    assert (whole / "a.npz").read_bytes() != (uninterrupted / "a.npz").read_bytes()
+    assert int(checkpoint.read_state(cut / "a.npz").optimizer["steps"][0]) == ITERS
+
+
 def test_a_state_that_is_a_save_ahead_of_its_adapter_is_used(
     args: list[object], uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import background
 import models
 import tiny
-import train_lora
 from conftest import Run
 from lora_finetune.adapters import loading
 from lora_finetune.base import memory

@@ -46,7 +46,7 @@ def batches(number: int) -> Iterator[list]:
 
 def take(trainer: Trainer, given: Iterator[list], ahead: bool) -> Iterator[tuple[float, int]]:
     """The loss and the targets of each step."""
-    for total, tokens, _ in trainer.steps(given, ahead=lambda: ahead):
+    for total, tokens, *_ in trainer.steps(given, ahead=lambda: ahead):
         yield total, tokens
 
 

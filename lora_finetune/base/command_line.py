@@ -102,14 +102,15 @@ def number(kind: type, least: float, below: float = math.inf, also: int | None =
 
 
 whole_number = partial(number, int, below=2**31)
-nonnegative_number, scale_number = number(float, 0), number(float, 0.0001, below=10001)
+nonnegative_number, positive_number = number(float, 0), number(float, 1e-9)
+scale_number = number(float, 0.0001, below=10001)
 
 
 def iterations_or_share(text: str) -> str:
     """An argparse type: a number of iterations ("100"), or a percentage of a run ("5%")."""
     is_share = text.endswith("%")
     value = float(text[:-1]) if is_share else int(text)
-    if not 0 <= value < (100.0001 if is_share else 2**31):
+    if not 0 <= value <= (100 if is_share else 2**31 - 1):
         raise argparse.ArgumentTypeError("must be iterations, such as 100, or a share, such as 5%")
     return f"{value:g}%" if is_share else str(value)
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import models
@@ -29,6 +30,9 @@ def run_folder(adapter_file: Path) -> Path:
 # --- Progress -----------------------------------------------------------------------------------
 
 
+NORMS, LEAST_NORMS = 101, 20  # of gradients: how many are kept, and make a median
+
+
 @dataclass
 class Progress:
     """How far a run has come; saved with each adapter.
@@ -44,6 +48,7 @@ class Progress:
         micro_batches: how many each batch is computed in, for its memory.
         has_room: whether the states of frozen layers, if any, can be kept for later epochs.
         log_lines: how many the log had.
+        norms: of the gradients of the last steps, NORMS at most.
     """
 
     iteration: int = 0
@@ -61,14 +66,23 @@ class Progress:
     micro_batches: int = 1
     has_room: bool = True
     log_lines: int = 0
+    norms: list[float] = field(default_factory=list)
 
-    def add(self, total: float, tokens: int, seconds: float) -> None:
-        """Count one iteration: the sum of its loss, and its target tokens."""
+    def add(self, total: float, tokens: int, seconds: float, norm: float) -> None:
+        """Count one iteration: the sum of its loss, its target tokens, its gradient's norm."""
         self.iteration, self.finished = self.iteration + 1, False
         self.total += total
         self.tokens += tokens
         self.steps += 1
         self.seconds += seconds
+        self.norms = [*self.norms, norm][-NORMS:]
+
+    @property
+    def jump(self) -> float:
+        """The last gradient's norm over the median of those before, 0 where they are too few."""
+        *before, last = self.norms
+        usual = median(before) if len(before) >= LEAST_NORMS else 0
+        return last / usual if usual else 0.0
 
     def add_validation(self, loss: float) -> bool:
         """Count a validation after the last iteration; returns whether it is the best so far."""

@@ -42,6 +42,10 @@ class Config:
     learning_rate: float = field(metadata=RESULT)
     lr_schedule: str = field(metadata=RESULT)
     warmup: str = field(metadata=RESULT)
+    max_grad_norm: float | None = field(metadata=RESULT)
+    optimizer: str = field(metadata=RESULT)
+    weight_decay: float = field(metadata=RESULT)
+    bias_correction: bool = field(metadata=RESULT)
     val_batches: int = field(metadata=RESULT)
     max_seq_length: int = field(metadata=RESULT)
     mask_prompt: bool = field(metadata=RESULT)
@@ -123,6 +127,8 @@ def read_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
         args.adapter_file += ".npz"
         if args.train:
             warn(f"adapters are saved as .npz files, so this one is {args.adapter_file}")
+    if "weight_decay" not in args.typed:
+        args.weight_decay = 0.01 if args.optimizer == "adamw" else 0.0  # PyTorch's default
     if args.resume_adapter_file and "lora_layers" not in args.typed:
         args.lora_layers = None
     if "start_iter" not in args.typed:
@@ -142,6 +148,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("argument --resume-adapter-file: resumes training, so it needs --train")
     if args.no_adapter and (args.train or args.export):
         parser.error("argument --no-adapter: is for --test and --prompt, without --train, --export")
+    if args.weight_decay is not None and args.optimizer == "adam":
+        parser.error("argument --weight-decay: is for --optimizer adamw")
     if not args.train and (flags := {"lora_rank", "lora_scale"} & args.typed):
         parser.error(f"argument {flag_name(min(flags))}: is for training; an adapter has its own")
     for form, path in args.export or []:

@@ -25,7 +25,8 @@ def report_training(run: Run) -> None:
         "it_per_sec": progress.steps / progress.seconds,
         "tokens_per_sec": progress.tokens / progress.seconds,
         "peak_mem_gb": mx.get_peak_memory() / 1e9,
-        "learning_rate": optimizer.rate(progress.iteration),
+        "learning_rate": optimizer.rate(progress.iteration),  # this and the next of the last step
+        "grad_norm": progress.norms[-1],
     }
     rate = f", Learning rate {numbers['learning_rate']:.3e}" if optimizer.varies else ""
     print_line(
@@ -35,6 +36,23 @@ def report_training(run: Run) -> None:
     )
     run.add_to_log({"iter": progress.iteration} | numbers)
     progress.total, progress.tokens, progress.steps, progress.seconds = 0.0, 0, 0, 0.0
+
+
+UNUSUAL = 10.0  # times the median; a text that is broken shows in the norm of the gradient first
+
+
+def warn_of_jump(run: Run, texts: batching.Examples) -> None:
+    """Warn where the gradient of the last iteration is far larger than those before it."""
+    progress, config = run.progress, run.config
+    if progress.jump <= UNUSUAL:
+        return
+    rows = batching.rows_of(texts.lengths, config.batch_size, config.seed, progress.iteration)
+    lines = ", ".join(map(str, sorted(run.lines[rows])[:10])) + ", …" * (len(rows) > 10)
+    warn(
+        f"iteration {progress.iteration}: the gradient's norm ({progress.norms[-1]:.3g}) is "
+        f"{progress.jump:.0f} times the median of those before; look at "
+        f"train.jsonl, lines {lines}"
+    )
 
 
 # --- The picture --------------------------------------------------------------------------------
@@ -83,7 +101,7 @@ def plot_losses(figure: Any, training: list[dict], validation: list[dict]) -> No
     axes.set_ylabel("Loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend()
-    iterations, rates = zip(*((e["iter"], e["learning_rate"]) for e in training), strict=True)
+    iterations, rates = zip(*((e["iter"], e.get("learning_rate")) for e in training), strict=True)
     if len(set(rates)) > 1:
         right = axes.twinx()
         right.plot(iterations, rates, ":", color="0.55", linewidth=1)

@@ -51,6 +51,7 @@ class Run:
         iters: the iteration to train to.
         settings: what the result depends on, by the names to report each under.
         question: one of the validation texts', to ask.
+        lines: of the training texts, in their file.
         pending_best: arrays of the best adapter, to be written with the next save.
         replaces: whether an earlier run is to be kept first.
     """
@@ -63,14 +64,17 @@ class Run:
         self.progress = start.state.progress if start.state else Progress()
         self.model = pinned_model(config, start)
         self.iters, self.settings = 0, start.settings
-        self.question = ""
+        self.question, self.lines = "", np.array([], int)
         self.pending_best: dict[str, np.ndarray] = {}
         self.replaces, self.lock_stream = False, None
 
     @property
     def optimizer(self) -> Optimizer:
         c = self.config
-        return Optimizer(c.learning_rate, self.iters, c.lr_schedule, c.warmup)
+        return Optimizer(
+            c.learning_rate, self.iters, c.lr_schedule, c.warmup, c.max_grad_norm, c.weight_decay,
+            c.bias_correction,
+        )  # fmt: skip
 
     def check(self) -> None:
         """Check that a run can save here; raises UserError where it cannot."""
@@ -250,6 +254,7 @@ def open_run(config: Config, files: dict[str, dataset.File], group: Group) -> Ru
     if public_name(run.model, adapter)[1]:
         run.settings[PINNED] = run.model
     run.question = prompts.example(files["valid"])
+    run.lines = np.array([number for number, _ in files["train"].rows])
     run.settings |= {files[split].path.name: files[split].checksum for split in ("train", "valid")}
     per_epoch = math.ceil(len(files["train"].rows) / config.batch_size)
     done = run.progress.iteration

@@ -86,6 +86,12 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def rows_of(lengths: np.ndarray, batch_size: int, seed: int, iteration: int) -> np.ndarray:
+    """The texts of the batch of an iteration, the first of which is 1."""
+    epoch, number = divmod(iteration - 1, math.ceil(len(lengths) / batch_size))
+    return epoch_batches(lengths, batch_size, seed, epoch)[number]
+
+
 def training_batches(
     examples: Examples, batch_size: int, seed: int, start: int,
     micro_batches: int = 1, rank: int = 0, size: int = 1,

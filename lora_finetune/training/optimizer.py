@@ -9,21 +9,28 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 SCHEDULES = ("constant", "linear", "cosine")
+BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam, in MLX as in PyTorch
 
 
 class Optimizer(NamedTuple):
-    """Adam, with a learning rate by the iteration.
+    """Adam or AdamW, with a learning rate by the iteration and a limit to the gradient.
 
     Attributes:
         learning_rate: the highest.
         iters: the last iteration of the run.
         warmup: iterations in which the rate rises, "100", or their share of the run, "5%".
+        max_grad_norm: the largest L2 norm of all gradients together; None for no limit.
+        weight_decay: AdamW's; 0 is Adam.
+        bias_correction: whether the moments are corrected for their start at 0.
     """
 
     learning_rate: float
     iters: int = 1
     schedule: str = "constant"
     warmup: str = "0"
+    max_grad_norm: float | None = None
+    weight_decay: float = 0.0
+    bias_correction: bool = False
 
     @property
     def varies(self) -> bool:
@@ -50,18 +57,34 @@ class Optimizer(NamedTuple):
 
     def update(
         self, gradient: mx.array, parameters: mx.array, moments: dict
-    ) -> tuple[mx.array, dict]:
-        """The parameters and moments after an iteration; those before it stay as they are.
+    ) -> tuple[mx.array, dict, mx.array]:
+        """The parameters and moments after an iteration, and the norm of its gradient.
 
-        Adam is MLX's own as it comes, without bias correction: the default learning rate and
-        recipes for MLX are made for it.
+        With a limit X the gradient is first multiplied by min(1, X / norm). PyTorch divides by
+        norm + 1e-6, against a norm of 0; here X / 0 is infinite, and min makes it 1.
+
+        Adam is MLX's own, as it comes without bias correction: the default learning rate and
+        recipes for MLX are made for it. With the correction, step t of rate r is PyTorch's:
+        r / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε), which is Adam without it, at a rate of
+        r · √(1 − β₂ᵗ) / (1 − β₁ᵗ) and with ε · √(1 − β₂ᵗ); these are computed in float64, where
+        MLX's own correction loses digits in float32. AdamW first multiplies the parameters by
+        1 − r · decay (Loshchilov and Hutter, 2019), as PyTorch does.
 
         Args:
             gradient: of the mean loss, float32 (n,), as `parameters` and the moments are.
-            moments: Adam's `m` and `v`, and the run's `iteration`, the last one done.
+            moments: Adam's `m` and `v`, the `steps` that they are of, and the run's `iteration`,
+                the last one done; those given stay as they are.
         """
-        iteration = moments["iteration"] + 1
-        moments = moments | {"iteration": iteration}  # a copy: Adam changes it in place
+        iteration, steps = moments["iteration"] + 1, moments["steps"] + 1
+        moments = moments | {"iteration": iteration, "steps": steps}  # Adam changes it in place
+        norm = mx.sqrt(mx.square(gradient).sum())
+        if self.max_grad_norm is not None:
+            gradient = gradient * mx.minimum(1, self.max_grad_norm / norm)
+        rate, corrections = self.rate(iteration), (1.0, 1.0)
+        if self.weight_decay:
+            parameters = parameters * (1 - rate * self.weight_decay)
+        if self.bias_correction:
+            corrections = 1 - BETAS[0] ** steps, math.sqrt(1 - BETAS[1] ** steps)
+        adam = optim.Adam(rate * corrections[1] / corrections[0], BETAS, EPS * corrections[1])
         # Not compiled: on a GPU that would take seconds, and operations on one array are few.
-        adam = optim.Adam(self.rate(iteration))
-        return adam.apply_single(gradient, parameters, moments), moments
+        return adam.apply_single(gradient, parameters, moments), moments, norm

@@ -56,12 +56,13 @@ def parted(flat: mx.array, like: dict) -> dict:
 
 
 def read_moments(model: nn.Module, saved: dict[str, np.ndarray], iteration: int = 0) -> Moments:
-    """Adam's moments `m` and `v` of all parameters, and the run's `iteration`, the last one done.
+    """Adam's moments `m` and `v` of all parameters, the `steps` they are of, and the `iteration`.
 
     Args:
         saved: as `Trainer.named_moments` has it; parameters without moments start fresh.
+        iteration: of the run, the last one done.
     """
-    moments = {"iteration": iteration}
+    moments = {"iteration": iteration, "steps": int(saved.get("steps", [0])[0])}
     for moment in ("m", "v"):
         of_each = {
             name: mx.array(saved.get(f"{name}.{moment}", mx.zeros(array.shape)))
@@ -81,6 +82,7 @@ class Result(NamedTuple):
     moments: Moments
     loss: mx.array  # the sum over all targets, in nats
     tokens: int  # how many targets there are
+    norm: mx.array  # of the gradient of the mean loss, before it is clipped
     parameter_sum: mx.array  # finite only if each gradient and updated parameter is
 
 
@@ -108,8 +110,10 @@ def make_step(model: nn.Module, loss: Loss, optimizer: Optimizer, group: Group =
             total, gradient = total + more, gradient + gradient_of_more
         total, gradient, tokens = group.sum(total, gradient, tokens)
         mean = gradient / mx.array(max(tokens, 1))
-        updated, moments = optimizer.update(mean, parameters, moments)
-        return Result(updated, moments, total, tokens, updated.sum())
+        updated, moments, norm = optimizer.update(mean, parameters, moments)
+        # A norm that overflows would clip the gradient to 0, which is finite.
+        checked = updated.sum() if optimizer.max_grad_norm is None else updated.sum() + 0 * norm
+        return Result(updated, moments, total, tokens, norm, checked)
 
     return step
 
@@ -156,8 +160,8 @@ class Trainer:
 
     def steps(
         self, batches: Iterator[list[batching.Batch]], ahead: Callable[[], bool]
-    ) -> Iterator[tuple[float, int, float]]:
-        """The sum of the loss of each step, its number of targets, and the seconds it took.
+    ) -> Iterator[tuple[float, int, float, float]]:
+        """Of each step the sum of the loss, the targets, the seconds, and the gradient's norm.
 
         Args:
             ahead: asked in each step whether the next may be begun before it has ended.
@@ -178,11 +182,12 @@ class Trainer:
                 mx.async_eval(present.loss)
                 # Python prepares it while a GPU has most to do, between the loss and the gradients.
                 following = begin(present.parameters, present.moments) if ahead() else None
-                mx.async_eval(present.parameter_sum, present.parameters, present.moments)
+                mx.async_eval(*present)
                 if following:
                     mx.async_eval(following.loss)
                 self.take_over(present)
-                yield present.loss.item(), present.tokens, time.perf_counter() - start
+                seconds = time.perf_counter() - start
+                yield present.loss.item(), present.tokens, seconds, present.norm.item()
                 start = time.perf_counter()
                 present = following or begin(self.parameters, self.moments)
         finally:  # a step that was begun leaves other parameters in the model
@@ -190,7 +195,7 @@ class Trainer:
 
     def take_over(self, result: Result) -> None:
         """Wait for the results of a step, and make them the model's; raises as `steps` does."""
-        mx.eval(result.loss, result.parameter_sum, result.parameters, result.moments)
+        mx.eval(*result)
         check_finite(result.loss.item(), "the loss")
         check_finite(result.parameter_sum.item(), "a gradient or a parameter")
         self.parameters, self.moments = result.parameters, result.moments
@@ -200,8 +205,8 @@ class Trainer:
         self.model.update(parted(self.parameters, self.like))
 
     def named_moments(self) -> dict[str, mx.array]:
-        """The moments of each parameter (`….m`, `….v`), as MLX names them."""
-        return {
+        """The moments of each parameter (`….m`, `….v`), as MLX names them, and their `steps`."""
+        return {"steps": mx.array([self.moments["steps"]])} | {
             f"{name}.{moment}": array
             for moment in ("m", "v")
             for name, array in tree_flatten(parted(self.moments[moment], self.like))
