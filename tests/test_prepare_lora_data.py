@@ -1868,7 +1868,13 @@ def test_a_share_of_0_makes_no_such_set_and_leaves_no_old_one(
     assert (tmp_path / f"out.previous-1/{split}.jsonl").exists()
 
 
-@pytest.mark.parametrize("columns", ["질문,답변", "질의,응답", "문제,정답", "Question,Answer"])
+DECOMPOSED = unicodedata.normalize("NFD", "질문,답변")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    ["질문,답변", "질의,응답", "문제,정답", "Question,Answer", " 질문 , 답변", DECOMPOSED],
+)
 def test_usual_names_of_columns_are_known_without_flags(
     takes: Takes, tmp_path: Path, columns: str
 ) -> None:

@@ -260,3 +260,5 @@ def test_the_printed_commands_are_short_and_ask_what_the_model_learnt(
     words = shlex.split(ask.removeprefix("Ask it:"))
     start = words.index("--model")
     assert words[start:] == [*map(str, flags), "--max-tokens", "2", *own]
+    ask = call(*flags, *train, "--prompt", "한\n'둘'").outcome.splitlines()[1]
+    assert ask.endswith("--prompt $'한\\n\\'둘\\''")

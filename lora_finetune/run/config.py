@@ -106,7 +106,16 @@ def command(flags: dict[str, Any]) -> str:
             words += [flag, *(f"./{word}" if word.startswith("-") else word for word in value)]
         elif value is not None and value is not False:
             words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
-    return shlex.join(words)
+    return " ".join(map(quoted, words))
+
+
+def quoted(word: str) -> str:
+    """A word quoted for the shell, in one line: with line ends as bash and zsh have them."""
+    if "\n" not in word:
+        return shlex.quote(word)
+    for plain, escaped in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n")):
+        word = word.replace(plain, escaped)
+    return f"$'{word}'"
 
 
 def read_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Config:

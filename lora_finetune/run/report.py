@@ -142,7 +142,7 @@ def commands(run: Run, adapter: Path) -> list[str]:
     config = run.config
     is_default = adapter == run.adapter and "adapter_file" not in config.typed
     flags = {"--model": config.model, "--adapter-file": None if is_default else adapter}
-    asked = [text for text in config.prompt or [] if text != "-" and text.splitlines() == [text]]
+    asked = [text for text in config.prompt or [] if text != "-"]
     ask = flags | config.typed_flags("asking") | {"--prompt": [*asked, run.question][0]}
     names = (run.adapter.with_suffix(f".merged{number or ''}") for number in count())
     merged = next(name for name in names if not name.exists())

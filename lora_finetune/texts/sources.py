@@ -14,6 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from lora_finetune.base.errors import UserError, first_line
+from lora_finetune.base.files import nfc
 from lora_finetune.texts.dataset import Row, check_format, read_json_lines
 from lora_finetune.texts.messages import FORM, WrittenFloat, advice_on_contents, is_objects
 
@@ -177,7 +178,8 @@ def read_csv(file: Path, columns: set[str], note: Note) -> Iterator[Row]:
                 note(f"read with {SEPARATORS[separator]} between the values")
             stream.seek(0)
         rows = csv.DictReader(stream, delimiter=separator, strict=True)
-        wanted(rows.fieldnames or [], columns)
+        rows.fieldnames = [nfc(name.strip()) for name in rows.fieldnames or []]
+        wanted(rows.fieldnames, columns)
         for row in rows:
             if None in row:
                 raise UserError(f"{file} has more values in a line than names in its first line")
