@@ -84,7 +84,7 @@ def logits_of_mlx_lm(model: nn.Module, file: Path, tokens: mx.array) -> np.ndarr
 
 def test_the_demo_asks_in_other_words_than_it_is_trained_on() -> None:
     texts = (ROOT / "data/demo/train.jsonl").read_text("utf-8")
-    [in_readme] = re.findall(r'qa --temp 0 \\\n +--prompt "(.*)"', ENGLISH)
+    [in_readme] = re.findall(r'demo.npz --temp 0 \\\n +--prompt "(.*)"', ENGLISH)
     for question in (QUESTION, in_readme):
         assert question in (ROOT / "data/demo/valid.jsonl").read_text("utf-8")
         assert question not in texts

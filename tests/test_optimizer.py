@@ -36,26 +36,27 @@ def reports(folder: Path) -> list[dict]:
 
 # --- The learning rate --------------------------------------------------------------------------
 
+ROOT_5 = math.sqrt(5)
 RATES = {  # of 6 iterations, two of them warmup, as parts of the highest rate
     "constant": [1 / 2, 1, 1, 1, 1, 1],
-    "linear": [1 / 2, 1, 3 / 4, 1 / 2, 1 / 4, 0],
-    "cosine": [1 / 2, 1, (2 + math.sqrt(2)) / 4, 1 / 2, (2 - math.sqrt(2)) / 4, 0],
+    "linear": [1 / 2, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5],
+    # cos 36° is (1 + √5) / 4, and cos 72° (√5 − 1) / 4
+    "cosine": [1 / 2, 1, (5 + ROOT_5) / 8, (3 + ROOT_5) / 8, (5 - ROOT_5) / 8, (3 - ROOT_5) / 8],
 }
 
 
 @pytest.mark.parametrize("schedule", RATES)
 @pytest.mark.parametrize("warmup", ["2", "33.3%", "17%"])  # a share is rounded up
-def test_the_rate_rises_to_its_peak_once_and_falls_to_zero_at_the_end(
-    schedule: str, warmup: str
-) -> None:
+def test_the_rate_rises_to_its_peak_once_and_falls_to_the_end(schedule: str, warmup: str) -> None:
     optimizer = Optimizer(8.0, 6, schedule, warmup)
     rates = [optimizer.rate(iteration) for iteration in range(1, 7)]
     assert rates == pytest.approx([8 * part for part in RATES[schedule]], abs=1e-12)
 
 
-def test_without_warmup_the_first_iteration_has_the_whole_rate_or_the_first_part() -> None:
+def test_without_warmup_the_first_iteration_has_the_whole_rate() -> None:
     assert [Optimizer(8.0, 4).rate(k) for k in (1, 4)] == [8, 8]
-    assert [Optimizer(8.0, 4, "linear").rate(k) for k in (1, 2, 3, 4)] == [6, 4, 2, 0]
+    assert [Optimizer(8.0, 4, "linear").rate(k) for k in (1, 2, 3, 4)] == [8, 6, 4, 2]
+    assert Optimizer(8.0, 1, "cosine").rate(1) == 8
 
 
 def test_a_rate_is_reported_and_a_longer_run_goes_on_by_its_own_schedule(
@@ -65,12 +66,12 @@ def test_a_rate_is_reported_and_a_longer_run_goes_on_by_its_own_schedule(
     args += ["--lr-schedule", "linear", "--warmup", "2"]
     ended = call(*args, "--iters", 4)
     assert re.findall(r"Peak mem [\d.]+ GB, Learning rate (.*)", ended.stdout) == [
-        "4.000e-03", "8.000e-03", "4.000e-03", "0.000e+00",
+        "4.000e-03", "8.000e-03", "5.333e-03", "2.667e-03",
     ]  # fmt: skip
     ended = call(*args, "--iters", 6, "--resume-adapter-file", tmp_path / "a.npz")
     assert ended.stderr == "hint: the learning rate is now that of a run of 6 iterations, not 4\n"
     rates = [entry["learning_rate"] for entry in reports(tmp_path)]
-    assert rates == pytest.approx([4e-3, 8e-3, 4e-3, 0, 2e-3, 0])
+    assert rates == pytest.approx([4e-3, 8e-3, 16e-3 / 3, 8e-3 / 3, 3.2e-3, 1.6e-3])
     assert "--lr-schedule linear --warmup 2 " in ended.outcome  # the command to go on
 
 

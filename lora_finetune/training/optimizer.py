@@ -44,14 +44,16 @@ class Optimizer(NamedTuple):
     def rate(self, iteration: int) -> float:
         """The learning rate of iteration k of n, from 1 on, with a warmup of w iterations.
 
-        It is peak · k / w for k = 1 … w; then, with d = (k − w) / (n − w), it is peak (constant),
-        peak · (1 − d) (linear) or peak · (1 + cos πd) / 2 (cosine): 0 at k = n.
+        It is peak · k / w for k = 1 … w, and w is 1 at least. Then, with d = (k − w) / (n − w + 1),
+        it is peak (constant), peak · (1 − d) (linear) or peak · (1 + cos πd) / 2 (cosine): once the
+        peak, and more than 0 to the end, so that the last iteration learns too.
         """
         number = float(self.warmup.removesuffix("%"))
         warmup = math.ceil(number * self.iters / 100) if "%" in self.warmup else int(number)
+        warmup = max(warmup, 1)
         if iteration <= warmup:
             return self.learning_rate * iteration / warmup
-        done = (iteration - warmup) / max(self.iters - warmup, 1)
+        done = (iteration - warmup) / (self.iters - warmup + 1)
         factors = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
         return self.learning_rate * factors[self.schedule]
 
