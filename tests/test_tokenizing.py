@@ -14,7 +14,7 @@ from conftest import ROOT, Run
 from lora_finetune.texts import dataset, tokenizing
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -137,6 +137,8 @@ def test_the_tokens_kept_of_a_long_text_are_those_of_the_whole_text(name: str) -
     @settings(max_examples=60 if name in TOKENIZERS else 10, deadline=None)
     @given(LONG_TEXTS, st.integers(2, 12), st.booleans(), st.integers(0, 30_000))
     def holds(text: str, longest: int, end: bool, prompt: int) -> None:
+        # Of more marks of the end at its end than are looked at, one would be right, and no text.
+        assume(not text.endswith(END * 100))
         tokens, num_targets, _ = tokenize(name, text, prompt, end, 10**6)
         kept, num_kept, cut = tokenize(name, text, prompt, end, longest)
         assert kept == tokens[:longest]
