@@ -108,7 +108,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.keep_chats and {"question_column", "answer_column", "context_column"} & args.typed:
         parser.error("--keep-chats keeps chats, which have no columns of questions and answers")
-    if args.valid_fraction + args.test_fraction >= 1:
+    args.shares = {"valid": args.valid_fraction, "test": args.test_fraction}
+    if sum(args.shares.values()) >= 1:
         parser.error("--valid-fraction and --test-fraction leave nothing for training")
     for name in {"source", "output"} - args.typed:
         setattr(args, name, in_project(getattr(args, name)))
@@ -352,8 +353,7 @@ def select(
 
     Splits that no file is of are drawn from "train". `counts` takes what became of the examples.
     """
-    lacking = {"valid": args.valid_fraction, "test": args.test_fraction}
-    shares = {k: v for k, v in lacking.items() if k not in dict(files).values()}
+    shares = {k: v for k, v in args.shares.items() if k not in dict(files).values()}
     lines: set[bytes] = set()
     questions: dict[bytes, str] = {}
     taken = Counter()  # from each split of the source
@@ -403,8 +403,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.keep_splits and len(names := dict.fromkeys(files.values())) > 1:
         warn(f"the splits {', '.join(names)} are pooled; --keep-splits keeps them apart")
     samples, notes, counts = [], {}, Counter()
-    shares = {"valid": args.valid_fraction, "test": args.test_fraction}
-    wanted = [s for s in SPLITS if shares.get(s) != 0 or s in dict(map(reversed, named))]
+    own = dict(named).values()
+    wanted = [split for split in SPLITS if split in own or args.shares.get(split) != 0]
     with nullcontext() if args.dry_run else replace_sets(output, wanted) as streams:
         for split, line in select(named, args, notes, counts):
             if streams:

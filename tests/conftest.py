@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # Threads only cost time with matrices as small as here, very much so on a busy computer.
@@ -120,6 +123,20 @@ def call(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
         return without_outcome(Ended(argv, status, *capfdbinary.readouterr()))
 
     return call
+
+
+def on_terminal(*command: object) -> tuple[int, bytes]:
+    """The status of a process, and what it writes to a terminal of 60 columns."""
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 60))
+    with subprocess.Popen(command, cwd=ROOT, stdout=writer, stderr=writer) as process:
+        os.close(writer)
+        shown = b""
+        with suppress(OSError):  # at its end
+            while more := os.read(reader, 1000):
+                shown += more
+    os.close(reader)
+    return process.returncode, shown
 
 
 PERPLEXITY = re.compile(r"ppl ([\d.]+)\.\n")  # on the test set, in what a program wrote

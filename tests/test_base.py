@@ -5,18 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import pty
 import resource
 import shutil
 import subprocess
 import sys
-import termios
-from contextlib import suppress
 from pathlib import Path
 
 import tiny
 import train_lora
-from conftest import PERPLEXITY, ROOT, Run, one_error
+from conftest import PERPLEXITY, ROOT, Run, on_terminal, one_error
 from lora_finetune.base import files
 
 import datasets
@@ -192,17 +189,8 @@ def test_a_bar_is_closed_before_an_error_and_a_line_stands_above_it() -> None:
         "bar = tqdm(total=2, mininterval=0); bar.update()\n"
         "errors.warn('a'); errors.print_line('b')\nraise errors.UserError('c')"
     )
-    reader, writer = pty.openpty()
-    termios.tcsetwinsize(writer, (24, 60))
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=writer
-    ) as process:
-        os.close(writer)
-        shown = b""
-        with suppress(OSError):  # at its end
-            while more := os.read(reader, 1000):
-                shown += more
-    assert process.returncode == 2
+    status, shown = on_terminal(sys.executable, "-c", program)
+    assert status == 2
     lines = shown.decode().replace("\r\n", "\n").split("\n")
     # What is behind the last carriage return of a line is what is seen of it.
     seen = [line.rpartition("\r")[2] for line in lines]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import shutil
-import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import templates
 import tiny
-from conftest import ROOT, Run
+from conftest import ROOT, Run, on_terminal
 from test_chat import turns, write_tokenizer
 
 
@@ -59,15 +55,7 @@ def test_what_is_cut_is_told(call: Run, model: Path, tmp_path: Path) -> None:
 
 def test_on_a_terminal_what_counts_is_in_colour(model: Path, tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path, "train", ["012"])
-    reader, writer = pty.openpty()
     args = ["--show-texts", "1", "--model", model, "--data", tmp_path]
-    with subprocess.Popen(
-        [sys.executable, ROOT / "train_lora.py", *args], stdout=writer
-    ) as process:
-        os.close(writer)
-        shown = b""
-        with suppress(OSError):  # at its end
-            while more := os.read(reader, 1000):
-                shown += more
-    assert process.returncode == 0
+    status, shown = on_terminal(sys.executable, ROOT / "train_lora.py", *args)
+    assert status == 0
     assert b"0\x1b[32m12<|endoftext|>\x1b[0m" in shown

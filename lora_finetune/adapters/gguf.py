@@ -43,9 +43,8 @@ LAYERS = re.compile(
 )
 
 
-def architecture_of(base: Path) -> str:
-    """llama.cpp's name for the kind of model in a folder; raises ValueError where it is unknown."""
-    config = read_object(base / "config.json")
+def architecture_of(config: dict) -> str:
+    """llama.cpp's name for the kind of a configuration; raises ValueError where it is unknown."""
     model_type = config["model_type"]
     if model_type not in ARCHITECTURES:
         raise ValueError(f"no adapter of {model_type} models is known to work in llama.cpp")
@@ -59,8 +58,8 @@ def tensor_names(model: nn.Module, base: Path) -> dict[str, str]:
 
     Raises ValueError where it knows no such model, or takes no LoRA of such a layer.
     """
-    architecture = architecture_of(base)
-    model_type = read_object(base / "config.json")["model_type"]
+    config = read_object(base / "config.json")
+    architecture, model_type = architecture_of(config), config["model_type"]
     [kind] = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
     known, names = gguf.get_tensor_name_map(kind, len(model.layers)), {}
     for path in models.lora_modules(model):
@@ -75,7 +74,8 @@ def tensor_names(model: nn.Module, base: Path) -> dict[str, str]:
 def write(file: str, adapter: Adapter, names: dict[str, str], base: Path, title: str) -> None:
     """Write an adapter of the model in the folder `base`, by llama.cpp's names."""
     adapter, rank = of_one_rank(adapter)
-    settings, architecture = text_settings(read_object(base / "config.json")), architecture_of(base)
+    config = read_object(base / "config.json")
+    settings, architecture = dict(text_settings(config)), architecture_of(config)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -83,7 +83,7 @@ def write(file: str, adapter: Adapter, names: dict[str, str], base: Path, title:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, models.SCALE * rank)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for path, (a, b) in adapter.items():
-        b = in_order(b.T, names[path], architecture, dict(settings))
+        b = in_order(b.T, names[path], architecture, settings)
         writer.add_tensor(f"{names[path]}.weight.lora_a", a.T)
         writer.add_tensor(f"{names[path]}.weight.lora_b", b)
     writer.write_header_to_file()

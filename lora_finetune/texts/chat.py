@@ -12,14 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_finetune.base.errors import first_line
-from lora_finetune.texts.messages import (
-    MARKS,
-    REASONING,
-    Message,
-    function_of,
-    with_arguments,
-    with_name,
-)
+from lora_finetune.texts.messages import MARKS, REASONING, Message, function_of, with_keys
 
 from transformers.utils import chat_template_utils
 
@@ -91,7 +84,7 @@ class Template:
         probe = {"probed": "probe"}
         for number, message in enumerate(chat.messages):
             if "tool_calls" in message:
-                calls = [with_arguments(call, probe) for call in message["tool_calls"]]
+                calls = [with_keys(call, arguments=probe) for call in message["tool_calls"]]
                 chat = chat.changed(number, message | {"tool_calls": calls})
         for form in (CallForm(j, n) for n in (False, True) for j in (False, True)):
             with suppress(Exception):
@@ -198,7 +191,7 @@ class Template:
             options.append([message | dict.fromkeys(["content", *thoughts], o) for o in "ab"])
         spans = (self.find_change(chat, text, number, others) for others in options)
         span = next(filter(None, spans), None)
-        named = [message | {"tool_calls": [with_name(c, o)]} for c in calls[:1] for o in "ab"]
+        named = [message | {"tool_calls": [with_keys(c, name=o)]} for c in calls[:1] for o in "ab"]
         changed = span or self.find_change(chat, text, number, named)
         if changed and prompt and not text.endswith(prompt, 0, changed[0]):
             # A turn begins behind the prompt, with what the template adds to it.
@@ -297,7 +290,7 @@ def for_template(message: Message, form: CallForm) -> Message:
             json.dumps(function_of(c)["arguments"], ensure_ascii=False) for c in found["tool_calls"]
         ]
         calls = zip(found["tool_calls"], texts, strict=True)
-        found["tool_calls"] = [with_arguments(call, text) for call, text in calls]
+        found["tool_calls"] = [with_keys(call, arguments=text) for call, text in calls]
     if "tool_calls" in found and form.null_content and not found["content"]:
         found["content"] = None
     return found
@@ -306,7 +299,7 @@ def for_template(message: Message, form: CallForm) -> Message:
 def with_call(message: Message, place: int, arguments: object) -> Message:
     """A message with other arguments in one of its tool calls."""
     calls = list(message["tool_calls"])
-    calls[place] = with_arguments(calls[place], arguments)
+    calls[place] = with_keys(calls[place], arguments=arguments)
     return message | {"tool_calls": calls}
 
 

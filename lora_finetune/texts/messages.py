@@ -221,17 +221,8 @@ def function_of(tool: dict[str, Any]) -> dict[str, Any]:
     return tool["function"] if isinstance(tool.get("function"), dict) else tool
 
 
-def with_arguments(call: dict[str, Any], arguments: object) -> dict[str, Any]:
-    """A tool call with other arguments."""
-    return changed(call, "arguments", arguments)
-
-
-def with_name(call: dict[str, Any], name: str) -> dict[str, Any]:
-    """A tool call of another function."""
-    return changed(call, "name", name)
-
-
-def changed(call: dict[str, Any], key: str, value: object) -> dict[str, Any]:
+def with_keys(call: dict[str, Any], **keys: object) -> dict[str, Any]:
+    """A tool call with other arguments, or another name."""
     if "function" in call:
-        return call | {"function": changed(call["function"], key, value)}
-    return call | {key: value}
+        return call | {"function": with_keys(call["function"], **keys)}
+    return call | keys

@@ -82,12 +82,12 @@ def own_template(learnt: str | None, tokenizer: TokenizerWrapper) -> str | None:
 
 def example(file: dataset.File) -> str:
     """A prompt, in one line, for a model that learnt texts like those of a file: a short one."""
-    questions = (" ".join(question_of(row).split()) for _, row in islice(file.rows, 100))
+    questions = (" ".join(asked_in(row).split()) for _, row in islice(file.rows, 100))
     by_length = sorted(filter(None, questions), key=len)
     return min(by_length, key=lambda text: "'" in text, default="")  # it is to be quoted
 
 
-def question_of(row: dataset.Row) -> str:
+def asked_in(row: dataset.Row) -> str:
     """What stands before the answer in a row; of a text without one, its first words."""
     if "messages" in row:
         asked = [m["content"] for m in row["messages"] if m["role"] == "user"]
