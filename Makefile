@@ -1,4 +1,4 @@
-# make demo   fine-tune a small model on data/demo, and ask it a question before and after
+# make demo   fine-tune a small model on data/demo, and watch how its answer to a question changes
 # make test   all tests
 # make lint   ruff
 # make bench  speed and memory, beside mlx_lm.lora and on large data (minutes)
@@ -11,8 +11,12 @@ BIN := .venv/bin
 .PHONY: demo test lint bench
 .DELETE_ON_ERROR:
 
+# Eight answers, four questions for each. A fifth question for each is for validation, and one of
+# them is asked: in five ways, so that wordings are learnt and not single questions.
 demo: .venv/installed
-	@$(BIN)/python -m lora_finetune.demo
+	$(BIN)/python train_lora.py --train --data data/demo --adapter-file lora_finetune/demo.npz \
+		--batch-size 4 --iters 64 --learning-rate 4e-4 --mask-prompt --steps-per-eval 16 \
+		--steps-per-report 8 --temp 0 --prompt "물은 몇 도에서 끓습니까?"
 
 test: .venv/installed-for-tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import date, datetime
@@ -190,7 +190,8 @@ def run_phases(config: Config, group: Group) -> None:
     with nullcontext() if plain else patches.applied():
         loss = losses.make_loss(model, plain) if files else None
         if config.train:
-            train(run, model, loss, examples)
+            answers = partial(generate.begin_answers, model, tokenizer, asked, limits.vocab_size)
+            train(run, model, loss, examples, answers)
         if config.test:
             test(run, model, loss, examples["test"])
     group.leave()
@@ -306,7 +307,10 @@ def disagrees_on_metal(examples: Splits, model: nn.Module) -> bool:
 # --- Training -----------------------------------------------------------------------------------
 
 
-def train(run: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
+Answers = Callable[[], list[str]]  # their beginnings, to the prompts, as the model is now
+
+
+def train(run: Run, model: nn.Module, loss: Loss, examples: Splits, answers: Answers) -> None:
     """Train to the last iteration, or to the one at which a signal asks for a stop.
 
     Raises:
@@ -334,12 +338,12 @@ def train(run: Run, model: nn.Module, loss: Loss, examples: Splits) -> None:
         )
         if prefix:
             frozen_prefix.keep_states(examples, run)
-        training_loop(run, model, loss, examples, trainer)
+        training_loop(run, model, loss, examples, trainer, answers)
     report.draw_losses(run)
 
 
 def training_loop(
-    run: Run, model: nn.Module, loss: Loss, examples: Splits, trainer: Trainer
+    run: Run, model: nn.Module, loss: Loss, examples: Splits, trainer: Trainer, answers: Answers
 ) -> None:
     """Step after step to the last iteration; once in a while report, validate and save.
 
@@ -363,7 +367,7 @@ def training_loop(
             report.report_training(run)
         due = progress.validated < 0 or last or progress.every(config.steps_per_eval)
         if due and progress.validated != iteration:
-            validate(run, model, loss, examples["valid"])
+            validate(run, model, loss, examples["valid"], answers)
         if config.patience and progress.not_improved >= config.patience and not last:
             stop_early(run)
             last = True
@@ -385,8 +389,10 @@ def may_begin_next(run: Run) -> bool:
     return training_step.AHEAD and is_whole and not is_due
 
 
-def validate(run: Run, model: nn.Module, loss: Loss, examples: batching.Examples) -> None:
-    """Report the validation loss, and keep the adapter if it is the best so far.
+def validate(
+    run: Run, model: nn.Module, loss: Loss, examples: batching.Examples, answers: Answers
+) -> None:
+    """Report the validation loss and the answers to prompts; keep the adapter if it is the best.
 
     The validation before the first step is reported with the number of that step.
     """
@@ -398,7 +404,10 @@ def validate(run: Run, model: nn.Module, loss: Loss, examples: batching.Examples
     training_step.check_finite(mean, "the validation loss")
     iteration = progress.iteration + (progress.validated < 0)
     print_line(f"Iter {iteration}: Val loss {mean:.3f}, Val took {took:.3f}s")
-    run.add_to_log({"iter": iteration, "val_loss": mean})
+    told = answers()
+    for text in told:
+        print_line(f"Iter {iteration}: Answer: {' '.join(text.split())}")
+    run.add_to_log({"iter": iteration, "val_loss": mean} | ({"answers": told} if told else {}))
     if progress.add_validation(mean):
         run.keep_best(model)
 

@@ -10,7 +10,6 @@ from conftest import ROOT, Run
 from lora_finetune.adapters import loading
 from lora_finetune.base.errors import UserError
 from lora_finetune.demo import demo_model
-from lora_finetune.demo.__main__ import QUESTION
 from lora_finetune.model_folder.tokenizer import load as load_tokenizer
 from test_readme import ENGLISH
 
@@ -84,8 +83,9 @@ def logits_of_mlx_lm(model: nn.Module, file: Path, tokens: mx.array) -> np.ndarr
 
 def test_the_demo_asks_in_other_words_than_it_is_trained_on() -> None:
     texts = (ROOT / "data/demo/train.jsonl").read_text("utf-8")
+    [watched] = re.findall(r'--prompt "(.*)"', (ROOT / "Makefile").read_text("utf-8"))
     [in_readme] = re.findall(r'demo.npz --temp 0 \\\n +--prompt "(.*)"', ENGLISH)
-    for question in (QUESTION, in_readme):
+    for question in (watched, in_readme):
         assert question in (ROOT / "data/demo/valid.jsonl").read_text("utf-8")
         assert question not in texts
 

@@ -277,3 +277,9 @@ def test_a_generated_token_that_a_sentencepiece_tokenizer_lacks_is_an_error(
     args = ["--model", folder, "--adapter-file", tmp_path / "b.npz", "--prompt", ":"]
     error = one_error(call(*args, "--temp", 0))
     assert "generated a token that its tokenizer does not have" in error
+
+    tiny.write_jsonl(tmp_path / "data", "train", ["aaaa"] * 8)
+    args += ["--data", tmp_path / "data", "--train", "--iters", 2, "--steps-per-eval", 1]
+    error = call(*args).stderr
+    assert error.count("warning: the answer is not shown: the model generated a token") == 1
+    assert (tmp_path / "b.run/state.npz").exists()  # training goes on

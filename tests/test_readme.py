@@ -94,7 +94,7 @@ def test_the_commands_work_as_typed_one_after_the_other(tmp_path: Path) -> None:
     ) as process:  # fmt: skip
         printed = process.stdout.read().decode()
     assert process.returncode == 0, printed
-    assert printed.count("\nAfter     ") == 1
+    assert printed.count("\nIter 64: Answer: ") == 1
     assert printed.count("Saved adapter weights to lora_finetune/lora_adapters.npz") == 4
     assert "error:" not in printed
     assert (project / "answers.gguf").exists() and (project / "answers.Modelfile").exists()

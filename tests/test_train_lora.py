@@ -39,7 +39,8 @@ def numbers(pattern: str, text: str) -> list[str]:
 
 
 def shapes(text: str) -> list[str]:
-    """The lines of a text, with # in place of each number that has three decimals."""
+    """The lines of a text, with # for each answer and each number that has three decimals."""
+    text = re.sub(r"(?m)^(Iter \d+: Answer:).*$", r"\1 #", text)
     return re.sub(r"\d+\.\d{3}(?!\d)", "#", text).removesuffix("\n").split("\n")
 
 
@@ -105,14 +106,18 @@ def test_a_run_trains_then_tests_then_generates_and_says_so_in_these_lines(
         "Trainable parameters #M",
         "Training: 37 examples, 2169 tokens, longest 81, 0 cut",
         "Iter 1: Val loss #, Val took #s",
+        "Iter 1: Answer: #",
         "Iter 10: Train loss #, It/sec #, Tokens/sec #, Peak mem # GB",
         "Iter 10: Val loss #, Val took #s",
+        "Iter 10: Answer: #",
         "Iter 10: Saved adapter weights to adapter.npz.",
         "Iter 20: Train loss #, It/sec #, Tokens/sec #, Peak mem # GB",
         "Iter 20: Val loss #, Val took #s",
+        "Iter 20: Answer: #",
         "Iter 20: Saved adapter weights to adapter.npz.",
         "Iter 25: Train loss #, It/sec #, Tokens/sec #, Peak mem # GB",
         "Iter 25: Val loss #, Val took #s",
+        "Iter 25: Answer: #",
         "Iter 25: Saved adapter weights to adapter.npz. "
         "The best is of iteration 25 (validation #), in adapter.run/best.npz.",
         "Testing",
@@ -133,7 +138,7 @@ def test_the_log_has_the_printed_numbers_in_full(whole_run: tuple[Path, Ended]) 
     folder, ended = whole_run
     lines = []
     for entry in read_log(folder / "adapter.run/log.jsonl"):
-        if entry.keys() == {"iter", "val_loss"}:
+        if entry.keys() == {"iter", "val_loss", "answers"}:
             lines.append("Iter {iter}: Val loss {val_loss:.3f}".format(**entry))
         elif entry.keys() == {"test_loss", "test_ppl"}:
             lines.append("Test loss {test_loss:.3f}, Test ppl {test_ppl:.3f}.".format(**entry))
@@ -145,6 +150,29 @@ def test_the_log_has_the_printed_numbers_in_full(whole_run: tuple[Path, Ended]) 
             )
     report = ended.stdout.partition("Generating")[0].splitlines()
     assert lines == [line.partition(", Val took")[0] for line in report if " loss " in line]
+
+
+def test_each_validation_shows_the_beginnings_of_the_answers_to_prompts(
+    call: Run, data: Path, tmp_path: Path
+) -> None:
+    """The likeliest tokens, at most 40; the log has them as they are."""
+    words = "\n한글".encode()
+    model = tiny.make_speaker(tmp_path / "model", words, again=True)
+    args = ["--train", "--model", model, "--data", data, "--iters", 2, "--steps-per-eval", 1]
+    args += ["--learning-rate", 0, "--adapter-file", tmp_path / "a.npz"]
+    ended = call(*args, "--prompt", "말:", "--prompt", "\n")
+    # A character that the end cuts through is left out.
+    answers = [(words * 6)[:40].decode(errors="ignore"), (words * 6)[1:41].decode(errors="ignore")]
+    log = read_log(tmp_path / "a.run/log.jsonl")
+    assert [entry["answers"] for entry in log if "val_loss" in entry] == 3 * [
+        [answer.strip() for answer in answers]
+    ]
+    shown = [f"Answer: {' '.join(answer.split())}" for answer in answers]
+    printed = [line for line in ended.stdout.splitlines() if "Answer" in line]
+    assert printed == [f"Iter {n}: {line}" for n in (1, 1, 2) for line in shown]
+
+    shorter = call(*args, "--prompt", "말:", "--max-tokens", 7)
+    assert "Iter 1: Answer: 한글\n" in shorter.stdout
 
 
 def test_the_folder_holds_the_adapter_and_what_belongs_to_it_and_nothing_else(
@@ -181,7 +209,8 @@ def test_both_command_lines_and_two_runs_give_the_same_adapter_to_the_byte(
     assert (tmp_path / "adapter.npz").read_bytes() == expected
     assert "Testing" not in ended.stdout
     assert "Generating" not in ended.stdout
-    assert shapes(ended.stdout) == shapes(whole_run[1].stdout.partition("Testing")[0])
+    watched = shapes(whole_run[1].stdout.partition("Testing")[0])  # which changes nothing
+    assert shapes(ended.stdout) == [line for line in watched if "Answer" not in line]
 
 
 def test_another_seed_gives_another_adapter(

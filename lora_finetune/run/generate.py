@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import models
 from lora_finetune.base import memory
-from lora_finetune.base.errors import UserError
+from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.run.config import Config
 from lora_finetune.texts import prompts
@@ -35,6 +35,37 @@ def generate_all(
             tokenizer.eos_token_ids |= prompt.end_tokens
             # Some models have logits for more tokens than there are.
             generate(model, tokenizer, prompt, lambda logits: sample(logits[..., :vocab_size]))
+
+
+AT_MOST = 40  # tokens of an answer that is watched
+
+
+def begin_answers(
+    model: nn.Module, tokenizer: TokenizerWrapper, asked: list[prompts.Prompt], vocab_size: int
+) -> list[str]:
+    """The greedy beginnings of the answers to prompts, of a model in training.
+
+    What cannot be generated is a warning, since training goes on without; then there are none.
+    """
+    model.eval()
+    try:
+        return [greedy_text(model, tokenizer, prompt, vocab_size) for prompt in asked]
+    except UserError as error:
+        warn(f"the answer is not shown: {first_line(error)}")
+        asked.clear()
+        return []
+    finally:
+        model.train()
+
+
+def greedy_text(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: prompts.Prompt, vocab_size: int
+) -> str:
+    tokenizer.eos_token_ids |= prompt.end_tokens
+    short = prompt._replace(max_tokens=min(prompt.max_tokens, AT_MOST))
+    greedy = stream(model, tokenizer, short, lambda x: mx.argmax(x[..., :vocab_size], axis=-1))
+    # A character that the end cut through is left out.
+    return "".join(response.text for response in greedy).strip().rstrip("\ufffd")
 
 
 def generate(

@@ -141,10 +141,10 @@ class Run:
         with atomic_write(self.log) as [stream]:
             stream.write("".join(self.log_lines).encode())
 
-    def add_to_log(self, numbers: dict[str, float]) -> None:
-        """Append an entry of numbers, in full, to the log, a JSON Lines file."""
-        entry = {name: n if math.isfinite(n) else None for name, n in numbers.items()}
-        self.log_lines.append(json.dumps(entry) + "\n")
+    def add_to_log(self, entry: dict[str, float | list[str]]) -> None:
+        """Append an entry, its numbers in full, to the log, a JSON Lines file."""
+        entry = {n: None if v in (math.inf, -math.inf) or v != v else v for n, v in entry.items()}
+        self.log_lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
         is_ours = self.adapter.suffix == ".npz" and not self.config.no_adapter
         if self.replaces or not (self.group.is_first and is_ours):
             return
