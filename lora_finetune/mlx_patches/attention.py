@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from lora_finetune.mlx_patches import activations
@@ -18,9 +18,10 @@ import numpy as np
 ON_CUDA = mx.cuda.is_available()
 
 # MLX's kernels for attention and its gradients, cuDNN's, are the fastest on CUDA, but their
-# gradients differ in the last bits from run to run. With MLX_CUDA_USE_CUDNN_SDPA=0, MLX's own
-# setting, it has none; then and where a kernel lacks something, it copies keys and values for each
-# head of a group that shares them. Here the queries of a group stand one behind the other.
+# gradients differ in the last bits from run to run; the attention itself does not. Without them
+# (MLX_CUDA_USE_CUDNN_SDPA=0, MLX's own setting) and where a kernel lacks something, it copies keys
+# and values for each head of a group that shares them. Here the queries of a group stand one behind
+# the other.
 USES_CUDNN = ON_CUDA and os.environ.get("MLX_CUDA_USE_CUDNN_SDPA") != "0"
 # The kernel for gradients takes lengths that are multiples of 128 (MLX 0.32.4,
 # ScaledDotProductAttentionVJP::use_fallback); up to 128 it is no faster.
@@ -42,31 +43,30 @@ def attention(
 
     For the gradients the scores of a block are computed again. Under a causal mask, keys after the
     block are left out. A mask other than "causal" or booleans (length, length) is left to MLX; one
-    that is added may have gradients of its own. What MLX has kernels of cuDNN for is left to them.
+    that is added may have gradients of its own. What MLX has kernels of cuDNN for is left to them:
+    all, or all but the gradients.
 
     Args:
         queries, keys, values: (rows, heads, length, size); the heads of keys and values can be
             fewer, and the size of values another.
     """
     length, scale = queries.shape[2], float(scale)
-    if USES_CUDNN and not isinstance(mask, mx.array) and has_kernels(queries, keys, values):
-        return whole_attention(
-            queries, keys, values, scale=scale, mask=mask, sinks=sinks, **options
-        )
+    whole = partial(whole_attention, scale=scale, mask=mask, sinks=sinks, **options)
+    is_fused = not isinstance(mask, mx.array) and has_kernel(queries, keys, values)
+    if is_fused and length >= LEAST_FOR_KERNELS and length % KERNEL_MULTIPLE == 0:
+        return whole(queries, keys, values)
     by_hand = sinks is None and (ON_CUDA or activations.uses_fast_exp(queries))
     is_known = mask is not None and keys.shape[2] == length
     if isinstance(mask, mx.array):
         is_known = mask.dtype == mx.bool_ and mask.shape == (length, length)
     size = BLOCK if length <= LONG else 2 * BLOCK
     if options or not is_known or (length <= size and not by_hand):
-        return whole_attention(
-            queries, keys, values, scale=scale, mask=mask, sinks=sinks, **options
-        )
+        return whole(queries, keys, values)
     blocks = Blocks(size, scale, mask, sinks, by_hand)
     inputs = queries, keys, mx.contiguous(values)  # which each product would copy otherwise
     if length <= size and ON_CUDA:  # the scores of one block are few; computed again, 4 % slower
         return keeping_probabilities(*blocks.block(inputs, 0), scale)
-    function = mx.custom_function(blocks.forward)
+    function = mx.custom_function(whole if is_fused else blocks.forward)
     function.vjp(blocks.gradients)
     return function(*inputs)
 
@@ -83,9 +83,9 @@ def repeats() -> str | None:
     return "attention is without cuDNN (MLX_CUDA_USE_CUDNN_SDPA=0), so runs repeat to the last bit"
 
 
-def has_kernels(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-    """Whether MLX has kernels for attention of such types and sizes, and for its gradients."""
-    if queries.shape[2] % KERNEL_MULTIPLE or queries.shape[2] < LEAST_FOR_KERNELS:
+def has_kernel(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether MLX has a kernel for attention of such types and sizes, but for its gradients."""
+    if not USES_CUDNN:
         return False
     try:
         whole_attention(queries, keys, values, scale=1.0, force_fused=True)
