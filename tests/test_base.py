@@ -182,6 +182,33 @@ def test_on_a_mac_what_is_saved_is_on_the_disk_itself(
     assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"whole"] * 2
 
 
+def test_what_a_folder_held_is_kept_in_it_where_nothing_can_be_made_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside the one folder that a container may write."""
+    file = tmp_path / "above" / "out" / "train.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("before")
+    (tmp_path / "above").chmod(0o555)
+    monkeypatch.chdir(tmp_path / "above")  # through what is above it, "nobody" may not go
+    is_root, nobody = os.getuid() == 0, 65534
+    if is_root:  # who may write everywhere
+        for path in (file.parent, file):
+            os.chown(path, nobody, -1)
+        os.setresuid(nobody, nobody, 0)
+    try:
+        for text in ("now", "then"):
+            with files.earlier_kept(Path("out"), [Path("out/train.jsonl")]):
+                Path("out/train.jsonl").unlink()
+                Path("out/train.jsonl").write_text(text)
+    finally:
+        if is_root:
+            os.setresuid(0, 0, 0)
+        (tmp_path / "above").chmod(0o755)
+    kept = sorted(file.parent.glob(".previous-*/train.jsonl"))
+    assert [each.read_text() for each in kept] == ["before", "now"]
+
+
 def test_a_bar_is_closed_before_an_error_and_a_line_stands_above_it() -> None:
     """As people see it on a terminal of 60 columns, where the bar fills its line."""
     program = (
