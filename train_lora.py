@@ -181,7 +181,7 @@ def run_phases(config: Config, group: Group) -> None:
     asked = encode_prompts(run, texts, tokenizer, template, limits)
     examples = read_examples(config, files, tokenizer, template, limits)
     prompts.warn_beyond_context(examples, asked, context_length(folder))
-    if not config.train:
+    if not (config.train or config.no_adapter):
         checkpoint.warn_of_changes(run.adapter, run.start.settings, identity)
     if group.size > 1:
         group.compare(must_agree(run, model, examples, identity))

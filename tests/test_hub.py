@@ -364,7 +364,13 @@ def test_a_pinned_revision_is_kept_in_the_state_and_in_exports(
     for form, key in [("peft", "base_model_name_or_path"), ("mlx-lm", "model")]:
         config = json.loads((tmp_path / form / "adapter_config.json").read_text())
         assert (config[key], config["revision"]) == (NAME, "refs/pr/1")
+        asked = call("--prompt", "a", "--model", NAME, "--adapter-file", tmp_path / form)
+        assert f"the model is {NAME}@refs/pr/1, since" in asked.stderr
+    further = [*go_on[:3], "--model", NAME, "--data", data, "--adapter-file", tmp_path / "b.npz"]
+    resumed = call(*further, "--val-batches", 1, "--resume-adapter-file", tmp_path / "peft")
+    assert f"the model is {NAME}@refs/pr/1, since" in resumed.stderr
     alone = call("--prompt", "a", "--model", NAME, "--no-adapter", "--adapter-file", adapter)
     assert f"was pinned when {adapter} was trained" in alone.stderr
-    other = call("--prompt", "a", "--model", f"{NAME}@main", "--adapter-file", adapter)
-    assert "have changed: the model's config.json" in other.stderr
+    ask = ["--prompt", "a", "--model", f"{NAME}@main", "--adapter-file", adapter]
+    assert "have changed: the model's config.json" in call(*ask).stderr
+    assert not call(*ask, "--no-adapter").stderr
