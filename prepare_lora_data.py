@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from lora_finetune.base.command_line import Parser, in_project, nonempty, number, whole_number
-from lora_finetune.base.errors import UserError, abbreviated, hint, is_unicode, warn
+from lora_finetune.base.errors import UserError, abbreviated, bar_options, hint, is_unicode, warn
 from lora_finetune.base.files import atomic_write, composed, earlier_kept, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
 from lora_finetune.texts import sources
@@ -352,7 +352,7 @@ def select(
     lines: set[bytes] = set()
     questions: dict[bytes, str] = {}
     taken = Counter()  # from each split of the source
-    progress = tqdm(None, "Preparing", args.limit, False, unit=" examples", disable=None)
+    progress = tqdm(None, "Preparing", args.limit, False, unit=" examples", **bar_options())
     for file, source in files:
         examples = read_examples(file, args, notes)
         while taken[source] != args.limit and (read := next(examples, None)):

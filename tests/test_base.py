@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -213,7 +214,7 @@ def test_a_bar_is_closed_before_an_error_and_a_line_stands_above_it() -> None:
     """As people see it on a terminal of 60 columns, where the bar fills its line."""
     program = (
         "import lora_finetune; from lora_finetune.base import errors; from tqdm import tqdm\n"
-        "bar = tqdm(total=2, mininterval=0); bar.update()\n"
+        "bar = tqdm(total=2, mininterval=0, **errors.bar_options()); bar.update()\n"
         "errors.warn('a'); errors.print_line('b')\nraise errors.UserError('c')"
     )
     status, shown = on_terminal(sys.executable, "-c", program)
@@ -223,6 +224,20 @@ def test_a_bar_is_closed_before_an_error_and_a_line_stands_above_it() -> None:
     seen = [line.rpartition("\r")[2] for line in lines]
     assert seen[:2] == ["warning: a", "b"]
     assert seen[2].startswith(" 50%|") and seen[3:] == ["error: c", ""]
+
+
+def test_bars_leave_room_in_their_line_for_what_a_terminal_shows_of_ctrl_c(
+    data: Path, model: Path, tmp_path: Path
+) -> None:
+    """Twice; in the next line it would let an old copy of the bar stand."""
+    args = ["--train", "--model", model, "--data", data, "--iters", 2, "--val-batches", 1]
+    args += ["--lora-layers", 4, "--adapter-file", tmp_path / "a.npz"]
+    command = [sys.executable, ROOT / "train_lora.py", *args]
+    status, shown = on_terminal(*map(str, command))
+    assert status == 0
+    drawn = [part.rstrip() for part in re.split("[\r\n\x1b]", shown.decode()) if "|" in part]
+    assert {bar.partition(" ")[0] for bar in drawn} == {"Tokenizing", "Evaluating:", "Training:"}
+    assert max(map(len, drawn)) <= 56
 
 
 # --- Flags from a file ---------------------------------------------------------------------------
