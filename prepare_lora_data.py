@@ -19,10 +19,9 @@ from functools import partial
 from itertools import chain, islice, pairwise, product, starmap
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-from unicodedata import is_normalized
 
 from lora_finetune.base.command_line import Parser, in_project, nonempty, number, whole_number
-from lora_finetune.base.errors import UserError, abbreviated, hint, is_unicode, warn
+from lora_finetune.base.errors import UserError, abbreviated, bar_options, hint, is_unicode, warn
 from lora_finetune.base.files import atomic_write, composed, earlier_kept, nfc
 from lora_finetune.base.signals import begin_process, raising_signals
 from lora_finetune.texts import sources
@@ -31,7 +30,7 @@ from lora_finetune.texts.dataset import (
     DECOMPOSED_HANGUL,
     Row,
     as_messages,
-    join_question,
+    below_headings,
     question_of,
 )
 from lora_finetune.texts.messages import (
@@ -54,6 +53,7 @@ Notes = dict[str, Counter[Path]]  # what to say of files once they are read, how
 NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers are innermost
 FOR_TEMPLATE = ("tools", "functions", "chat_template_kwargs")  # beside a chat
 AS_TEXT = "numbers and booleans in the column {} are written as text"
+FORMS = {"text": below_headings, "messages": as_messages}
 
 # The columns of questions and answers that are known without flags.
 QUESTIONS = ("question", "질문", "질의", "물음", "문의", "문제", "Question", "QUESTION", "Q", "q")
@@ -78,15 +78,8 @@ def build_parser() -> Parser:
         "output, prompt with completion, chats, SQuAD's form, texts are known too")  # fmt: skip
     add("--answer-column", nonempty, "answer", "column of the answers")
     add("--context-column", nonempty, None, "column of what is to stand before the question")
-    add(
-        "--form",
-        str,
-        "text",
-        "what to write: text, questions and answers below headings; or "
-        "messages, chats in the model's own form",
-        choices=("text", "messages"),
-        metavar="FORM",
-    )
+    add("--form", str, "text", "what to write: text, questions and answers below headings; or "
+        "messages, chats in the model's own form", choices=FORMS, metavar="FORM")  # fmt: skip
     switch("--keep-chats", "write chats as they are, as messages, not each question with its "
            "answer")  # fmt: skip
     add("--valid-fraction", share, 0.05, "share of validation; with 0 there is no valid.jsonl")
@@ -124,10 +117,11 @@ class Example(NamedTuple):
 
     topic: str  # the split is drawn by it: the question, or what it shares with others
     question: str  # for comparing, so it is composed (NFC): macOS takes letters apart in places
-    line: str  # as JSON; "" where a side is empty
+    row: Row  # of a prompt and its completion, a text or messages; {} where a side is empty
 
 
-EMPTY = Example("", "", "")
+EMPTY = Example("", "", {})
+Read = Iterator[tuple[Example, str]]  # each with its line, as JSON; "" for an empty one
 
 
 class Kind(NamedTuple):
@@ -175,13 +169,14 @@ def filled(row: Row) -> Row:
     return {k: v for k, v in row.items() if v is not None and v != [] and v == v}  # not NaN
 
 
-def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterator[Example]:
+def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Read:
     """The examples in each row of a file; a row of no kind, as without an answer, is empty."""
 
     def note(remark: str, times: int = 0) -> None:
         notes.setdefault(remark, Counter())[file] += times
 
     kinds = known_kinds(args, note)
+    put = FORMS[args.form]
     also = TURNS if args.keep_chats else ()
     columns = set(also).union(*(kind.columns + kind.more for kind in kinds))
     rows = map(as_chat, sources.read_rows(file, columns, note))
@@ -191,15 +186,13 @@ def read_examples(file: Path, args: argparse.Namespace, notes: Notes) -> Iterato
         for number, row in enumerate(map(filled, chain(first, rows)), 1):  # noqa: B007 used below
             kind = kind_of(row, kinds)
             for example in kind.make(row) if kind else [EMPTY]:
-                if not is_unicode(example.line + example.topic):
+                row = example.row and put(example.row)
+                line = to_json(composed(row) if args.normalize else row) if row else ""
+                if not is_unicode(line + example.topic):
                     raise ValueError("holds half a character, an unpaired surrogate")
-                if args.form == "messages" and example.line:
-                    example = example._replace(line=to_json(as_messages(json.loads(example.line))))
-                if args.normalize and not is_normalized("NFC", example.line):
-                    example = example._replace(line=to_json(composed(json.loads(example.line))))
-                if DECOMPOSED_HANGUL.search(example.line):
+                if DECOMPOSED_HANGUL.search(line):
                     note(f"examples with {DECOMPOSED}; --normalize composes it", 1)
-                yield example
+                yield example, line
     except ValueError as error:
         raise UserError(f"{file}, row {number}: {error}") from None
 
@@ -222,9 +215,10 @@ def check_columns(
     if rows and context and not {context, *NESTED} & set(names):
         raise UserError(f"{file} has no column {context} for --context-column; it has {there}")
     used = {name for kind in found for name in kind.columns + kind.more}
-    if found and not used.issuperset(names):
-        left_out = abbreviated(name for name in names if name not in used)
-        note(f"columns that are left out: {left_out}")
+    if found and (left_out := [name for name in names if name not in used]):
+        known = kinds[1:] and not args.keep_chats and {*QUESTIONS, *ANSWERS} & set(left_out)
+        other = "; --question-column and --answer-column name others" * bool(known)
+        note(f"columns that are left out: {abbreviated(left_out)}{other}")
 
 
 # --- The examples in a row ----------------------------------------------------------------------
@@ -241,12 +235,14 @@ def make_pair(note: Note, question: str, answer: str, asked: tuple, row: Row) ->
 
 
 def question_and_answer(question: str, answer: str) -> Example:
-    return make_example(join_question(question, answer) if question and answer else "")
+    asked = nfc(question)
+    row = {"prompt": question, "completion": answer}
+    return Example(asked, asked, row) if question and answer else EMPTY
 
 
 def make_example(text: str) -> Example:
     question = question_of(nfc(text))
-    return Example(question, question, to_json({"text": text})) if text else EMPTY
+    return Example(question, question, {"text": text}) if text else EMPTY
 
 
 def make_passages(context: str | None, note: Note, article: Row) -> Iterator[Example]:
@@ -307,8 +303,7 @@ def make_chat(note: Note, row: Row) -> list[Example]:
     if not (any(asked) and any(m["content"].strip() or "tool_calls" in m for m in answers)):
         return [EMPTY]
     question = nfc(next(filter(None, asked)))
-    line = to_json({"messages": messages} | read_beside(row))
-    return [Example(question, question, line)]
+    return [Example(question, question, {"messages": messages} | read_beside(row))]
 
 
 def text_in(row: Row, name: str, note: Note) -> str:
@@ -357,16 +352,17 @@ def select(
     lines: set[bytes] = set()
     questions: dict[bytes, str] = {}
     taken = Counter()  # from each split of the source
-    progress = tqdm(None, "Preparing", args.limit, False, unit=" examples", disable=None)
+    progress = tqdm(None, "Preparing", args.limit, False, unit=" examples", **bar_options())
     for file, source in files:
         examples = read_examples(file, args, notes)
-        while taken[source] != args.limit and (example := next(examples, None)):
+        while taken[source] != args.limit and (read := next(examples, None)):
             progress.update()
             counts["read"] += 1
+            example, line = read
             drawn = assign_split(example.topic, args.seed, shares)
             split = drawn if source == "train" else source
-            key = digest(example.line)
-            if not example.line:
+            key = digest(line)
+            if not line:
                 counts["empty"] += 1
             elif key in lines:
                 counts["duplicate"] += 1
@@ -375,7 +371,7 @@ def select(
             else:
                 taken[source] += 1
                 counts[split] += 1
-                yield split, example.line
+                yield split, line
             lines.add(key)
     progress.close()
 
@@ -386,7 +382,11 @@ def select(
 @contextmanager
 def replace_sets(folder: Path, splits: list[str]) -> Iterator[dict[str, BinaryIO]]:
     """A stream for each of the splits; together they replace all sets when all is written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"{folder} cannot be made: {error.strerror}"
+        raise UserError(f"the folder {why}; name another with --output") from None
     sets = {split: folder / f"{split}.jsonl" for split in SPLITS}
     with earlier_kept(folder, list(sets.values())):
         with atomic_write(*(sets[split] for split in splits)) as streams:

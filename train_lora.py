@@ -21,7 +21,7 @@ from pathlib import Path
 import lora_finetune  # noqa: F401  first: on a Linux CPU it loads a fast BLAS for MLX
 import models
 from lora_finetune.adapters import export, loading
-from lora_finetune.base import linux_cpu, memory
+from lora_finetune.base import errors, linux_cpu, memory
 from lora_finetune.base.command_line import (
     Parser,
     iterations_or_share,
@@ -181,7 +181,7 @@ def run_phases(config: Config, group: Group) -> None:
     asked = encode_prompts(run, texts, tokenizer, template, limits)
     examples = read_examples(config, files, tokenizer, template, limits)
     prompts.warn_beyond_context(examples, asked, context_length(folder))
-    if not config.train:
+    if not (config.train or config.no_adapter):
         checkpoint.warn_of_changes(run.adapter, run.start.settings, identity)
     if group.size > 1:
         group.compare(must_agree(run, model, examples, identity))
@@ -355,7 +355,8 @@ def training_loop(
         progress.micro_batches, group.rank, group.size,
     )  # fmt: skip
     steps = trainer.steps(batches, ahead=partial(may_begin_next, run))
-    bar = tqdm(desc="Training", initial=progress.iteration, total=run.iters, disable=None)
+    start, options = progress.iteration, errors.bar_options()
+    bar = tqdm(desc="Training", initial=start, total=run.iters, **options)
     for iteration in range(progress.iteration, run.iters + 1):
         last = iteration == run.iters
         if iteration > progress.iteration:

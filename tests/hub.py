@@ -28,6 +28,7 @@ class Hub:
         silent: a part of the paths of requests that are accepted and never answered.
         resets: how many times a file's connection is reset in the middle.
         token: where not None, requests with another token are refused, as by the real hub.
+        members: where not None, tokens that files are given to, as of a gated repository.
         seconds: that each kilobyte of a file takes.
         xet: the address of the storage service that has the weights, None without one.
     """
@@ -38,6 +39,7 @@ class Hub:
         self.silent: str | None = None
         self.resets = 0
         self.token: str | None = None
+        self.members: list[str] | None = None
         self.seconds = 0.0
         self.xet: str | None = None
         self.ended = Event()
@@ -79,6 +81,8 @@ class Handler(BaseHTTPRequestHandler):
             self.fail(401, "", "Invalid credentials in Authorization header")
         elif match := API.fullmatch(self.path.partition("?")[0]):
             self.answer_api(*match.groups())
+        elif hub.members is not None and str(given)[7:] not in hub.members:
+            self.fail(403 if given else 401, "GatedRepo", "Access to the model is restricted.")
         elif match := FILE.fullmatch(self.path):
             self.answer_file(*match.groups())
         else:
@@ -113,6 +117,7 @@ class Handler(BaseHTTPRequestHandler):
         content = (folder / name).read_bytes()
         if wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             content = content[int(wanted[1]) :]
+            hub.asked[-1] += f" from {wanted[1]}"
             self.send(content, headers, status=206)
         else:
             self.send(content, headers)

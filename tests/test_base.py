@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -182,11 +183,38 @@ def test_on_a_mac_what_is_saved_is_on_the_disk_itself(
     assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"whole"] * 2
 
 
+def test_what_a_folder_held_is_kept_in_it_where_nothing_can_be_made_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside the one folder that a container may write."""
+    file = tmp_path / "above" / "out" / "train.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("before")
+    (tmp_path / "above").chmod(0o555)
+    monkeypatch.chdir(tmp_path / "above")  # through what is above it, "nobody" may not go
+    is_root, nobody = os.getuid() == 0, 65534
+    if is_root:  # who may write everywhere
+        for path in (file.parent, file):
+            os.chown(path, nobody, -1)
+        os.setresuid(nobody, nobody, 0)
+    try:
+        for text in ("now", "then"):
+            with files.earlier_kept(Path("out"), [Path("out/train.jsonl")]):
+                Path("out/train.jsonl").unlink()
+                Path("out/train.jsonl").write_text(text)
+    finally:
+        if is_root:
+            os.setresuid(0, 0, 0)
+        (tmp_path / "above").chmod(0o755)
+    kept = sorted(file.parent.glob(".previous-*/train.jsonl"))
+    assert [each.read_text() for each in kept] == ["before", "now"]
+
+
 def test_a_bar_is_closed_before_an_error_and_a_line_stands_above_it() -> None:
     """As people see it on a terminal of 60 columns, where the bar fills its line."""
     program = (
         "import lora_finetune; from lora_finetune.base import errors; from tqdm import tqdm\n"
-        "bar = tqdm(total=2, mininterval=0); bar.update()\n"
+        "bar = tqdm(total=2, mininterval=0, **errors.bar_options()); bar.update()\n"
         "errors.warn('a'); errors.print_line('b')\nraise errors.UserError('c')"
     )
     status, shown = on_terminal(sys.executable, "-c", program)
@@ -196,6 +224,20 @@ def test_a_bar_is_closed_before_an_error_and_a_line_stands_above_it() -> None:
     seen = [line.rpartition("\r")[2] for line in lines]
     assert seen[:2] == ["warning: a", "b"]
     assert seen[2].startswith(" 50%|") and seen[3:] == ["error: c", ""]
+
+
+def test_bars_leave_room_in_their_line_for_what_a_terminal_shows_of_ctrl_c(
+    data: Path, model: Path, tmp_path: Path
+) -> None:
+    """Twice; in the next line it would let an old copy of the bar stand."""
+    args = ["--train", "--model", model, "--data", data, "--iters", 2, "--val-batches", 1]
+    args += ["--lora-layers", 4, "--adapter-file", tmp_path / "a.npz"]
+    command = [sys.executable, ROOT / "train_lora.py", *args]
+    status, shown = on_terminal(*map(str, command))
+    assert status == 0
+    drawn = [part.rstrip() for part in re.split("[\r\n\x1b]", shown.decode()) if "|" in part]
+    assert {bar.partition(" ")[0] for bar in drawn} == {"Tokenizing", "Evaluating:", "Training:"}
+    assert max(map(len, drawn)) <= 56
 
 
 # --- Flags from a file ---------------------------------------------------------------------------

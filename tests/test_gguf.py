@@ -38,6 +38,30 @@ def test_the_file_is_that_of_the_converter(name: str, tmp_path: Path) -> None:
     assert content(tmp_path / "a.gguf") == REFERENCE[name]
 
 
+def test_of_gpt_2_a_and_b_are_where_llama_cpp_has_them(tmp_path: Path) -> None:
+    """A (d_in), B (d_out), though the base's own weights are stored the other way round."""
+    model = make_model("gpt2", tmp_path)
+    export.write_all([("gguf", tmp_path / "a.gguf")], model, tmp_path, "gpt2")
+    shapes = {
+        name[6:]: tensor[:2] for name, tensor in content(tmp_path / "a.gguf")["tensors"].items()
+    }
+    assert shapes == {"attn_qkv.weight.lora_a": [64, 4], "attn_qkv.weight.lora_b": [4, 192]}
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "architecture"),
+    [("mamba", 2, "granitehybrid"), ("attention", 2, "granitemoe"), ("attention", 0, "granite")],
+)
+@pytest.mark.parametrize("transformers", [4, 5])
+def test_granite_4_is_what_llama_cpp_calls_it_by_its_layers(
+    layers: str, experts: int, architecture: str, transformers: int
+) -> None:
+    names = {"mamba": "linear_attention", "attention": "full_attention"}
+    kinds = [kind if transformers == 4 else names[kind] for kind in (layers, "attention")]
+    config = {"model_type": "granitemoehybrid", "num_experts_per_tok": experts}
+    assert gguf.architecture_of(config | {"layer_types": kinds}) == architecture
+
+
 def test_a_layer_of_which_llama_cpp_ignores_lora_is_named(tmp_path: Path) -> None:
     model = make_model("lfm2", tmp_path)
     models.add_lora(model, {"model.layers.0.conv.in_proj": 2})

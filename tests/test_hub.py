@@ -163,10 +163,16 @@ def test_a_hub_that_never_answers_is_waited_for_so_long_and_no_longer(
     assert time.monotonic() - started < 10
 
 
-def test_a_connection_that_is_reset_is_tried_again(hub: hubs.Hub) -> None:
-    hub.resets = 1
-    find_model(NAME)
-    assert sum("GET" in line and "safetensors" in line for line in hub.asked) == 2
+def test_a_connection_that_is_reset_is_made_again_and_goes_on_where_it_was(
+    hub: hubs.Hub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
+    hub.resets = 2
+    weights = find_model(NAME) / "model.safetensors"
+    assert weights.read_bytes() == (model / "model.safetensors").read_bytes()
+    first, *more = [line for line in hub.asked if "GET" in line and "safetensors" in line]
+    assert " from " not in first and len(more) == 2
+    assert all(int(line.rpartition(" from ")[2]) >= 50_000 for line in more)
 
 
 def ggufs(folder: Path) -> None:
@@ -253,6 +259,20 @@ def test_a_wrong_token_is_reported(hub: hubs.Hub, monkeypatch: pytest.MonkeyPatc
         find_model(NAME)
 
 
+def test_a_gated_model_is_reported_with_where_to_ask(
+    call: Run, hub: hubs.Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.members = ["hf_member"]
+    args = ["--model", NAME, "--adapter-file", adapter, "--prompt", "a"]
+    page = f"{constants.ENDPOINT}/{NAME}"
+    one_error(call(*args), f"not given you access yet (ask on {page}, then `hf auth login`)")
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    account = "the account of your token, that of HF_TOKEN, access yet"
+    one_error(call(*args), f"not given {account} (ask on {page})")
+    monkeypatch.setenv("HF_TOKEN", "hf_member")
+    assert call(*args).returncode == 0
+
+
 def test_a_cache_that_cannot_be_written_is_reported(hub: hubs.Hub, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     with pytest.raises(UserError, match=r"home/hub cannot be written: .*; make room, or let HF_HO"):
@@ -325,7 +345,7 @@ def test_ctrl_c_ends_a_download_at_once(
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=5)
     assert process.returncode == 128 + signal.SIGINT
-    assert stderr.decode() == "\ninterrupted: the next run fetches what is missing\n"
+    assert stderr.decode() == "interrupted: the next run fetches what is missing\n"
     assert len(list(blobs.iterdir())) == 3
 
 
@@ -364,7 +384,13 @@ def test_a_pinned_revision_is_kept_in_the_state_and_in_exports(
     for form, key in [("peft", "base_model_name_or_path"), ("mlx-lm", "model")]:
         config = json.loads((tmp_path / form / "adapter_config.json").read_text())
         assert (config[key], config["revision"]) == (NAME, "refs/pr/1")
+        asked = call("--prompt", "a", "--model", NAME, "--adapter-file", tmp_path / form)
+        assert f"the model is {NAME}@refs/pr/1, since" in asked.stderr
+    further = [*go_on[:3], "--model", NAME, "--data", data, "--adapter-file", tmp_path / "b.npz"]
+    resumed = call(*further, "--val-batches", 1, "--resume-adapter-file", tmp_path / "peft")
+    assert f"the model is {NAME}@refs/pr/1, since" in resumed.stderr
     alone = call("--prompt", "a", "--model", NAME, "--no-adapter", "--adapter-file", adapter)
     assert f"was pinned when {adapter} was trained" in alone.stderr
-    other = call("--prompt", "a", "--model", f"{NAME}@main", "--adapter-file", adapter)
-    assert "have changed: the model's config.json" in other.stderr
+    ask = ["--prompt", "a", "--model", f"{NAME}@main", "--adapter-file", adapter]
+    assert "have changed: the model's config.json" in call(*ask).stderr
+    assert not call(*ask, "--no-adapter").stderr

@@ -35,9 +35,11 @@ def modelfile(
 
 
 def test_questions_are_put_below_their_heading(call: Run, tmp_path: Path) -> None:
+    """And answers before a next question end as those learnt; the last goes on from its heading."""
     question = {"text": "### 질문:\n물은?\n\n### 답변:\n끓는다."}
     assert modelfile(call, tmp_path, templates.CHATML, question) == (
-        'TEMPLATE """### 질문:\n{{ .Prompt }}\n\n### 답변:\n"""\nPARAMETER stop "<|endoftext|>"\n'
+        'TEMPLATE """### 질문:\n{{ .Prompt }}\n\n### 답변:\n{{ .Response }}<|endoftext|>\n\n"""\n'
+        'PARAMETER stop "<|endoftext|>"\n'
     )
 
 

@@ -399,7 +399,7 @@ def takes(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[list[str], 
             for example in prepare_lora_data.read_examples(file, args, notes)
         ]
         prepare_lora_data.say(notes)
-        lines = [json.loads(example.line or "null") for example in examples]
+        lines = [json.loads(line or "null") for _, line in examples]
         return [line and line.get("text", line) for line in lines], capsys.readouterr().err
 
     return takes
@@ -1901,9 +1901,35 @@ def test_chats_are_written_from_any_source(prepare: Run, tmp_path: Path) -> None
     made = (tmp_path / "out/train.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["messages"] for line in made] == [turns(*chat) for chat in chats]
 
-    (tmp_path / "0.jsonl").write_text('{"text": "그냥 글"}\n', "utf-8")
-    ended = prepare(tmp_path, tmp_path / "out", "--form", "messages", *none)
-    one_error(ended, "0.jsonl, row 1: is a text without a question and its answer")
+    for text in ("그냥 글", "### 답변:\n돈다.\n### 질문:\n달은?"):
+        (tmp_path / "0.jsonl").write_text(json.dumps({"text": text}) + "\n", "utf-8")
+        ended = prepare(tmp_path, tmp_path / "out", "--form", "messages", *none)
+        one_error(ended, "0.jsonl, row 1: is no text of questions and answers in turns")
+
+
+def test_a_cell_may_have_a_heading_in_a_chat_but_not_below_headings(
+    prepare: Run, tmp_path: Path
+) -> None:
+    chat = turns("물은?", "H2O\n### 답변:\n물")
+    rows = [{"question": "물은?", "answer": "H2O\n### 답변:\n물"}, {"messages": chat}]
+    none = ("--valid-fraction", 0, "--test-fraction", 0)
+    for row in rows:
+        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+        error = one_error(prepare(tmp_path / "a.jsonl", tmp_path / "out", *none))
+        assert "row 1: has ### 답변: in a question or an answer; --form messages takes" in error
+        ended = prepare(tmp_path / "a.jsonl", tmp_path / "out", "--form", "messages", *none)
+        assert ended.returncode == 0
+        made = (tmp_path / "out/train.jsonl").read_text("utf-8")
+        assert json.loads(made) == {"messages": chat}
+
+
+def test_of_columns_that_could_both_be_meant_the_other_is_told(
+    takes: Takes, tmp_path: Path
+) -> None:
+    file = write_text(tmp_path / "a.csv", "Question,Answer,question\n산은?,산,물은?\n")
+    flags = "--question-column and --answer-column name others"
+    said = f"warning: {file}: columns that are left out: Question; {flags}\n"
+    assert takes(file) == (["### 질문:\n물은?\n\n### 답변:\n산"], said)
 
 
 def turns(*contents: str) -> list[dict]:
@@ -2254,7 +2280,7 @@ def test_an_output_that_cannot_be_written_is_reported(
     (tmp_path / "file").write_text("text")
     source = write(tmp_path, "a.jsonl", FILLERS)
     before = listing(tmp_path)
-    one_error(prepare(source, tmp_path / name), str(tmp_path / mention))
+    one_error(prepare(source, tmp_path / name), str(tmp_path / mention), "name another with --out")
     assert listing(tmp_path) == before
 
 

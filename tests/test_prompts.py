@@ -319,8 +319,8 @@ def test_a_merged_model_asks_in_the_form_of_the_questions_it_learnt(
     model = shutil.copytree(speaker, tmp_path / "model")
     settings = json.loads((model / "tokenizer_config.json").read_text())
     if kept_in == "settings by name":
-        names = ["tool_use", "default"]
-        settings["chat_template"] = [{"name": n, "template": TEMPLATE} for n in names]
+        of_names = {"tool_use": f"{TEMPLATE}+", "default": TEMPLATE}
+        settings["chat_template"] = [{"name": n, "template": t} for n, t in of_names.items()]
     elif kept_in == "file":
         (model / "chat_template.jinja").write_text(settings.pop("chat_template"))
     elif kept_in == "JSON file":
@@ -336,6 +336,8 @@ def test_a_merged_model_asks_in_the_form_of_the_questions_it_learnt(
     asked = CHAT["messages"][:1]
     opened = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     assert opened == "### 질문:\n물\n\n### 답변:\n"
+    if kept_in == "settings by name":
+        assert tokenizer.get_chat_template("tool_use") == f"{TEMPLATE}+"
     whole = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
     assert whole.startswith(QUESTION["text"] + tokenizer.eos_token)
 

@@ -22,20 +22,22 @@ import numpy as np
 # Transformers' types of models, and what llama.cpp calls them where that is another name: those for
 # which this file is that of its convert_lora_to_gguf.py, and llama.cpp then computes what we do.
 TYPES = """
-    apertus cohere2 cohere:command-r ernie4_5 ernie4_5_moe:ernie4_5-moe exaone exaone4
-    exaone_moe:exaone-moe gemma gemma2 gemma3 gemma3_text:gemma3 gemma4 gemma4_text:gemma4
-    gemma4_unified:gemma4 glm4 glm4_moe:glm4moe gpt_neox:gptneox gpt_oss:gpt-oss granite granitemoe
+    afmoe apertus cohere:command-r cohere2 dbrx dots1 ernie4_5 ernie4_5_moe:ernie4_5-moe exaone
+    exaone4 exaone_moe:exaone-moe gemma gemma2 gemma3 gemma3_text:gemma3 gemma4 gemma4_text:gemma4
+    gemma4_unified:gemma4 glm:chatglm glm4 glm4_moe:glm4moe gpt2 gpt_bigcode:starcoder
+    gpt_neox:gptneox gpt_oss:gpt-oss granite granitemoe granitemoehybrid:granitehybrid
     hunyuan_v1_dense:hunyuan-dense internlm3:llama iquestcoder:llama jamba lfm2 lfm2_moe:lfm2moe
-    llama llama4 llama4_text:llama4 ministral3:mistral3 mistral3 mistral:llama mixtral:llama
-    nemotron olmo2 olmo3:olmo2 olmoe phi3 phi:phi2 qwen2 qwen2_5_vl:qwen2vl qwen2_moe:qwen2moe
-    qwen2_vl:qwen2vl qwen3 qwen3_5:qwen35 qwen3_5_moe:qwen35moe qwen3_5_moe_text:qwen35moe
-    qwen3_5_text:qwen35 qwen3_moe:qwen3moe qwen3_vl:qwen3vl seed_oss smollm3 stablelm starcoder2
+    llama llama4 llama4_text:llama4 mimo_v2_flash:mimo2 minimax_m2:minimax-m2 ministral3:mistral3
+    mistral:llama mistral3 mixtral:llama nemotron olmo2 olmo3:olmo2 olmoe phi:phi2 phi3 qwen2
+    qwen2_5_vl:qwen2vl qwen2_moe:qwen2moe qwen2_vl:qwen2vl qwen3 qwen3_5:qwen35
+    qwen3_5_moe:qwen35moe qwen3_5_moe_text:qwen35moe qwen3_5_text:qwen35 qwen3_moe:qwen3moe
+    qwen3_vl:qwen3vl qwen3_vl_moe:qwen3vlmoe seed_oss smollm3 solar_open:glm4moe stablelm starcoder2
 """.split()  # noqa: SIM905
 ARCHITECTURES = {name: other or name for name, _, other in (t.partition(":") for t in TYPES)}
 
 # Those whose rotary embedding takes neighbours for a pair: the two halves of each head's rows of
 # queries and keys are put in turns (`permute` in the converter).
-IN_TURNS = ("granite", "granitemoe", "llama", "mistral3", "smollm3")
+IN_TURNS = ("granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3")
 
 # What llama.cpp takes LoRA of. It reads that of other weights too, and leaves it out in silence.
 LAYERS = re.compile(
@@ -50,6 +52,9 @@ def architecture_of(config: dict) -> str:
         raise ValueError(f"no adapter of {model_type} models is known to work in llama.cpp")
     if model_type == "exaone" and config.get("architectures") == ["LlamaForCausalLM"]:
         return "llama"  # as transformers 5 saves it; the converter goes by the class
+    attention = {"attention", "full_attention"}  # as transformers 4 and 5 call it
+    if model_type == "granitemoehybrid" and attention.issuperset(config["layer_types"]):
+        return "granitemoe" if config.get("num_experts_per_tok") else "granite"
     return ARCHITECTURES[model_type]
 
 

@@ -103,7 +103,10 @@ def copy_others(base: Path, folder: Path) -> None:
 
 
 def put_template(folder: Path, template: str) -> None:
-    """Give a model another chat template; the one that it had is kept in a file beside it."""
+    """Give a model another chat template; the one that it had is kept in a file beside it.
+
+    Others that it had by names it still has.
+    """
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     found = read_object(settings) if settings.exists() else {}
     earlier, of_processor = found.pop("chat_template", None), folder / "chat_template.json"
@@ -111,7 +114,12 @@ def put_template(folder: Path, template: str) -> None:
         earlier = earlier or read_object(of_processor).get("chat_template")
         of_processor.unlink()
     if isinstance(earlier, list):  # several, by names
-        earlier = {each["name"]: each["template"] for each in earlier}.get("default")
+        others = {each["name"]: each["template"] for each in earlier}
+        earlier, place = others.pop("default", None), folder / "additional_chat_templates"
+        if others and not (file.exists() or place.exists()):  # which count more
+            place.mkdir()
+            for name, text in others.items():
+                (place / f"{Path(name).name}.jinja").write_text(text, encoding="utf-8")
     if file.exists():
         earlier = file.read_text(encoding="utf-8")
     if isinstance(earlier, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class UserError(Exception):
@@ -53,6 +54,14 @@ def first_line(error: BaseException) -> str:
 def is_unicode(text: str) -> bool:
     """Whether a string can be written as UTF-8: an unpaired surrogate cannot."""
     return text.encode(errors="ignore").decode() == text
+
+
+def bar_options() -> dict[str, Any]:
+    """Options of a progress bar: on a terminal only, and with room behind it for ^C, twice."""
+    try:
+        return {"ncols": max(os.get_terminal_size(sys.stderr.fileno()).columns - 4, 0)}
+    except OSError:
+        return {"disable": True}
 
 
 def print_line(line: str, stream: TextIO | None = None) -> None:

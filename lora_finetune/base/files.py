@@ -99,9 +99,14 @@ def link(file: Path, name: Path) -> None:
 
 @contextmanager
 def earlier_kept(folder: Path, files: list[Path]) -> Iterator[None]:
-    """Keep what files of a folder hold in FOLDER.previous-1, or a later number, if they change."""
+    """Keep what files of a folder hold in FOLDER.previous-1, or a later number, if they change.
+
+    Where nothing can be made beside the folder, as beside one that a container has for data alone,
+    that is in the folder, and hidden.
+    """
     whole = folder if folder.name.strip(".") else folder.resolve()
-    names = (whole.with_name(f"{whole.name}.previous-{k}") for k in count(1))
+    start = f"{whole}" if os.access(whole.parent, os.W_OK) else f"{whole}/"
+    names = (Path(f"{start}.previous-{k}") for k in count(1))
     kept = next(name for name in names if not name.exists())
     earlier = [file for file in files if file.exists()]
     if not earlier:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lora_finetune.base.errors import UserError, abbreviated, hint_if_slow, warn
+from lora_finetune.base.errors import UserError, abbreviated, bar_options, hint_if_slow, warn
 from lora_finetune.base.files import file_checksum
 from lora_finetune.base.signals import STOPS, handled
 from lora_finetune.model_folder.files import (
@@ -75,6 +75,7 @@ def fetch(name: str, check: Callable, patterns: Iterable[str]) -> Path:
     """The folder of a repository in the cache, with all its files of those patterns."""
     repo, at, revision = name.partition("@")
     huggingface_hub.set_client_factory(patient_client)
+    huggingface_hub.utils.logging.set_verbosity_error()  # it warns of what it tries again
     try:
         if at and not revision:
             raise hub_errors.HFValidationError
@@ -155,13 +156,17 @@ def why(error: Exception) -> str:
     of_xet = re.search(r"\(os error (\d+)\)", str(error))
     number = int(of_xet[1]) if of_xet else getattr(error, "errno", None)
     token = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "`hf auth login`"
+    page = f"{constants.ENDPOINT}/{getattr(error, 'repo_id', '')}"
     cases = [
         (isinstance(error, hub_errors.OfflineModeIsEnabled),
          "the Hugging Face hub is not asked, as HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set"),
         (status == 401 and huggingface_hub.get_token(),
          f"the hub does not take your token, that of {token}; `hf auth login` takes a new one"),
+        (isinstance(error, hub_errors.GatedRepoError) and status == 403,
+         f"its owner has not given the account of your token, that of {token}, access yet (ask on "
+         f"{page})"),
         (isinstance(error, hub_errors.GatedRepoError),
-         "its owner has not given you access yet (ask on its page, then `hf auth login`)"),
+         f"its owner has not given you access yet (ask on {page}, then `hf auth login`)"),
         (isinstance(error, hub_errors.RevisionNotFoundError),
          "its repository has no such revision; name a branch, a tag or a commit"),
         (isinstance(error, hub_errors.RepositoryNotFoundError),
@@ -191,9 +196,26 @@ def patient_client() -> httpx2.Client:
         most, given = constants.HF_HUB_DOWNLOAD_TIMEOUT, request.extensions["timeout"]
         request.extensions["timeout"] = {wait: min(n or most, most) for wait, n in given.items()}
 
+    def resume(response: httpx2.Response) -> None:
+        response.stream = Resumed(response.stream)
+
     client = default_client_factory()
     client.event_hooks["request"].append(limit)
+    client.event_hooks["response"].append(resume)
     return client
+
+
+class Resumed(httpx2.SyncByteStream):
+    """What the hub sends; a reset is an error after which the client goes on where it was."""
+
+    def __init__(self, stream: httpx2.SyncByteStream):
+        self.stream, self.close = stream, stream.close
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            yield from self.stream
+        except httpx2.ReadError as error:  # after which it would begin anew
+            raise httpx2.RemoteProtocolError(str(error)) from error
 
 
 def unless_reset(call: Callable[[], Any]) -> Any:
@@ -206,12 +228,12 @@ def unless_reset(call: Callable[[], Any]) -> Any:
 
 
 class Bar(tqdm):
-    """The client's progress bars, on a terminal only, which note that something has come."""
+    """The client's progress bars, which note that something has come."""
 
     came = False
 
     def __init__(self, *args: object, **options: object):
-        super().__init__(*args, **{"disable": None} | options)
+        super().__init__(*args, **options | bar_options())
 
     def update(self, n: float | None = 1) -> bool | None:
         Bar.came = True
@@ -234,9 +256,9 @@ def ending_at_once() -> Iterator[None]:
             with suppress(OSError):
                 if any(os.path.samestat(file.stat(), each) for each in ours):
                     file.unlink()
-        clear = "\033[J" if sys.stderr.isatty() else ""  # bars stand below
+        clear = "\r\033[J" if sys.stderr.isatty() else ""  # bars stand here and below
         words = "interrupted: the next run fetches what is missing"
-        print(f"\n{clear}{words}", file=sys.stderr, flush=True)
+        print(f"{clear}{words}", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
     with handled((signal.SIGINT, *STOPS), end):

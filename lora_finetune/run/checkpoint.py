@@ -15,6 +15,7 @@ import models
 from lora_finetune.adapters import loading, npz
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import file_checksum
+from lora_finetune.model_folder.files import read_object
 
 import mlx.nn as nn
 import numpy as np
@@ -173,14 +174,25 @@ def pop_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
     return {name.removeprefix(prefix): arrays.pop(name) for name in names}
 
 
+PINNED = "the model's revision"  # its name among the settings
+
+
 def settings_of(adapter_file: Path) -> dict[str, Any]:
-    """The settings of the run that an adapter, or best adapter, is of; {} where no state tells."""
+    """The settings of the run that an adapter, or best adapter, is of; {} where no state tells.
+
+    The folder of an adapter in another form tells the revision alone.
+    """
     folder = run_folder(adapter_file)
     if folder == adapter_file.parent:  # its best adapter
         adapter_file = folder.with_suffix(".npz")
     with suppress(UserError, OSError):
         if state := read_state(adapter_file):
             return state.settings
+        file = loading.find_adapter(adapter_file)
+        config = read_object(file.with_name("adapter_config.json"))
+        if file.suffix == ".safetensors" and config.get("revision"):
+            base = config.get("base_model_name_or_path") or config.get("model")
+            return {PINNED: f"{base}@{config['revision']}"}
     return {}
 
 

@@ -33,7 +33,8 @@ def write(
 ) -> None:  # fmt: skip
     text, ends = None, set(tokenizer.eos_token_ids)
     if learnt == prompts.QA:
-        text = dataset.join_question("{{ .Prompt }}", "")
+        text = dataset.join_question("{{ .Prompt }}", "{{ .Response }}")
+        text += f"{tokenizer.eos_token or ''}\n\n"  # before a next question; else left out
     elif learnt == prompts.RAW:
         text = "{{ .Prompt }}"
     elif learnt == prompts.CHAT and template and (text := chat_template(template, tokenizer)):

@@ -20,6 +20,7 @@ from lora_finetune.base.errors import UserError, hint, warn
 from lora_finetune.base.files import atomic_write, check_can_make, file_checksum, link, real_file
 from lora_finetune.model_folder.hub import public_name
 from lora_finetune.run.checkpoint import (
+    PINNED,
     Progress,
     Start,
     read_start,
@@ -219,7 +220,7 @@ def read_log(file: Path, saved: int) -> list[str]:
 
 
 # Names among the settings of a run.
-HELD_OUT, PINNED = "the texts held out", "the model's revision"
+HELD_OUT = "the texts held out"
 LENGTH = "the iterations"
 
 

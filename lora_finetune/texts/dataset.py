@@ -36,7 +36,7 @@ KINDS = (TURNS, ("messages",), ("conversations",), ("text",))
 
 # A text of a question and its answer, each below its heading.
 QUESTION_HEADING, ANSWER_HEADING = "### 질문:", "### 답변:"
-HEADINGS = re.compile(rf"^(?:{QUESTION_HEADING}|{ANSWER_HEADING})\s*", re.MULTILINE)
+HEADINGS = re.compile(rf"^({QUESTION_HEADING}|{ANSWER_HEADING})\s*", re.MULTILINE)
 # Everything before the last answer of such a text.
 UP_TO_ANSWER = re.compile(rf"\s*{QUESTION_HEADING}.*\n{ANSWER_HEADING}\s*(?=\S)", re.DOTALL)
 
@@ -50,13 +50,25 @@ def question_of(text: str) -> str:
     return text.removeprefix(QUESTION_HEADING).partition(f"\n{ANSWER_HEADING}")[0].strip()
 
 
+def below_headings(row: Row) -> Row:
+    """A prompt and its completion as one text; ValueError where one has such a heading already."""
+    if "prompt" not in row:
+        return row
+    if found := HEADINGS.search("\n".join(row.values())):
+        raise ValueError(f"has {found[1]} in a question or an answer; --form messages takes it")
+    return {"text": join_question(*row.values())}
+
+
 def as_messages(row: Row) -> Row:
-    """A text's questions and answers as a chat; ValueError where it has none."""
+    """A prompt and its completion, or such a text, as a chat; ValueError where it is another."""
     if "messages" in row:
         return row
-    before, *said = HEADINGS.split(row["text"])
-    if before.strip() or len(said) < 2 or len(said) % 2:
-        raise ValueError("is a text without a question and its answer; --form text is for it")
+    said = list(row.values())
+    if "text" in row:
+        before, *parts = HEADINGS.split(row["text"])
+        said, in_turns = parts[1::2], [QUESTION_HEADING, ANSWER_HEADING] * (len(parts) // 4)
+        if before.strip() or not said or parts[::2] != in_turns:
+            raise ValueError("is no text of questions and answers in turns; --form text is for it")
     turns = zip(("user", "assistant") * len(said), map(str.strip, said), strict=False)
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lora_finetune.base.errors import UserError, warn
+from lora_finetune.base.errors import UserError, bar_options, warn
 from lora_finetune.texts.batching import Examples
 from lora_finetune.texts.chat import Template
 from lora_finetune.texts.dataset import File, Text, render_rows
@@ -211,7 +211,8 @@ def load(
     examples, first = {}, next(iter(files), None)
     for split, file in files.items():
         texts = render_rows(file, template, mask_prompt)
-        bar = tqdm(texts, f"Tokenizing {file.path.name}", len(file.rows), leave=False, disable=None)
+        name, number = f"Tokenizing {file.path.name}", len(file.rows)
+        bar = tqdm(texts, name, number, leave=False, **bar_options())
         examples[split] = tokenize(bar, tokenizer, add_eos, max_length)
         held_out = split != first and file.path == files[first].path
         if held_out and not examples[split].num_targets.any():

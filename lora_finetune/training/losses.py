@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 
 import models
+from lora_finetune.base.errors import bar_options
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.activations import exp, log_sum_exp
 from lora_finetune.mlx_patches.modules import intercepted
@@ -238,7 +239,7 @@ def evaluate(
     shares = micro_batches * group.size
     batches = batching.evaluation_batches(examples, batch_size, num_batches, shares)
     starts = range(0, len(batches), group.size)  # of rounds, in which each process has one
-    for start in tqdm(starts, "Evaluating", leave=False, disable=None):
+    for start in tqdm(starts, "Evaluating", leave=False, **bar_options()):
         group.check_stop()
         own = (0.0, 0)
         if start + group.rank < len(batches):
