@@ -1,4 +1,4 @@
-"""The models of train_lora.py: load one, put LoRA into it, and where in each architecture."""
+"""The models of train_lora.py: load one, and put LoRA into it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import weakref
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches import activations, loading
 from lora_finetune.mlx_patches.settings import warn_of_unread
 from lora_finetune.model_folder import files, tokenizer
-from lora_finetune.model_folder.config import model_family
 from lora_finetune.model_folder.hub import find_model
+from lora_finetune.model_folder.targets import (
+    Layout,
+    find_targets,
+    fused_layout,
+    is_linear,
+    linear_shape,
+    natural_order,
+    projections,
+)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -170,7 +177,7 @@ class LoRALinear(Adapted, LowRank):
 
 
 class Beside:
-    """Adapted layers of one parent, called on one input as a rule: queries and values.
+    """Adapted layers of one parent, called on one input as a rule: queries, keys and values.
 
     The first one called multiplies its input with the A's of all, side by side, so that there are
     fewer passes over the input and its gradient. Products are kept while Python has that input.
@@ -210,9 +217,9 @@ class LoRARouter(LoRALinear):
 
 
 class LoRAFused(Adapted, nn.Module):
-    """A frozen projection to queries, keys and values at once, with updates `q` and `v`.
+    """A frozen projection to several at once, with updates of some of them, such as `q` and `v`.
 
-    The keys stay bit for bit those of the frozen projection.
+    The others, such as the keys, stay bit for bit those of the frozen projection.
     """
 
     def __init__(
@@ -234,46 +241,18 @@ class LoRAFused(Adapted, nn.Module):
 
     def pair(self) -> tuple[mx.array, mx.array]:
         """One A and B for the whole projection: the A's side by side, the B's with zeros added."""
-        groups, q, k, _ = self.layout
-        rows = linear_shape(self.frozen)[0] // groups
+        groups, sizes = self.layout
+        rows, start = linear_shape(self.frozen)[0] // groups, 0
         low_a, low_b = [], []
-        for name, start in [("q", 0), ("v", q + k)]:
+        for name, size in sizes.items():
             if name in self:
                 a, b = self[name].pair()
-                b = b.reshape(len(b), groups, -1)
-                b = mx.pad(b, [(0, 0), (0, 0), (start, rows - start - b.shape[2])])
+                b = b.reshape(len(b), groups, size)
+                b = mx.pad(b, [(0, 0), (0, 0), (start, rows - start - size)])
                 low_a.append(a)
                 low_b.append(b.flatten(1))
+            start += size
         return mx.concatenate(low_a, axis=1), mx.concatenate(low_b)
-
-
-class Layout(NamedTuple):
-    """The rows of a fused projection: in groups, each of so many of q, then k, v and others."""
-
-    groups: int
-    q: int
-    k: int
-    v: int
-
-    def num_rows(self, name: str) -> int:
-        """The rows of "q" or "v" in all groups."""
-        return self.groups * getattr(self, name)
-
-
-def is_linear(module: object) -> bool:
-    """Whether a module is a linear layer, of MLX or of mlx-lm, float or quantized."""
-    is_named = isinstance(module, nn.Module) and "Linear" in type(module).__name__
-    return is_named and "weight" in module and module.weight.ndim == 2
-
-
-def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a linear layer, which quantized weights do not show, or of a router."""
-    if hasattr(linear, "in_features"):
-        return linear.out_features, linear.in_features
-    d_out, d_in = linear.weight.shape
-    if "scales" in linear:
-        d_in = linear.scales.shape[-1] * linear.group_size
-    return d_out, d_in
 
 
 def lora_modules(model: nn.Module) -> dict[str, Adapted]:
@@ -295,120 +274,6 @@ def merged(model: nn.Module) -> Iterator[None]:
         model.update_modules(tree_unflatten(list(adapted.items())))
 
 
-# --- Where LoRA goes ----------------------------------------------------------------------------
-
-# An attention module is one that has a query projection. The first of these names counts. Latent
-# attention has its queries from `q_b_proj`, and its values from the latent vector of
-# `kv_a_proj_with_mqa`, the only linear layer on the way to them that each such model has; the keys
-# come from the same vector and so change with it.
-QUERIES = ("q_b_proj", "q_proj", "c_q", "attn_query")
-VALUES = ("v_proj", "c_v", "attn_value", "kv_a_proj_with_mqa", "kv_proj")
-
-# Fused projections: rows of all queries, then all keys, then all values; or grouped by key-value
-# head, as in GPT-NeoX, InternLM2 and Qwen3-Next. Those of linear attention are the last of each.
-CONTIGUOUS = ("qkv_proj", "q_k_v_proj", "qkvg_proj", "Wqkv", "W_pack", "c_attn", "att_proj",
-              "in_proj_qkv")  # fmt: skip
-GROUPED = ("query_key_value", "wqkv", "in_proj_qkvz")
-NOT_GROUPED = ("bailing",)  # model families whose query_key_value is contiguous
-
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "attn_out")  # what reads the attention
-
-ROUTERS = ("gate", "router")
-
-# DeepSeek's sparse attention chooses tokens with a small attention of its own, which is left alone.
-EXCLUDED = ("indexer", "compressor")
-
-Shape = tuple[int, int]  # (d_out, d_in)
-
-
-def find_targets(model: nn.Module, num_layers: int) -> list[str]:
-    """The paths of the projections to adapt in the last layers (all, where there are fewer).
-
-    They are the query and value projections of each attention, linear attention too, and the router
-    of a mixture of experts; those of a fused projection P are called P.q and P.v.
-
-    Raises:
-        UserError: there is no attention in those layers.
-    """
-    last = last_layers(model, num_layers)
-    attention = [path for path, _ in attention_projections(model) if path.startswith(last)]
-    routers = [path for path, _ in router_projections(model) if path.startswith(last)]
-    if not attention:
-        raise UserError(
-            f"the last {min(num_layers, len(model.layers))} layers of this model "
-            f"({model_family(type(model))}) have no attention for LoRA to adapt; raise "
-            "--lora-layers, or take another model"
-        )
-    return sorted(attention + routers, key=natural_order)
-
-
-def attention_projections(model: nn.Module) -> Iterator[tuple[str, Shape]]:
-    """The query and value projections of all attention modules."""
-    for path, attention in model.named_modules():
-        if any(name in EXCLUDED for name in path.split(".")):
-            continue
-        shapes = {n: linear_shape(child) for n, child in attention.items() if is_linear(child)}
-        for name in [name for name in (*CONTIGUOUS, *GROUPED) if name in shapes]:
-            layout = fused_layout(model, attention, name)
-            for which in "qv":
-                yield f"{path}.{name}.{which}", (layout.num_rows(which), shapes[name][1])
-        query = [name for name in QUERIES if name in shapes]
-        value = [name for name in VALUES if name in shapes]
-        for name in [*query[:1], *(value[:1] if query else [])]:
-            yield f"{path}.{name}", shapes[name]
-
-
-def fused_layout(model: nn.Module, attention: nn.Module, name: str) -> Layout:
-    """The layout of a fused projection, from its shape and that of the output projection.
-
-    What the output projection reads is as wide as the queries; in linear attention, whose keys are
-    as wide as the queries, it is as wide as the values. Rows after the values (`…g`, `…z`) are a
-    gate of that width.
-    """
-    rows = linear_shape(attention[name])[0]
-    width = next(linear_shape(attention[output])[1] for output in OUTPUTS if output in attention)
-    if name.startswith("in_proj"):
-        v = width
-        q = k = (rows - (2 * v if name.endswith("z") else v)) // 2
-        head = getattr(attention, "head_k_dim", k)
-    else:
-        q = width
-        k = v = (rows - (2 * q if name.startswith("qkvg") else q)) // 2
-        head = getattr(attention, "head_dim", k)
-    is_grouped = name in GROUPED and not model_family(type(model)).startswith(NOT_GROUPED)
-    groups = k // head if is_grouped else 1
-    return Layout(groups, q // groups, k // groups, v // groups)
-
-
-def router_projections(model: nn.Module) -> Iterator[tuple[str, Shape]]:
-    """The routers of all mixtures of experts: each a linear layer, or holds one, or a weight."""
-    for path, module in model.named_modules():
-        if path.rpartition(".")[2] not in ROUTERS or any(p in path for p in ("attn", "attention")):
-            continue
-        if "weight" in module and module.weight.ndim == 2:
-            yield path, linear_shape(module)
-        else:
-            for name, child in module.items():
-                if is_linear(child):
-                    yield f"{path}.{name}", linear_shape(child)
-
-
-def layer_paths(model: nn.Module) -> list[str]:
-    """The paths of the model's layers, such as `model.layers.9`, from first to last."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(layer)] for layer in model.layers]
-
-
-def last_layers(model: nn.Module, number: int) -> tuple[str, ...]:
-    """The beginnings of all paths in the last layers of a model."""
-    return tuple(f"{path}." for path in layer_paths(model)[-number:])
-
-
-def natural_order(path: str) -> list[tuple[int, str]]:
-    """A sort key under which layer 9 comes before layer 10."""
-    return [(len(name) if name.isdecimal() else 0, name) for name in path.split(".")]
-
-
 def checkpoint_layers(model: nn.Module) -> None:
     """Let layers keep only their inputs for the backward pass, and compute the rest again."""
     for layer in {type(layer): layer for layer in model.layers}.values():
@@ -418,9 +283,9 @@ def checkpoint_layers(model: nn.Module) -> None:
 def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> None:
     """Freeze the model and put a fresh low-rank update of the given rank at each path.
 
-    A path names a linear layer, a router, or the slice `q` or `v` of a fused projection.
+    A path names a linear layer, a router, or the rows of a role in a fused projection.
     """
-    modules = dict(model.named_modules())
+    modules, roles = dict(model.named_modules()), projections(model)
     adapted, fused = {}, {}
     for path, r in ranks.items():
         if path not in modules:
@@ -429,14 +294,16 @@ def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> N
         else:
             kind = LoRALinear if is_linear(modules[path]) else LoRARouter
             adapted[path] = kind.from_base(modules[path], r, scale)
-    beside = {}  # by their parent and the width of their input
+    beside = {}  # by their parent and its input, or what else has that width
     for path, layer in adapted.items():
-        beside.setdefault((path.rpartition(".")[0], len(layer.lora_a)), []).append(layer)
+        reads_input = path not in roles or roles[path].role not in ("o", "down")
+        place = path.rpartition(".")[0], len(layer.lora_a), reads_input
+        beside.setdefault(place, []).append(layer)
     for layers in beside.values():
         Beside(layers)
     for path, slices in fused.items():
-        attention, _, name = path.rpartition(".")
-        layout = fused_layout(model, modules[attention], name)
+        parent, _, name = path.rpartition(".")
+        layout = fused_layout(model, modules[parent], name)
         adapted[path] = LoRAFused(modules[path], layout, slices, scale)
     if not hasattr(model, "_no_grad"):  # recurrent_gemma leaves its base class's __init__ out
         nn.Module.__init__(model)

@@ -23,6 +23,7 @@ from lora_finetune.adapters import mlx_lm as mlx_lm_form
 from lora_finetune.base.errors import Interrupted
 from lora_finetune.base.files import whole_folder
 from lora_finetune.base.signals import raising_signals
+from lora_finetune.model_folder.targets import layer_paths
 from lora_finetune.model_folder.weights import read_weights
 from test_errors import one_error
 from test_models import ADAPTED, ARCHITECTURES, adapt, build, logits
@@ -162,7 +163,7 @@ def test_every_architecture_is_merged_and_given_to_mlx_lm(tmp_path: Path, name: 
         assert relative(logits(model), expected) == 0
     with suppress(ValueError):
         mlx_lm_form.check(model, tmp_path)
-        mlx_lm_form.write(tmp_path, export.whole_pairs(model), models.layer_paths(model), name)
+        mlx_lm_form.write(tmp_path, export.whole_pairs(model), layer_paths(model), name)
         theirs = load_adapters(build(name), str(tmp_path))
         ours = build(name)
         tiny.put_adapter(tmp_path, ours)

@@ -17,6 +17,7 @@ import tiny
 from lora_finetune.adapters import loading, npz
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches.loading import Limits, find_limits
+from lora_finetune.model_folder import targets
 from lora_finetune.training import losses
 from lora_finetune.training import step as training_step
 
@@ -273,8 +274,8 @@ FUSED = [
 
 def rows(layout: models.Layout, part: str) -> np.ndarray:
     """The output rows of one part, "q", "k" or "v", of a fused projection."""
-    before = {"q": 0, "k": layout.q, "v": layout.q + layout.k}[part]
-    return np.arange(getattr(layout, part)) + before
+    before = list(layout.rows.values())[: list(layout.rows).index(part)]
+    return np.arange(layout.rows[part]) + sum(before)
 
 
 @pytest.mark.parametrize(("name", "path"), FUSED)
@@ -309,7 +310,7 @@ def test_a_fused_projection_is_cut_where_the_model_cuts_it(name: str, path: str)
 
 def attended(model: nn.Module, attention: nn.Module) -> np.ndarray:
     """What reaches the output projection of an attention module in a run of the model."""
-    name = next(name for name in models.OUTPUTS if name in attention)
+    name = targets.named(targets.ATTENTION, attention)["o"]
     output, seen = attention[name], []
 
     class Spy(nn.Module):

@@ -12,6 +12,7 @@ from lora_finetune.base.errors import UserError, hint, print_line
 from lora_finetune.base.files import atomic_write, check_can_make, whole_folder
 from lora_finetune.base.signals import raising_signals
 from lora_finetune.model_folder.hub import public_name
+from lora_finetune.model_folder.targets import layer_paths
 from lora_finetune.model_folder.transformers_names import is_written_by_mlx
 
 import mlx.nn as nn
@@ -80,7 +81,7 @@ def write_all(
         UserError: a form cannot be written.
     """
     forms, (name, revision) = {form for form, _ in exports}, public_name(name, base)
-    adapter, layers = whole_pairs(model), models.layer_paths(model)
+    adapter, layers = whole_pairs(model), layer_paths(model)
     names = {form: CHECKS[form](model, base) for form in forms & {"peft", "gguf"}}
     if "peft" in forms and is_written_by_mlx(base):
         hint(f"in PEFT take the original model in the place of {name}, which has MLX's layout")

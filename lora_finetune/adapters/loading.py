@@ -9,9 +9,10 @@ import models
 from lora_finetune.adapters import mlx_lm, npz, peft
 from lora_finetune.adapters.npz import Adapter, named
 from lora_finetune.base.errors import UserError, warn
+from lora_finetune.model_folder import targets
 from lora_finetune.model_folder.files import read_object
+from lora_finetune.model_folder.targets import is_linear, linear_shape
 from lora_finetune.model_folder.transformers_names import MODEL_TYPES, checkpoint_name, module_name
-from models import attention_projections, is_linear, linear_shape, router_projections
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -75,14 +76,14 @@ def with_fresh(
     """The ranks of an adapter's layers, and of those that start fresh in the last layers."""
     if lora_layers > len(model.layers):
         warn(f"the model has only {len(model.layers)} layers; all of them are adapted")
-    last = models.last_layers(model, lora_layers)
+    last = targets.last_layers(model, lora_layers)
     if outside := [path for path in ranks if not path.startswith(last)]:
         raise UserError(
             f"{source} adapts {outside[0]}, which is not in the last {lora_layers} layers; "
             "raise --lora-layers, or leave it out to adapt what the file does"
         )
     rank = rank or next(iter(ranks.values()), models.RANK)
-    wanted = dict.fromkeys(models.find_targets(model, lora_layers), rank)
+    wanted = dict.fromkeys(targets.find_targets(model, lora_layers), rank)
     # Slices such as qkv_proj.q are not adapted again where the whole projection is.
     wanted = {path: rank for path in wanted if path.rpartition(".")[0] not in ranks}
     if ranks and (fresh := wanted.keys() - ranks.keys()):
@@ -93,7 +94,7 @@ def with_fresh(
 def placed(file: Path, adapter: Adapter, model: nn.Module) -> Adapter:
     """The adapter by the paths of a model; raises UserError where some of it has none there."""
     shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
-    shapes |= dict([*attention_projections(model), *router_projections(model)])
+    shapes |= {path: each.shape for path, each in targets.projections(model).items()}
     if not adapter.keys() <= shapes.keys():
         adapter = under_our_names(adapter, list(shapes))
     wrong = []

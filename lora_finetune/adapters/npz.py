@@ -9,7 +9,7 @@ from pathlib import Path
 import models
 from lora_finetune.base.errors import UserError
 from lora_finetune.base.files import atomic_write
-from models import natural_order
+from lora_finetune.model_folder.targets import natural_order
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -17,6 +17,7 @@ from lora_finetune.adapters.npz import Adapter, Arrays
 from lora_finetune.base.errors import UserError, abbreviated, hint
 from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.files import read_object
+from lora_finetune.model_folder.targets import ROUTERS
 from lora_finetune.model_folder.weights import read_weights
 
 import mlx.nn as nn
@@ -88,7 +89,7 @@ def write(folder: Path, adapter: Adapter, base: str, revision: str | None = None
         arrays[f"base_model.model.{path}.lora_A.weight"] = a.T
         arrays[f"base_model.model.{path}.lora_B.weight"] = b.T
     # In transformers a router is no linear layer, and PEFT adapts the parameter.
-    routers = [path for path in adapter if path.rpartition(".")[2] in models.ROUTERS]
+    routers = [path for path in adapter if path.rpartition(".")[2] in ROUTERS]
     if routers:
         hint(
             f"PEFT takes the routers ({abbreviated(routers)}) as target_parameters; other tools, "

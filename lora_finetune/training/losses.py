@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 
-import models
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.activations import exp, log_sum_exp
 from lora_finetune.mlx_patches.modules import intercepted
 from lora_finetune.mlx_patches.transforms import in_turn
+from lora_finetune.model_folder.targets import is_linear, linear_shape
 from lora_finetune.texts import batching
 from lora_finetune.training.distributed import ALONE, Group
 
@@ -222,7 +222,7 @@ def num_outputs(module: nn.Module) -> int:
     """The rows of the weight of a linear layer or embedding; 0 for other modules."""
     if hasattr(module, "as_linear"):
         return module.weight.shape[0]
-    return models.linear_shape(module)[0] if models.is_linear(module) else 0
+    return linear_shape(module)[0] if is_linear(module) else 0
 
 
 # --- The loss of many batches -------------------------------------------------------------------
