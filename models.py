@@ -18,9 +18,12 @@ from lora_finetune.model_folder import files, tokenizer
 from lora_finetune.model_folder.hub import find_model
 from lora_finetune.model_folder.targets import (
     Layout,
+    Shape,
     find_targets,
     fused_layout,
+    is_expert,
     is_linear,
+    is_stacked,
     linear_shape,
     natural_order,
     projections,
@@ -29,6 +32,7 @@ from lora_finetune.model_folder.targets import (
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.trainer import grad_checkpoint
 from transformers.utils import logging
@@ -104,19 +108,22 @@ SCALE = 20.0  # of adapter files
 class LowRank(nn.Module):
     """A trainable low-rank map x ↦ scale · B (A x), zero at first.
 
-    The form, names, shapes and defaults are those of `mlx_lm.tuner.lora.LoRALinear`: `lora_a`
-    (d_in, r) uniform in ±1/sqrt(d_in) and `lora_b` (r, d_out) zero, both float32.
+    The form, names, shapes and defaults are those of `mlx_lm.tuner.lora`: of a weight (d_out, d_in)
+    `lora_a` (d_in, r), uniform in ±1/sqrt(d_in), and `lora_b` (r, d_out), zero, both float32; of
+    stacked experts (experts, r, d_in) and (experts, d_out, r).
     """
 
-    def __init__(self, d_in: int, d_out: int, r: int = RANK, scale: float = SCALE):
+    def __init__(self, shape: Shape, r: int = RANK, scale: float = SCALE):
         super().__init__()
+        *experts, d_out, d_in = shape
         bound = 1 / math.sqrt(d_in)
         self.scale = scale
-        self.lora_a = mx.random.uniform(-bound, bound, (d_in, r))
-        self.lora_b = mx.zeros((r, d_out))
+        shapes = ((*experts, r, d_in), (*experts, d_out, r)) if experts else ((d_in, r), (r, d_out))
+        self.lora_a = mx.random.uniform(-bound, bound, shapes[0])
+        self.lora_b = mx.zeros(shapes[1])
 
     def pair(self) -> tuple[mx.array, mx.array]:
-        """A (d_in, r) and B (r, d_out) for the scale of adapter files."""
+        """A and B for the scale of adapter files."""
         b = self.lora_b if self.scale == SCALE else self.lora_b * (self.scale / SCALE)
         return self.lora_a, b
 
@@ -134,6 +141,11 @@ def low_product_vjp(inputs: tuple, dz: mx.array, _: mx.array) -> tuple[mx.array,
     x_rows, dz = x.flatten(0, -2).astype(a.dtype), dz.flatten(0, -2)
     dx = activations.scaled_product(dz, a.T, SCALE).reshape(x.shape)
     return dx.astype(x.dtype), activations.scaled_product(x_rows.T, dz, SCALE)
+
+
+def update(a: mx.array, b: mx.array) -> mx.array:
+    """The update of a weight by A and B, of its shape."""
+    return SCALE * ((a @ b).T if a.ndim == 2 else b @ a)
 
 
 def add_update(y: mx.array, z: mx.array, b: mx.array) -> mx.array:
@@ -154,10 +166,11 @@ class Adapted:
         layer, (a, b) = copy.copy(self.frozen), self.pair()
         weight, dtype = loading.float_weight(layer)
         if "scales" in layer:
-            layer = nn.Linear(1, 1, bias=False)
+            is_one = a.ndim == 2
+            layer = nn.Linear(1, 1, bias=False) if is_one else SwitchLinear(1, 1, 1, bias=False)
             if "bias" in self.frozen:
                 layer.bias = self.frozen.bias
-        layer.weight = (weight + SCALE * (a @ b).T).astype(dtype)
+        layer.weight = (weight + update(a, b)).astype(dtype)
         return layer
 
 
@@ -169,8 +182,7 @@ class LoRALinear(Adapted, LowRank):
 
     @classmethod
     def from_base(cls, frozen: nn.Module, r: int = RANK, scale: float = SCALE) -> LoRALinear:
-        d_out, d_in = linear_shape(frozen)
-        adapted = cls(d_in, d_out, r, scale)
+        adapted = cls(linear_shape(frozen), r, scale)
         adapted.frozen = frozen
         Beside([adapted])
         return adapted
@@ -209,11 +221,24 @@ class LoRARouter(LoRALinear):
 
     def __call__(self, *args, **options):
         weight, (a, b) = self.frozen.weight, self.pair()
-        self.frozen.weight = (weight + SCALE * (a @ b).T).astype(weight.dtype)
+        self.frozen.weight = (weight + update(a, b)).astype(weight.dtype)
         try:
             return self.frozen(*args, **options)
         finally:
             self.frozen.weight = weight
+
+
+class LoRAExperts(LoRALinear):
+    """Frozen stacked experts, each with a low-rank update of its own."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = self.frozen(x, indices, sorted_indices=sorted_indices)
+        for factor in self.pair():
+            x = mx.gather_mm(
+                x.astype(factor.dtype), factor.swapaxes(1, 2), rhs_indices=indices,
+                sorted_indices=sorted_indices,
+            )  # fmt: skip
+        return y + (SCALE * x).astype(y.dtype)
 
 
 class LoRAFused(Adapted, nn.Module):
@@ -229,7 +254,7 @@ class LoRAFused(Adapted, nn.Module):
         self.frozen, self.layout = frozen, layout
         d_in = linear_shape(frozen)[1]
         for name, r in ranks.items():
-            self[name] = LowRank(d_in, layout.num_rows(name), r, scale)
+            self[name] = LowRank((layout.num_rows(name), d_in), r, scale)
 
     def __call__(self, x: mx.array) -> mx.array | list[mx.array]:
         (a, b), y = self.pair(), self.frozen(x)
@@ -283,7 +308,7 @@ def checkpoint_layers(model: nn.Module) -> None:
 def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> None:
     """Freeze the model and put a fresh low-rank update of the given rank at each path.
 
-    A path names a linear layer, a router, or the rows of a role in a fused projection.
+    A path names a linear layer, a router, stacked experts, or a role's rows of a fused projection.
     """
     modules, roles = dict(model.named_modules()), projections(model)
     adapted, fused = {}, {}
@@ -292,7 +317,8 @@ def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> N
             projection, _, name = path.rpartition(".")
             fused.setdefault(projection, {})[name] = r
         else:
-            kind = LoRALinear if is_linear(modules[path]) else LoRARouter
+            kind = LoRAExperts if is_stacked(modules[path]) else LoRARouter
+            kind = LoRALinear if is_linear(modules[path]) else kind
             adapted[path] = kind.from_base(modules[path], r, scale)
     beside = {}  # by their parent and its input, or what else has that width
     for path, layer in adapted.items():
@@ -311,5 +337,8 @@ def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> N
     model.update_modules(tree_unflatten(list(adapted.items())))
 
 
-def count_trainable(model: nn.Module) -> int:
-    return sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+def count_trainable(model: nn.Module, of_experts: bool = False) -> int:
+    """The number of trainable parameters, or of those of experts alone."""
+    modules = lora_modules(model).items()
+    counted = [m for path, m in modules if not of_experts or is_expert(path, m.frozen)]
+    return sum(array.size for m in counted for _, array in tree_flatten(m.trainable_parameters()))

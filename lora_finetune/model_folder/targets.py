@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
 from lora_finetune.base.errors import UserError
@@ -75,6 +75,16 @@ def roles_of(targets: str) -> set[str]:
     return {role for word in targets.split(",") for role in WORDS.get(word, word).split(",")}
 
 
+def roles_at(model: nn.Module, paths: Iterable[str]) -> dict[str, set[str]]:
+    """The roles of the layers at some paths: of a fused projection those of all its rows."""
+    roles = {path: set() for path in paths}
+    for path, projection in projections(model).items():
+        for place in (path, path.rpartition(".")[0]):
+            if place in roles:
+                roles[place].add(projection.role)
+    return roles
+
+
 def find_targets(model: nn.Module, num_layers: int, targets: str = "qv") -> list[str]:
     """The paths of the projections to adapt in the last layers (all, where there are fewer).
 
@@ -103,8 +113,8 @@ def projections(model: nn.Module) -> dict[str, Projection]:
         parts = path.split(".")
         if not any(name in EXCLUDED for name in parts):
             for name, (role, shape) in projections_in(model, module):
-                is_expert = len(shape) == 3 or "experts" in parts
-                found[f"{path}.{name}"] = Projection("experts" if is_expert else role, shape)
+                role = "experts" if len(shape) == 3 or "experts" in parts else role
+                found[f"{path}.{name}"] = Projection(role, shape)
     return found
 
 
@@ -187,6 +197,11 @@ def is_linear(module: object) -> bool:
 def is_stacked(module: object) -> bool:
     """Whether a module is the stacked linear layers of experts, float or quantized."""
     return isinstance(module, nn.Module) and type(module).__name__.endswith("SwitchLinear")
+
+
+def is_expert(path: str, module: nn.Module) -> bool:
+    """Whether a layer is one of experts, which are stacked or in a list."""
+    return is_stacked(module) or "experts" in path.split(".")
 
 
 def linear_shape(linear: nn.Module) -> Shape:
