@@ -31,14 +31,16 @@ from lora_finetune.base.command_line import (
     positive_number,
     scale_number,
     whole_number,
+    words_of,
 )
-from lora_finetune.base.errors import Interrupted, UserError, first_line, hint, print_line, warn
+from lora_finetune.base.errors import Interrupted, UserError, first_line, hint, print_line
 from lora_finetune.base.signals import begin_process, process_rank
 from lora_finetune.demo import demo_model
 from lora_finetune.mlx_patches import attention, patches
 from lora_finetune.mlx_patches.loading import Limits, find_limits
 from lora_finetune.model_folder.files import context_length, fingerprints
 from lora_finetune.model_folder.hub import find_model, public_name
+from lora_finetune.model_folder.targets import ROLES, WORDS
 from lora_finetune.run import checkpoint, generate, ollama, report, show
 from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
 from lora_finetune.run.run import Run, must_agree, open_run
@@ -53,7 +55,6 @@ from lora_finetune.training.step import NotFiniteError, Trainer
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters
 from tqdm import tqdm
@@ -112,6 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.section("more options")
     add("--max-seq-length", whole_number(2), 2048, "cut texts to so many tokens")
     switch("--mask-prompt", "count the loss on answers only, not on questions")
+    add("--targets", words_of(*WORDS, *ROLES), "qv", f"adapt {', '.join(WORDS)}, or roles such as "
+        "q,v,down", metavar="ROLES")  # fmt: skip
     add("--lora-rank", whole_number(1, below=2**16), None, "rank of the LoRA update (default: 8)")
     add("--lora-scale", scale_number, None, "scale of the LoRA update (default: 20.0)")
     add("--lr-schedule", str, "constant", f"rate over the run: {', '.join(SCHEDULES)}",
@@ -186,7 +189,7 @@ def run_phases(config: Config, group: Group) -> None:
     if group.size > 1:
         group.compare(must_agree(run, model, examples, identity))
 
-    plain = config.plain or disagrees_on_metal(examples, model)
+    plain = config.plain or losses.disagree_on_metal(examples, model)
     with nullcontext() if plain else patches.applied():
         loss = losses.make_loss(model, plain) if files else None
         if config.train:
@@ -239,8 +242,11 @@ def adapt(run: Run, model: nn.Module) -> None:
     print_line(f"Total parameters {get_total_parameters(model) / 1e6:.3f}M")
     config, start = run.config, run.start
     mx.random.seed(config.seed)
-    layers = config.lora_layers if config.train else None
-    loading.adapt(model, start.adapter, start.source, layers, config.lora_rank, start.scale)
+    layers, targets = (config.lora_layers, config.targets) if config.train else (None, None)
+    rank, scale = config.lora_rank, start.scale
+    roles = loading.adapt(model, start.adapter, start.source, layers, rank, scale, targets)
+    if config.train:
+        run.settings["--targets"] = roles
     print_line(f"Trainable parameters {models.count_trainable(model) / 1e6:.3f}M")
 
 
@@ -290,20 +296,6 @@ def write_exports(
     ollama.write_all(exports, name, learnt, template, tokenizer)
 
 
-def disagrees_on_metal(examples: Splits, model: nn.Module) -> bool:
-    """Whether, on a Mac, a first text's loss and gradients are not those of MLX's own functions."""
-    if "train" not in examples or not mx.metal.is_available():
-        return False
-    tokens, *_ = examples["train"].batch(np.array([0]))
-    why = patches.differs_from_plain(model, losses.make_loss, tokens)
-    if why:
-        warn(
-            f"on this Mac this program's fast functions and MLX's own differ ({why}), so the run "
-            "goes on with MLX's, as with --plain; please report this line and the model"
-        )
-    return bool(why)
-
-
 # --- Training -----------------------------------------------------------------------------------
 
 
@@ -323,6 +315,8 @@ def train(run: Run, model: nn.Module, loss: Loss, examples: Splits, answers: Ans
     longest, cut = texts.lengths.max(), texts.num_truncated
     size = f"{len(texts)} examples, {len(texts.tokens)} tokens, longest {longest}, {cut} cut"
     print_line(f"Training: {size}")
+    if number := models.count_trainable(model, of_experts=True):
+        hint(f"{number / 1e6:.3f}M of the trainable parameters are the experts', each has its own")
     if told := attention.repeats():
         hint(told)
     if prefix := frozen_prefix.find(model):

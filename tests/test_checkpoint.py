@@ -123,7 +123,7 @@ RECIPE = [
     "--optimizer",
     "adamw",
 ]
-RECIPE += ["--weight-decay", 0.1, "--bias-correction"]
+RECIPE += ["--weight-decay", 0.1, "--bias-correction", "--targets", "all"]
 
 
 def test_a_run_with_all_that_is_off_by_default_goes_on_the_same(

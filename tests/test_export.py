@@ -23,6 +23,7 @@ from lora_finetune.adapters import mlx_lm as mlx_lm_form
 from lora_finetune.base.errors import Interrupted
 from lora_finetune.base.files import whole_folder
 from lora_finetune.base.signals import raising_signals
+from lora_finetune.model_folder.targets import layer_paths
 from lora_finetune.model_folder.weights import read_weights
 from test_errors import one_error
 from test_models import ADAPTED, ARCHITECTURES, adapt, build, logits
@@ -71,11 +72,11 @@ def adapted(base: Path, adapter: Path) -> nn.Module:
     return model
 
 
-def make_adapter(file: Path, base: Path) -> np.ndarray:
+def make_adapter(file: Path, base: Path, roles: str = "all") -> np.ndarray:
     """Write a random adapter for a model; the logits of the model with it."""
     model, _ = models.load(base)
     plain = logits(model)
-    adapt(model)
+    adapt(model, roles)
     randomize(model)
     npz.write_arrays(file, npz.file_arrays(model))
     changed = logits(model)
@@ -117,6 +118,48 @@ def test_every_form_says_what_the_adapter_says(
     assert not quantized["merged-float"]
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe"])
+def test_experts_say_the_same_in_every_form_that_has_them(
+    call: Run, tmp_path: Path, name: str, bits: int | None
+) -> None:
+    base = make_base(tmp_path / "base", name, bits)
+    expected = make_adapter(tmp_path / "a.npz", base, "all,experts")
+    exports = [
+        word for form in ("mlx-lm", "merged") for word in ("--export", form, tmp_path / form)
+    ]
+    ended = call("--model", base, "--adapter-file", tmp_path / "a.npz", *exports)
+    assert ended.returncode == 0, ended.stderr
+    assert relative(logits(adapted(base, tmp_path / "mlx-lm")), expected) < 1e-5
+    theirs, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "mlx-lm"))
+    assert relative(logits(theirs), expected) < 1e-3
+    assert relative(logits(mlx_lm.load(str(tmp_path / "merged"))[0]), expected) < 1e-3
+
+
+def test_what_mlx_lm_multiplies_the_weights_by_is_taken_out_again(
+    call: Run, tmp_path: Path
+) -> None:
+    """As it does where transformers wrote the base, which it sees by the convolutions."""
+    base = make_base(tmp_path / "base", "falcon_h1")
+    arrays = read_weights(base)
+    arrays |= {n: a.moveaxis(2, 1) for n, a in arrays.items() if n.endswith("conv1d.weight")}
+    mx.save_safetensors(str(base / "model.safetensors"), arrays, {"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"attention_out_multiplier": 0.5}
+    config |= {"attention_in_multiplier": 1.25, "mlp_multipliers": [0.75, 1.5]}
+    (base / "config.json").write_text(json.dumps(config))
+    expected = make_adapter(tmp_path / "a.npz", base)
+    exports = [word for form in ("peft", "merged") for word in ("--export", form, tmp_path / form)]
+    ended = call("--model", base, "--adapter-file", tmp_path / "a.npz", *exports)
+    assert ended.returncode == 0, ended.stderr
+    assert relative(logits(models.load(tmp_path / "merged")[0]), expected) < 1e-3
+    theirs = safetensors.numpy.load_file(tmp_path / "peft/adapter_model.safetensors")
+    for path, (_, b) in loading.read_adapter(tmp_path / "a.npz").items():
+        ends = {"q": 1.25, "k": 1.25, "o": 0.5, "gate": 0.75, "down": 1.5}
+        factor = ends.get(path.rpartition(".")[2].removesuffix("_proj"), 1)
+        found = theirs[f"base_model.model.{path}.lora_B.weight"]
+        np.testing.assert_allclose(found * factor, b.T, rtol=1e-5)
+
+
 def quantized_layers(folder: Path) -> set[str]:
     """The weights that are quantized in a model's folder."""
     names = set(read_weights(folder))
@@ -153,16 +196,16 @@ def test_each_form_that_is_read_is_written_in_each_form(
 def test_every_architecture_is_merged_and_given_to_mlx_lm(tmp_path: Path, name: str) -> None:
     mx.disable_compile()
     model = build(name)
-    adapt(model)
+    adapt(model, "all,experts")
     randomize(model)
     expected = logits(model)
     if np.isfinite(expected).all():  # phi3small has logits of −∞
         with models.merged(model):
-            assert relative(logits(model), expected) < 1e-5
+            assert relative(logits(model), expected) < 3e-5
         assert relative(logits(model), expected) == 0
     with suppress(ValueError):
         mlx_lm_form.check(model, tmp_path)
-        mlx_lm_form.write(tmp_path, export.whole_pairs(model), models.layer_paths(model), name)
+        mlx_lm_form.write(tmp_path, export.whole_pairs(model), layer_paths(model), name)
         theirs = load_adapters(build(name), str(tmp_path))
         ours = build(name)
         tiny.put_adapter(tmp_path, ours)
@@ -510,6 +553,8 @@ def place(folder: Path, name: str) -> Path:
         ("gguf", "deepseek_v3", None, "no adapter of deepseek_v3 models is known to work"),
         ("merged-float", "internlm2", 4, "weights of internlm2 models is not known"),
         ("merged-float", "deepseek_v3", 4, "mlx-lm cannot dequantize"),
+        ("peft", "qwen3_moe", None, "PEFT has no LoRA of model.layers.3.mlp.switch_mlp.down_proj"),
+        ("gguf", "granitemoe", None, "takes no LoRA of model.layers.2.block_sparse_moe.switch_mlp"),
     ],
 )
 def test_what_a_form_cannot_hold_is_reported_before_training(
@@ -517,7 +562,7 @@ def test_what_a_form_cannot_hold_is_reported_before_training(
 ) -> None:
     base = make_base(tmp_path / "base", name, bits)
     flags = ["--model", base, "--data", data, "--train", "--adapter-file", tmp_path / "a.npz"]
-    flags += ["--lora-layers", 2]
+    flags += ["--lora-layers", 2, "--targets", "all,experts"]
     ended = call(*flags, "--export", form, tmp_path / "out.gguf")
     one_error(ended, f"--export {form}: ", reason)
     assert "Iter" not in ended.stdout

@@ -1,13 +1,14 @@
 """LoRA is in the right place in every architecture that mlx-lm ships, and trains there.
 
 architectures.json has a tiny configuration of each module of mlx_lm.models, with the paths that are
-adapted in its last three layers, or the reason why it cannot be built on a CPU.
+adapted by default in its last three layers, or the reason why it cannot be built on a CPU.
 """
 
 import copy
 import importlib
 import json
 import pkgutil
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import tiny
 from lora_finetune.adapters import loading, npz
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches.loading import Limits, find_limits
+from lora_finetune.model_folder import targets
 from lora_finetune.training import losses
 from lora_finetune.training import step as training_step
 
@@ -82,9 +84,9 @@ def noise(array: mx.array) -> mx.array:
     return mx.random.normal(array.shape, scale=0.1).astype(array.dtype)
 
 
-def adapt(model: nn.Module) -> None:
+def adapt(model: nn.Module, roles: str = "all") -> None:
     mx.random.seed(1)
-    loading.adapt(model, {}, None, LAYERS)
+    loading.adapt(model, {}, None, LAYERS, targets=roles)
 
 
 def trainable(model: nn.Module) -> dict[str, np.ndarray]:
@@ -134,13 +136,74 @@ def test_the_limits_of_every_architecture_are_the_rows_of_its_embeddings(name: s
 
 @pytest.mark.parametrize("name", sorted(set(BUILT) - set(ADAPTED)))
 def test_a_model_without_attention_is_reported(name: str):
-    with pytest.raises(UserError, match=rf"\({name}\) have no attention"):
-        models.find_targets(build(name), LAYERS)
+    for roles in ("qv", "all"):
+        with pytest.raises(UserError, match=rf"\({name}\) have no attention"):
+            models.find_targets(build(name), LAYERS, roles)
+
+
+# The linear layers that have no role, by the ends of their paths, and why.
+NO_ROLE = {
+    r"(indexer|compressor)\.\w+|index_[kq]_proj": "sparse attention chooses tokens with them",
+    r"q_a_proj": "what comes out of the queries' latent vector is adapted",
+    r"kv_b_proj|embed_q|unembed_out": "the latent vector of keys and values is adapted",
+    r"o_a_proj": "the second half of the output is adapted",
+    r"\w*(attn|attention)\.((gate|g|g_a|g_b)_proj|in_proj_z)": "gates of what attention puts out",
+    r"[ab]_proj|in_proj_(a|b|ba)|f_(a_|b_)?proj": "decay and writing strength of linear attention",
+    r"(mamba|mixer|conv)\.(in|out|x|dt|bcdt)_proj|linear_(x|y|out)": "recurrences, convolutions",
+    r"self_attn\.linear": "stands in the place of an attention",
+    r"shared_expert_gate|coefficient": "weighs shared experts",
+    r"routed_expert_(up|down)_proj": "around all experts",
+    r"(laurel|altup)\.\w+|per_layer_\w+|\w+_res_proj": "beside the residual stream",
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_every_linear_layer_has_a_role_or_a_reason_to_have_none(name: str):
+    model = build(name)
+    found = targets.projections(model)
+    whole = {path.rpartition(".")[0] for path in found}  # of which rows have roles
+    for path, module in model.named_modules():
+        is_linear = "Linear" in type(module).__name__ and "weight" in module
+        if is_linear and path.startswith(targets.last_layers(model, LAYERS)):
+            reasons = [ends for ends in NO_ROLE if re.search(rf"\.({ends})$", path)]
+            assert path in found or path in whole or reasons, path
+
+
+# Whose MLP is linear in nothing, or whose weights are packed.
+OTHER_MLPS = {"kimi_k3", "prism_hadamard_qwen35"}
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTED if name not in OTHER_MLPS])
+def test_an_mlp_is_linear_in_what_goes_up_and_down_but_not_in_its_gate(name: str):
+    """Without a gate only in what goes down. So none of them, nor of their rows, is another."""
+    model = build(name)
+    modules, mlps = dict(model.named_modules()), {}
+    for path, (role, shape) in targets.projections(model).items():
+        if role in ("gate", "up", "down"):
+            layer = path if path in modules else path.rpartition(".")[0]
+            mlps.setdefault(layer.rpartition(".")[0], {})[role] = layer, shape[1]
+    for parent, layers in mlps.items():
+        x = mx.random.normal((1, 3, layers["up"][1]))
+        for role, (path, _) in layers.items():
+            linear, child = modules[path], path.rpartition(".")[2]
+            layout = targets.Layout(1, {role: len(linear.weight)})
+            if list(layers.values()).count(layers[role]) > 1:
+                layout = targets.fused_layout(model, modules[parent], child)
+            original, results = np.array(linear.weight), []
+            for factor in (0, 1, 2):
+                weight = original.copy().reshape(layout.groups, -1, original.shape[1])
+                weight[:, rows(layout, role)] *= factor
+                linear.weight = mx.array(weight.reshape(original.shape))
+                results.append(np.array(modules[parent](x)))
+            linear.weight = mx.array(original)
+            steps = np.diff(results, axis=0)
+            is_linear = np.allclose(steps[0], steps[1], rtol=1e-3, atol=1e-4 * np.abs(steps).max())
+            assert is_linear == (role == "down" or (role == "up" and "gate" in layers)), path
 
 
 # What an architecture does not let through, and why.
 NO_GRADIENT = {"deepseek_v41"}  # MLX has no gradient of its float8 conversion and its sorting
-NO_VALUE_GRADIENT = {"afm7"}  # it rounds keys and values to 8 bits, which has no gradient
+NO_KEY_GRADIENT = {"afm7"}  # it rounds keys and values to 8 bits, which has no gradient
 NOT_COMPILED = {"dbrx"}  # it looks at which experts its router chose
 NOT_QUANTIZED = {"afm7"}  # its fused layer does not take the arguments of nn.quantize
 
@@ -151,7 +214,7 @@ TRAINED = [name for name in ADAPTED if name not in NO_GRADIENT]
 def test_lora_is_in_its_place_and_changes_nothing_at_first(name: str):
     model = build(name)
     before = logits(model)
-    adapt(model)
+    adapt(model, "qv")
     expected = {f"{path}.lora_{x}" for path in ADAPTED[name]["adapted"] for x in "ab"}
     assert set(trainable(model)) == expected
     np.testing.assert_array_equal(logits(model), before)
@@ -160,15 +223,15 @@ def test_lora_is_in_its_place_and_changes_nothing_at_first(name: str):
 @pytest.mark.parametrize("name", TRAINED)
 def test_lora_learns_everywhere_and_is_the_same_in_another_model(name: str, tmp_path: Path):
     model = build(name)
-    adapt(model)
+    adapt(model, "all,experts")
     fresh = trainable(model)
     losses = train(model)
     assert losses[-1] < losses[0]
     unmoved = {n for n, array in trainable(model).items() if np.array_equal(array, fresh[n])}
-    if name in NO_VALUE_GRADIENT:
-        assert unmoved == {n for n in fresh if ".v.lora_" in n}
-    else:
-        assert not unmoved
+    if name in NO_KEY_GRADIENT:
+        assert unmoved == {n for n in fresh if re.search(r"\.[kv]\.lora_", n)}
+    else:  # of single experts, some are not called
+        assert not {n for n in unmoved if not re.search(r"\.experts\.\d", n)}
 
     npz.write_arrays(tmp_path / "a.npz", npz.trainable_arrays(model))
     again = build(name)
@@ -204,7 +267,7 @@ def test_what_mlx_cannot_train_is_reported(name: str):
 def test_the_step_compiles(name: str):
     """Up to the kernels, which nothing evaluates: on a CPU those of all models take minutes."""
     model = build(name)
-    adapt(model)
+    adapt(model, "all,experts")
     model.train()
     calls = []
 
@@ -240,10 +303,10 @@ def test_lora_trains_on_a_quantized_base(name: str):
     model = build(name)
     quantize(model)
     before = logits(model)
-    adapt(model)
+    adapt(model, "all,experts")
     assert {array.dtype for array in trainable(model).values()} == {np.dtype(np.float32)}
     np.testing.assert_array_equal(logits(model), before)
-    losses = train(model)
+    losses = train(model, 1)
     assert losses[-1] < losses[0]
 
 
@@ -272,9 +335,9 @@ FUSED = [
 
 
 def rows(layout: models.Layout, part: str) -> np.ndarray:
-    """The output rows of one part, "q", "k" or "v", of a fused projection."""
-    before = {"q": 0, "k": layout.q, "v": layout.q + layout.k}[part]
-    return np.arange(getattr(layout, part)) + before
+    """The output rows of one part, such as "k" or "up", of a fused projection, in each group."""
+    before = list(layout.rows.values())[: list(layout.rows).index(part)]
+    return np.arange(layout.rows[part]) + sum(before)
 
 
 @pytest.mark.parametrize(("name", "path"), FUSED)
@@ -309,7 +372,7 @@ def test_a_fused_projection_is_cut_where_the_model_cuts_it(name: str, path: str)
 
 def attended(model: nn.Module, attention: nn.Module) -> np.ndarray:
     """What reaches the output projection of an attention module in a run of the model."""
-    name = next(name for name in models.OUTPUTS if name in attention)
+    name = targets.named(targets.ATTENTION, attention)["o"]
     output, seen = attention[name], []
 
     class Spy(nn.Module):
@@ -324,17 +387,31 @@ def attended(model: nn.Module, attention: nn.Module) -> np.ndarray:
     return np.array(seen[0])
 
 
-@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "internlm2", "gpt_bigcode", "qwen3_next"])
-def test_the_slices_are_those_of_projections_split_apart(name: str):
-    """Keys to the last bit those of the base, queries and values with an update of their own."""
+@pytest.mark.parametrize("left", [None, "k", "gate"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "phi3 self_attn.qkv_proj",
+            "gpt_neox attention.query_key_value",
+            "qwen3_next in_proj_qkvz",
+        ),
+        *("internlm2 attention.wqkv", "gpt_bigcode attn.c_attn", "phi3 mlp.gate_up_proj"),
+        *("phi3small mlp.up_proj", "openelm ffn.proj_1", "granitemoehybrid input_linear"),
+    ],
+)
+def test_the_slices_are_those_of_projections_split_apart(path: str, left: str | None):
+    """What is left is to the last bit that of the base, the others have updates of their own."""
+    name, end = path.split()
     model = build(name)
-    path = next(path for n, path in FUSED if n == name)
-    parent, _, child = path.rpartition(".")
     modules = dict(model.named_modules())
+    path = next(path for path in modules if path.endswith(end))
+    parent, _, child = path.rpartition(".")
     layout, base = models.fused_layout(model, modules[parent], child), modules[path]
     rng = np.random.default_rng(0)
-    adapted = models.LoRAFused(base, layout, {"q": 8, "v": 8})
-    for part in ("q", "v"):
+    parts = [part for part in layout.rows if part != left]
+    adapted = models.LoRAFused(base, layout, dict.fromkeys(parts, 8))
+    for part in parts:
         adapted[part].lora_b = mx.array(rng.normal(size=(8, layout.num_rows(part))), mx.float32)
     x = mx.array(rng.normal(size=(2, 5, models.linear_shape(base)[1])), mx.float32)
 
@@ -342,8 +419,9 @@ def test_the_slices_are_those_of_projections_split_apart(name: str):
         grouped = np.array(y).reshape(2, 5, layout.groups, -1)
         return grouped[..., rows(layout, part)].reshape(2, 5, -1)
 
-    np.testing.assert_array_equal(part_of(adapted(x), "k"), part_of(base(x), "k"))
-    for part in ("q", "v"):
+    if left in layout.rows:
+        np.testing.assert_array_equal(part_of(adapted(x), left), part_of(base(x), left))
+    for part in parts:
         a, b = (np.array(adapted[part][f"lora_{i}"]) for i in "ab")
         expected = part_of(base(x), part) + 20 * np.array(x) @ a @ b
         np.testing.assert_allclose(part_of(adapted(x), part), expected, atol=2e-3)
@@ -383,20 +461,23 @@ DEEPSEEK_V2_LITE = {
 
 
 @pytest.mark.parametrize(
-    ("config", "a_layer", "layers"),
+    ("config", "roles", "a_layer", "layers"),
     [
-        (PHI3_MINI, 8 * (3072 + 3072) + 8 * (3072 + 3072), 16),
-        (GUMINI_1B, 8 * (2048 + 2048) + 8 * (2048 + 2 * 128), 10),
-        (MIXTRAL_8X7B, 8 * (4096 + 4096) + 8 * (4096 + 8 * 128) + 8 * (4096 + 8), 16),
-        (DEEPSEEK_V2_LITE, 8 * (2048 + 16 * 192) + 8 * (2048 + 512 + 64) + 8 * (2048 + 64), 16),
+        (PHI3_MINI, "qv", 8 * (3072 + 3072) + 8 * (3072 + 3072), 16),
+        (PHI3_MINI, "all", 4 * 8 * (3072 + 3072) + 3 * 8 * (3072 + 8192), 16),
+        (GUMINI_1B, "qv", 8 * (2048 + 2048) + 8 * (2048 + 2 * 128), 10),
+        (GUMINI_1B, "attention", 2 * 8 * (2048 + 2048) + 2 * 8 * (2048 + 2 * 128), 10),
+        (MIXTRAL_8X7B, "qv", 8 * (4096 + 4096) + 8 * (4096 + 8 * 128) + 8 * (4096 + 8), 16),
+        (MIXTRAL_8X7B, "experts", 8 * 3 * 8 * (4096 + 14336), 16),
+        (DEEPSEEK_V2_LITE, "qv", 8 * (2048 + 16 * 192 + 2048 + 512 + 64 + 2048 + 64), 16),
+        (DEEPSEEK_V2_LITE, "down", 8 * (2 * 1408 + 2048), 16),
     ],
-    ids=["Phi-3-mini", "Gumini-1B", "Mixtral-8x7B", "DeepSeek-V2-Lite"],
 )
 def test_real_models_get_as_many_parameters_as_calculated_by_hand(
-    config: dict, a_layer: int, layers: int
+    config: dict, roles: str, a_layer: int, layers: int
 ):
     """The weights are never computed: MLX makes arrays when they are needed."""
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
-    models.add_lora(model, dict.fromkeys(models.find_targets(model, 16), 8))
+    models.add_lora(model, dict.fromkeys(models.find_targets(model, 16, roles), 8))
     assert models.count_trainable(model) == a_layer * layers

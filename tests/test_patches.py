@@ -198,9 +198,9 @@ def uncompiled() -> Iterator[None]:
     mx.enable_compile()
 
 
-def fresh(name: str) -> nn.Module:
+def fresh(name: str, roles: str = "all") -> nn.Module:
     model = build(name)
-    adapt(model)
+    adapt(model, roles)
     return model
 
 
@@ -222,6 +222,25 @@ def test_right_ways_differ_by_rounding_only(uncompiled: None, name: str, dtype: 
     assert patches.differs_from_plain(model, losses.make_loss, TOKENS) is None
     assert not model.training
     assert all((before[path] == array).all() for path, array in trainable(model).items())
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3_moe", "phi3", "gemma3", "gpt_neox", "qwen3_next", "phi3small"]
+)
+def test_with_every_role_adapted_the_gradients_are_the_plain_ones(
+    uncompiled: None, name: str
+) -> None:
+    model = fresh(name, "all,experts")
+    for module in model.modules():
+        if isinstance(module, models.LowRank):
+            module.lora_b = mx.random.normal(module.lora_b.shape) * 0.02
+    expected = patches.loss_and_gradients(model, losses.make_loss(model, plain=True), TOKENS)
+    with patches.applied():
+        found = patches.loss_and_gradients(model, losses.make_loss(model), TOKENS)
+    most = max(mx.linalg.norm(array).item() for array in expected.values())
+    for each, array in expected.items():
+        error = mx.linalg.norm(found[each] - array).item()
+        assert error < 1e-4 * max(mx.linalg.norm(array).item(), 1e-3 * most), each
 
 
 def wrong_attention(*args: mx.array, scale: float, **options: object) -> mx.array:
@@ -549,7 +568,7 @@ def test_by_chunks_every_architecture_has_the_loss_and_gradients_of_the_whole(
     model = build(name)
     loss = losses.make_loss(model)
     assert (loss is losses.loss) == (name == "talkie")  # whose head is no module
-    adapt(model)
+    adapt(model, "qv")
     for set_mode in (model.eval, model.train):
         set_mode()
         expected, found = gradients(model, losses.loss), gradients(model, loss)
@@ -568,7 +587,7 @@ def test_by_chunks_twenty_steps_end_where_the_plain_ones_do(small_chunks: None, 
     for make_loss in (lambda model: losses.loss, losses.make_loss):
         model = build(name)
         loss = make_loss(model)
-        adapt(model)
+        adapt(model, "qv")
         model.train()
         batch = [(np.array(TOKENS), np.array(IS_TARGET))]
         with ExitStack() as stack:

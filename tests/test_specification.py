@@ -13,6 +13,7 @@ import tiny
 import train_lora
 from conftest import ROOT, TEXTS
 from lora_finetune.adapters import export, mlx_lm
+from lora_finetune.model_folder.targets import layer_paths
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -124,7 +125,7 @@ def test_an_adapter_from_here_loads_in_mlx_lm(tmp_path: Path):
     models.add_lora(ours, dict.fromkeys(models.find_targets(ours, 2), 8))
     for name, array in tree_flatten(ours.trainable_parameters()):
         ours.load_weights([(name, mx.random.normal(array.shape, scale=0.1))], strict=False)
-    mlx_lm.write(tmp_path, export.whole_pairs(ours), models.layer_paths(ours), str(folder))
+    mlx_lm.write(tmp_path, export.whole_pairs(ours), layer_paths(ours), str(folder))
 
     theirs = load_adapters(models.load(str(folder))[0], str(tmp_path))
     theirs.eval()

@@ -13,7 +13,7 @@ from pathlib import Path
 import models
 import tiny
 import train_lora
-from conftest import ROOT, TEXTS, Ended, Run
+from conftest import ROOT, TEXTS, Ended, Run, one_error
 from lora_finetune.base import errors
 from lora_finetune.run.config import read_config
 from lora_finetune.texts import dataset, tokenizing
@@ -463,7 +463,7 @@ def test_resuming_adapts_the_layers_of_the_file_at_its_rank(
 def test_resuming_with_more_layers_starts_those_that_the_file_lacks_fresh_and_says_so(
     call: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    """What else the file adapts stays too."""
+    """With the roles that the file has."""
     expected = tiny.adapter_arrays(range(2, 4), rank=4)
     expected["model.layers.3.self_attn.o_proj.lora_a"] = np.ones((64, 2), np.float32)
     expected["model.layers.3.self_attn.o_proj.lora_b"] = np.ones((2, 64), np.float32)
@@ -472,13 +472,13 @@ def test_resuming_with_more_layers_starts_those_that_the_file_lacks_fresh_and_sa
     args += ["--resume-adapter-file", tmp_path / "from.npz", "--lora-layers", 3]
     ended = call(*args, "--adapter-file", tmp_path / "a.npz")
     assert re.fullmatch(
-        r"warning: .*lacks 2 of 6 .*fresh\nwarning: .*fresh moments\n", ended.stderr
+        r"warning: .*lacks 4 of 9 .*fresh\nwarning: .*fresh moments\n", ended.stderr
     )
     found = read_arrays(tmp_path / "a.npz")
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     fresh = found.keys() - expected.keys()
-    targets = ("self_attn.q_proj", "self_attn.v_proj")
-    assert fresh == last_layers(3, *targets) - last_layers(2, *targets)
+    targets = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
+    assert fresh == last_layers(3, *targets) - expected.keys()
     for name in fresh:
         assert found[name].any() == name.endswith("lora_a")
         assert min(found[name].shape) == 4
@@ -541,6 +541,61 @@ def test_in_a_mixture_of_experts_the_router_is_adapted_too(
     losses = [float(loss) for loss in numbers("Iter .*: Val loss (.*), .*", ended.stdout)]
     assert losses[-1] < losses[0] - 0.2
     assert shapes(ended.stdout)[-1] == shapes(call(*args, "--test").stdout)[-1]
+
+
+ROLES = {role: f"self_attn.{role}_proj" for role in "qkvo"}
+ROLES |= {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
+
+
+def test_targets_are_roles_that_the_adapter_file_tells_from_then_on(
+    call: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    args = ["--model", model, "--data", data, "--adapter-file", tmp_path / "a.npz"]
+    train = [*args, "--train", "--lora-layers", 2, "--batch-size", 4, *LEARN]
+    assert call(*train, "--iters", 2, "--targets", "attention").returncode == 0
+    before = read_arrays(tmp_path / "a.npz")
+    assert before.keys() == last_layers(2, *(ROLES[role] for role in "qkvo"))
+    assert all(array.any() for array in before.values())
+    number = sum(array.size for array in before.values())
+    assert f"Trainable parameters {number / 1e6:.3f}M" in call(*args, "--test").stdout
+    one_error(call(*args, "--test", "--targets", "all"), "--targets", "is for training")
+    one_error(call(*train, "--targets", "q,w1"), "--targets: takes qv, attention, all", "not 'w1'")
+
+    resume = ["--resume-adapter-file", tmp_path / "a.npz", "--iters"]
+    ended = call(*train, *resume, 4)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert read_arrays(tmp_path / "a.npz").keys() == before.keys()
+    ended = call(*args, "--train", *LEARN, *resume, 4, "--targets", "q,o,up")
+    one_error(ended, "a.npz adapts model.layers.2.self_attn.k_proj", "not of --targets q,o,up")
+    ended = call(*train, *resume, 6, "--targets", "all")
+    assert re.match(
+        r"warning: .*a.npz lacks 6 of 14 adapted layers; they start fresh\n"
+        r"warning: since .*: --targets \('q,k,v,o', now q,k,v,o,gate,up,down\)\n",
+        ended.stderr,
+    )
+    arrays = read_arrays(tmp_path / "a.npz")
+    assert arrays.keys() == last_layers(2, *ROLES.values())
+    assert all(array.any() for array in arrays.values())
+
+
+def test_experts_are_adapted_where_they_are_named_and_a_line_says_what_they_cost(
+    call: Run, data: Path, tmp_path: Path
+) -> None:
+    model = tiny.make_model(tmp_path / "moe", **tiny.QWEN2_MOE)
+    args = ["--model", model, "--data", data, "--adapter-file", tmp_path / "a.npz", *LEARN]
+    args += ["--train", "--lora-layers", 1, "--batch-size", 4]
+    ended = call(*args, "--iters", 2, "--targets", "down,experts")
+    number = 4 * 3 * 8 * (64 + 32)
+    line = (
+        f"hint: {number / 1e6:.3f}M of the trainable parameters are the experts', each has its own"
+    )
+    assert ended.stderr == f"{line}\n"
+    paths = [f"mlp.switch_mlp.{role}_proj" for role in ("gate", "up", "down")]
+    arrays = read_arrays(tmp_path / "a.npz")
+    assert arrays.keys() == last_layers(1, "mlp.shared_expert.down_proj", *paths)
+    assert arrays[f"model.layers.3.{paths[0]}.lora_a"].shape == (4, 8, 64)
+    assert arrays[f"model.layers.3.{paths[0]}.lora_b"].shape == (4, 32, 8)
+    assert all(array.any() for array in arrays.values())
 
 
 def test_an_adapter_file_is_a_plain_npz_file_of_float32(whole_run: tuple[Path, Ended]) -> None:

@@ -34,7 +34,7 @@ ONE_WAY |= {"gpt_oss", "llama4_text", "longcat_flash", "olmo_hybrid"}
 def adapted_in(folder: Path) -> nn.Module:
     """The model of a folder with random LoRA in its last two layers."""
     model, _ = models.load(folder)
-    models.add_lora(model, dict.fromkeys(models.find_targets(model, 2), 8))
+    models.add_lora(model, dict.fromkeys(models.find_targets(model, 2, "all"), 8))
     randomize(model)
     return model
 
@@ -112,7 +112,7 @@ def test_a_merged_float_model_is_its_base_but_for_the_adapted_arrays(
     assert {n: a.shape for n, a in after.items()} == {n: a.shape for n, a in before.items()}
     changed = {n for n, array in before.items() if not mx.array_equal(array, after[n])}
     adapter = loading.read_adapter(tmp_path / "a.npz")
-    paths = {re.sub(r"\.[qv]$", "", path) for path in adapter}
+    paths = {re.sub(r"\.[qkv]$", "", path) for path in adapter}
     assert changed == set().union(*sources(base, before, sorted(paths)).values())
     assert (tmp_path / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
 
@@ -147,7 +147,35 @@ def test_a_model_that_transformers_does_not_know_has_the_names_of_its_files_in_p
     base = make_base(tmp_path / "base", "internlm2")
     mx.save_safetensors(str(base / "model.safetensors"), read_weights(base), {"format": "pt"})
     names = peft.module_names(adapted_in(base), base)
-    assert names == {path: path for path in names} and len(names) == 2
+    assert names == {path: path for path in names} and len(names) == 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "reason"),
+    [
+        ("minimax_m3_vl", ".mlp.gate_proj", "mlp.gate_proj in one layer with another"),
+        ("laguna", "mlp.shared_expert.up_proj", "shared_expert.up_proj has no effect"),
+    ],
+)
+def test_what_peft_cannot_adapt_as_it_is_here_is_named(
+    tmp_path: Path, name: str, path: str, reason: str
+) -> None:
+    base = make_base(tmp_path / "base", name)
+    model, _ = models.load(base)
+    paths = [each for each, _ in model.named_modules() if each.endswith(path)]
+    models.add_lora(model, {paths[0]: 8})
+    with pytest.raises(ValueError, match=reason):
+        peft.module_names(model, base)
+
+
+def test_in_models_with_experts_peft_is_given_the_other_mlps_as_parameters(tmp_path: Path) -> None:
+    """As modules it would take them for the experts."""
+    base = make_base(tmp_path / "base", "deepseek_v3")
+    export.write_all([("peft", tmp_path / "p")], adapted_in(base), base)
+    config = json.loads((tmp_path / "p/adapter_config.json").read_text())
+    mlps = {n for n in config["target_parameters"] if ".mlp." in n}
+    assert len(mlps) == 2 * 4 and "model.layers.3.mlp.shared_experts.up_proj.weight" in mlps
+    assert not any(".mlp." in name for name in config["target_modules"])
 
 
 def test_where_mlx_wrote_the_base_peft_is_for_the_original(call: Run, tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from lora_finetune.adapters import gguf, merged, mlx_lm, npz, peft
 from lora_finetune.base.errors import UserError, hint, print_line
 from lora_finetune.base.files import atomic_write, check_can_make, whole_folder
 from lora_finetune.base.signals import raising_signals
+from lora_finetune.model_folder.files import read_object
 from lora_finetune.model_folder.hub import public_name
-from lora_finetune.model_folder.transformers_names import is_written_by_mlx
+from lora_finetune.model_folder.targets import is_stacked, layer_paths
+from lora_finetune.model_folder.transformers_names import is_written_by_mlx, multiplier
 
 import mlx.nn as nn
 import numpy as np
@@ -80,8 +82,9 @@ def write_all(
         UserError: a form cannot be written.
     """
     forms, (name, revision) = {form for form, _ in exports}, public_name(name, base)
-    adapter, layers = whole_pairs(model), models.layer_paths(model)
+    adapter, layers = whole_pairs(model), layer_paths(model)
     names = {form: CHECKS[form](model, base) for form in forms & {"peft", "gguf"}}
+    config, has_experts = read_object(base / "config.json"), any(map(is_stacked, model.modules()))
     if "peft" in forms and is_written_by_mlx(base):
         hint(f"in PEFT take the original model in the place of {name}, which has MLX's layout")
     logits = merged.sample_logits(model) if forms & {"merged", "merged-float"} else None
@@ -93,8 +96,9 @@ def write_all(
             if form == "mlx-lm":
                 mlx_lm.write(made, adapter, layers, name, revision)
             elif form == "peft":
-                renamed = {names[form][path]: pair for path, pair in adapter.items()}
-                peft.write(made, renamed, name, revision)
+                pairs = {p: (a, b / multiplier(config, p)) for p, (a, b) in adapter.items()}
+                renamed = {names[form][path]: pair for path, pair in pairs.items()}
+                peft.write(made, renamed, name, revision, has_experts)
             elif form == "gguf":
                 gguf.write(made[0].name, adapter, names[form], base, path.stem)
             else:

@@ -1,7 +1,8 @@
 """An adapter in a GGUF file, as llama.cpp's converter makes it of PEFT's form.
 
 llama.cpp, Ollama and LM Studio take it beside a base in any quantization. Its A is (r, d_in) and
-its B (d_out, r); its scale is alpha / r, with one alpha for the whole file.
+its B (d_out, r), of experts (experts, r, d_in) and (experts, d_out, r); its scale is alpha / r,
+with one alpha for the whole file.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ IN_TURNS = ("granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smol
 
 # What llama.cpp takes LoRA of. It reads that of other weights too, and leaves it out in silence.
 LAYERS = re.compile(
-    r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down|gate_inp)(_shexp)?)|output"
+    r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down|gate_inp)(_shexp|_exps)?)|output"
 )
 
 
@@ -88,8 +89,9 @@ def write(file: str, adapter: Adapter, names: dict[str, str], base: Path, title:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, models.SCALE * rank)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for path, (a, b) in adapter.items():
-        b = in_order(b.T, names[path], architecture, settings)
-        writer.add_tensor(f"{names[path]}.weight.lora_a", a.T)
+        a, b = (a.T, b.T) if a.ndim == 2 else (a, b)
+        b = in_order(b, names[path], architecture, settings)
+        writer.add_tensor(f"{names[path]}.weight.lora_a", a)
         writer.add_tensor(f"{names[path]}.weight.lora_b", b)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -10,8 +10,19 @@ from lora_finetune.adapters import mlx_lm, npz, peft
 from lora_finetune.adapters.npz import Adapter, named
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.model_folder.files import read_object
+from lora_finetune.model_folder.targets import (
+    ROLES,
+    find_targets,
+    is_linear,
+    is_stacked,
+    last_layers,
+    layer_paths,
+    linear_shape,
+    projections,
+    roles_at,
+    roles_of,
+)
 from lora_finetune.model_folder.transformers_names import MODEL_TYPES, checkpoint_name, module_name
-from models import attention_projections, is_linear, linear_shape, router_projections
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,40 +60,59 @@ def read_adapter(file: Path) -> Adapter:
 
 def adapt(
     model: nn.Module, adapter: Adapter, source: Path | None, lora_layers: int | None,
-    rank: int | None = None, scale: float = models.SCALE,
-) -> None:  # fmt: skip
+    rank: int | None = None, scale: float = models.SCALE, targets: str | None = None,
+) -> str:  # fmt: skip
     """Put LoRA into a model: where the adapter read from `source` has it, or in the last layers.
 
-    With both an adapter, for this scale, and `lora_layers`, what it lacks of those layers starts
-    fresh, with this rank (default: the adapter's, else 8). Raises UserError where the adapter is
-    not for this model, or reaches outside those layers.
+    With an adapter, for this scale, and `lora_layers` or `targets` too, what it lacks of those
+    starts fresh, with this rank (default: the adapter's, else 8). Raises UserError where the
+    adapter is not for this model, or has more than those.
+
+    Returns:
+        The roles that are adapted, as `targets` names them.
     """
     adapter = placed(source, adapter, model)
     ranks = {path: a.shape[1] for path, (a, _) in adapter.items()}
     for own in ranks.values():
         if rank not in (None, own):
             raise UserError(f"{source} has rank {own}, not --lora-rank {rank}; leave that out")
-    if lora_layers is not None:
-        ranks = with_fresh(model, ranks, source, lora_layers, rank)
+    if lora_layers is not None or targets is not None:
+        ranks = with_fresh(model, ranks, source, lora_layers, targets, rank)
+    roles = set().union(*roles_at(model, ranks).values())
     models.add_lora(model, ranks, scale)
     weights = [(name, mx.array(array)) for name, array in named(adapter).items()]
     model.load_weights(weights, strict=False)
+    return ",".join(role for role in ROLES if role in roles)
 
 
 def with_fresh(
-    model: nn.Module, ranks: dict[str, int], source: Path, lora_layers: int, rank: int | None
-) -> dict[str, int]:
-    """The ranks of an adapter's layers, and of those that start fresh in the last layers."""
-    if lora_layers > len(model.layers):
-        warn(f"the model has only {len(model.layers)} layers; all of them are adapted")
-    last = models.last_layers(model, lora_layers)
+    model: nn.Module, ranks: dict[str, int], source: Path, lora_layers: int | None,
+    targets: str | None, rank: int | None,
+) -> dict[str, int]:  # fmt: skip
+    """The ranks of an adapter's layers, and of those that start fresh in the last layers.
+
+    What is not given, layers or targets, is that of the adapter.
+    """
+    roles, layers = roles_at(model, ranks), layer_paths(model)
+    if lora_layers is None:
+        adapted = [any(path.startswith(f"{layer}.") for path in ranks) for layer in layers]
+        lora_layers = len(layers) - (adapted.index(True) if any(adapted) else 0)
+    if lora_layers > len(layers):
+        warn(f"the model has only {len(layers)} layers; all of them are adapted")
+    last = last_layers(model, lora_layers)
     if outside := [path for path in ranks if not path.startswith(last)]:
         raise UserError(
             f"{source} adapts {outside[0]}, which is not in the last {lora_layers} layers; "
             "raise --lora-layers, or leave it out to adapt what the file does"
         )
+    if targets and (outside := [path for path in ranks if not roles[path] & roles_of(targets)]):
+        raise UserError(
+            f"{source} adapts {outside[0]}, which is not of --targets {targets}; name more, or "
+            "leave it out to adapt what the file does"
+        )
     rank = rank or next(iter(ranks.values()), models.RANK)
-    wanted = dict.fromkeys(models.find_targets(model, lora_layers), rank)
+    targets = targets or ",".join(set().union(*roles.values())) or "qv"
+    wanted = dict.fromkeys(find_targets(model, lora_layers, targets), rank)
     # Slices such as qkv_proj.q are not adapted again where the whole projection is.
     wanted = {path: rank for path in wanted if path.rpartition(".")[0] not in ranks}
     if ranks and (fresh := wanted.keys() - ranks.keys()):
@@ -92,17 +122,19 @@ def with_fresh(
 
 def placed(file: Path, adapter: Adapter, model: nn.Module) -> Adapter:
     """The adapter by the paths of a model; raises UserError where some of it has none there."""
-    shapes = {path: linear_shape(m) for path, m in model.named_modules() if is_linear(m)}
-    shapes |= dict([*attention_projections(model), *router_projections(model)])
+    layers = [(p, m) for p, m in model.named_modules() if is_linear(m) or is_stacked(m)]
+    shapes = {path: linear_shape(module) for path, module in layers}
+    shapes |= {path: each.shape for path, each in projections(model).items()}
     if not adapter.keys() <= shapes.keys():
         adapter = under_our_names(adapter, list(shapes))
     wrong = []
     for path, (a, b) in adapter.items():
+        shape = (b.shape[1], a.shape[0]) if a.ndim == 2 else (*b.shape[:2], a.shape[2])
         if path not in shapes:
             wrong.append(f"there is no linear layer {path}")
-        elif (b.shape[1], a.shape[0]) != shapes[path]:
-            d_out, d_in = shapes[path]
-            its = f"its A and B {a.shape[0]} to {b.shape[1]}"
+        elif shape != shapes[path]:
+            d_out, d_in = shapes[path][-2:]
+            its = f"its A and B {shape[-1]} to {shape[-2]}"
             wrong.append(f"{path} maps {d_in} to {d_out} numbers, {its}")
     if wrong:
         raise UserError(

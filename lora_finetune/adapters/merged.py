@@ -14,6 +14,7 @@ from lora_finetune.base.files import write_json
 from lora_finetune.mlx_patches.loading import as_loaded, can_merge, float_type, load_as_stored
 from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.files import FILES, read_object, text_settings
+from lora_finetune.model_folder.transformers_names import multiplier
 from lora_finetune.model_folder.weights import Weights, read_weights
 
 import mlx.core as mx
@@ -174,8 +175,12 @@ def changed_arrays(base: Path, adapter: Adapter) -> Weights:
     the gradient of that with the updates as cotangents, since numbers are only put elsewhere. Sums
     are made in float32 and rounded once, to the type of the array.
     """
-    updates = {p: models.SCALE * (mx.array(a) @ mx.array(b)).T for p, (a, b) in adapter.items()}
-    arrays = read_weights(base)
+    arrays, config = read_weights(base), read_object(base / "config.json")
+    # The gradient has the multiplier once more in it, and not once less.
+    updates = {
+        path: models.update(mx.array(a), mx.array(b)) / multiplier(config, path) ** 2
+        for path, (a, b) in adapter.items()
+    }
     names = [name for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)]
     wide = [arrays[name].astype(mx.float32) for name in names]
 

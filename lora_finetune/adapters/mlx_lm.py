@@ -12,6 +12,7 @@ from lora_finetune.base.files import write_json
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 FILE = "adapters.safetensors"
 
@@ -25,7 +26,7 @@ def read(file: Path, arrays: Arrays, config: dict[str, Any]) -> Arrays:
 def check(model: nn.Module, base: Path) -> None:
     """Raise ValueError where mlx-lm has no LoRA: routers, and layers of a model's own kind."""
     for path, module in models.lora_modules(model).items():
-        kinds = (nn.Linear, nn.QuantizedLinear)
+        kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
         if not isinstance(module.frozen, kinds) or hasattr(module.frozen, "to_lora"):
             raise ValueError(f"mlx-lm has no LoRA for {path}, which is no plain linear layer")
 
@@ -58,12 +59,19 @@ def write(
 
 
 def of_one_rank(adapter: Adapter) -> tuple[Adapter, int]:
-    """The same updates, all of the highest rank, and that: the others get rows of zeros."""
-    padded, rank = {}, max(a.shape[1] for a, _ in adapter.values())
-    for path, (a, b) in adapter.items():
-        zeros = (0, rank - len(b))
-        padded[path] = np.pad(a, ((0, 0), zeros)), np.pad(b, (zeros, (0, 0)))
-    return padded, rank
+    """The same updates, all of the highest rank, and that: the others get zeros."""
+    rank = max(a.shape[1] for a, _ in adapter.values())
+    return {
+        path: (padded(a, 1, rank), padded(b, 0 if b.ndim == 2 else 2, rank))
+        for path, (a, b) in adapter.items()
+    }, rank
+
+
+def padded(array: np.ndarray, axis: int, length: int) -> np.ndarray:
+    """An array with zeros behind it on an axis, up to a length."""
+    pads = [(0, 0)] * array.ndim
+    pads[axis] = (0, length - array.shape[axis])
+    return np.pad(array, pads)
 
 
 def write_files(file: Path, arrays: Arrays, written_by: str, config: dict[str, Any]) -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 import models
 from lora_finetune.base.errors import UserError
 from lora_finetune.base.files import atomic_write
-from models import natural_order
+from lora_finetune.model_folder.targets import natural_order
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-Adapter = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a layer -> A (d_in, r), B (r, d_out)
+# Path of a layer -> A (d_in, r), B (r, d_out); of experts (experts, r, d_in), (experts, d_out, r).
+Adapter = dict[str, tuple[np.ndarray, np.ndarray]]
 Arrays = dict[str, np.ndarray]  # by name
 
 
@@ -52,8 +53,9 @@ def pair_arrays(file: Path, arrays: Arrays) -> Adapter:
         if pair.keys() != {"lora_a", "lora_b"}:
             raise UserError(f"{file} has {path}.{' and '.join(pair)}, not a lora_a and its lora_b")
         a, b = pair["lora_a"], pair["lora_b"]
-        matrices = a.ndim == b.ndim == 2 and a.dtype.kind == b.dtype.kind == "f"
-        if not (matrices and a.shape[1] == b.shape[0] > 0):
+        matrices = a.ndim == b.ndim in (2, 3) and a.dtype.kind == b.dtype.kind == "f"
+        is_pair = matrices and a.shape[1] == b.shape[0 if b.ndim == 2 else 2] > 0
+        if not (is_pair and a.shape[:-2] == b.shape[:-2]):
             raise UserError(f"{file}: {path} is not a pair of matrices (d_in, r) and (r, d_out)")
         adapter[path] = a, b = a.astype(np.float32), b.astype(np.float32)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):

@@ -17,6 +17,7 @@ from lora_finetune.adapters.npz import Adapter, Arrays
 from lora_finetune.base.errors import UserError, abbreviated, hint
 from lora_finetune.model_folder import transformers_names
 from lora_finetune.model_folder.files import read_object
+from lora_finetune.model_folder.targets import ROUTERS, is_expert
 from lora_finetune.model_folder.weights import read_weights
 
 import mlx.nn as nn
@@ -26,6 +27,9 @@ FILE = "adapter_model.safetensors"
 
 # The names of A and B, in some versions with that of the adapter, "default".
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(\.default)?\.weight")
+
+# What transformers has as rows of one layer, and mlx-lm as a layer.
+FUSED = re.compile(r"\.(gate_up_proj|input_linear)\.(gate|up)$")
 
 # Initializations for which PEFT changes the weights of the base.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -69,10 +73,15 @@ def module_names(model: nn.Module, base: Path) -> dict[str, str]:
     Raises ValueError where they are not known, or LoRA has no effect there.
     """
     paths, model_type = models.lora_modules(model), read_object(base / "config.json")["model_type"]
+    if experts := [path for path, module in paths.items() if is_expert(path, module.frozen)]:
+        raise ValueError(f"PEFT has no LoRA of {experts[0]} alone; leave out --targets experts")
     if unused := [p for p in paths if transformers_names.is_unused(model_type, p)]:
-        raise ValueError(f"in PEFT LoRA of {unused[0]} has no effect: transformers never calls it")
+        raise ValueError(f"in PEFT LoRA of {unused[0]} has no effect")
     if model_type in transformers_names.MODEL_TYPES:
-        return {path: transformers_names.module_name(model_type, path) for path in paths}
+        names = {path: transformers_names.module_name(model_type, path) for path in paths}
+        if fused := [path for path, name in names.items() if FUSED.search(name)]:
+            raise ValueError(f"transformers has {fused[0]} in one layer with another")
+        return names
     arrays = {} if transformers_names.is_written_by_mlx(base) else read_weights(base)
     for path in paths:
         if f"{path}.weight" not in arrays:
@@ -80,19 +89,24 @@ def module_names(model: nn.Module, base: Path) -> dict[str, str]:
     return {path: path for path in paths}
 
 
-def write(folder: Path, adapter: Adapter, base: str, revision: str | None = None) -> None:
+def write(
+    folder: Path, adapter: Adapter, base: str, revision: str | None = None,
+    has_experts: bool = False,
+) -> None:  # fmt: skip
     """Write an adapter of the model `base`, by the names of transformers' modules."""
     adapter, rank = of_one_rank(adapter)
     arrays = {}
     for path, (a, b) in adapter.items():
         arrays[f"base_model.model.{path}.lora_A.weight"] = a.T
         arrays[f"base_model.model.{path}.lora_B.weight"] = b.T
-    # In transformers a router is no linear layer, and PEFT adapts the parameter.
-    routers = [path for path in adapter if path.rpartition(".")[2] in models.ROUTERS]
-    if routers:
+    # In transformers a router is no linear layer, and PEFT adapts the parameter. In models with
+    # experts, as modules it would take these layers of all MLPs for the experts'.
+    others = ("gate_proj", "up_proj", "down_proj") if has_experts else ()
+    parameters = [path for path in adapter if path.rpartition(".")[2] in (*ROUTERS, *others)]
+    if parameters:
         hint(
-            f"PEFT takes the routers ({abbreviated(routers)}) as target_parameters; other tools, "
-            "and versions of transformers that name them otherwise, may leave them out"
+            f"PEFT takes {abbreviated(parameters)} as target_parameters; other tools, and versions "
+            "of transformers that name them otherwise, may leave them out"
         )
     config = {
         "peft_type": "LORA",
@@ -102,8 +116,8 @@ def write(folder: Path, adapter: Adapter, base: str, revision: str | None = None
         "r": rank,
         "lora_alpha": int(models.SCALE * rank),
         "lora_dropout": 0.0,
-        "target_modules": [path for path in adapter if path not in routers],
-        "target_parameters": [f"{path}.weight" for path in routers] or None,
+        "target_modules": [path for path in adapter if path not in parameters],
+        "target_parameters": [f"{path}.weight" for path in parameters] or None,
         "bias": "none",
     }
     write_files(folder / FILE, arrays, "pt", config)

@@ -118,6 +118,18 @@ def iterations_or_share(text: str) -> str:
 iterations_or_share.__name__ = "number of iterations, or share"  # for "invalid … value"
 
 
+def words_of(*known: str) -> Callable[[str], str]:
+    """An argparse type: some of these words, with commas between."""
+
+    def parse(text: str) -> str:
+        for word in text.split(","):
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"takes {', '.join(known)}, not {word!r}")
+        return text
+
+    return parse
+
+
 def json_object(text: str) -> str:
     """An argparse type: the JSON text of an object, in one form whatever its spaces and order."""
     value = json.loads(text)

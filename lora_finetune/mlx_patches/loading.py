@@ -24,6 +24,7 @@ from lora_finetune.model_folder.weights import (
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import _get_classes, dequantize_model, load_config, load_model
 from transformers import PretrainedConfig
 
@@ -147,14 +148,14 @@ def float_type(module: nn.Module) -> mx.Dtype:
 
 
 def can_merge(module: nn.Module) -> bool:
-    """Whether `float_weight` knows the weight of a linear layer or router."""
-    if type(module) is nn.QuantizedLinear:
-        return True
+    """Whether `float_weight` knows the weight of a linear layer, router or experts."""
+    if type(module) in (nn.QuantizedLinear, QuantizedSwitchLinear):
+        return module.weight.ndim == 2 or module.get("global_scale") is None
     return "scales" not in module and mx.issubdtype(module.weight.dtype, mx.floating)
 
 
 def float_weight(module: nn.Module) -> tuple[mx.array, mx.Dtype]:
-    """The weight (d_out, d_in) of a linear layer or router in float32, and its own float type."""
+    """The weight of a linear layer, router or experts in float32, and its own float type."""
     weight = module.weight
     if "scales" in module:
         weight = mx.dequantize(

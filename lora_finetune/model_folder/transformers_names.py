@@ -49,8 +49,8 @@ CHECKPOINT = [
     (r"nanochat", r"^transformer\.h\.", "model.layers."),
     (r"nanochat", r"\.attn\.c_([qkv])(?=\.|$)", r".self_attn.\1_proj"),
     (r"nanochat", r"\.attn\.c_proj(?=\.|$)", ".self_attn.o_proj"),
-    (r"nanochat", r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"nanochat", r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"nanochat", r"\.mlp\.c_fc(?=\.|$)", ".mlp.fc1"),
+    (r"nanochat", r"\.mlp\.c_proj(?=\.|$)", ".mlp.fc2"),
     (r"bailing_hybrid", r"\.attention\.o_proj(?=\.|$)", ".attention.dense"),
     (r"kimi_linear", r"\.mlp\.", ".block_sparse_moe."),
     (r"kimi_linear", r"\.block_sparse_moe\.e_score_", ".block_sparse_moe.gate.e_score_"),
@@ -60,16 +60,16 @@ CHECKPOINT = [
     (r"exaone_moe", r"\.gate\.e_score_correction_bias$", ".e_score_correction_bias"),
     (r"granitemoe(hybrid)?", r"\.switch_mlp\.(gate|up)_proj\.", r".input_linear.\1."),
     (r"granitemoe(hybrid)?", r"\.switch_mlp\.down_proj\.", ".output_linear."),
-    (r"granitemoehybrid", r"\.mlp\.(gate|up)_proj\.", r".shared_mlp.input_linear.\1."),
-    (r"granitemoehybrid", r"\.mlp\.down_proj\.", ".shared_mlp.output_linear."),
+    (r"granitemoehybrid", r"\.mlp\.(gate|up)_proj(?=\.|$)", r".shared_mlp.input_linear.\1"),
+    (r"granitemoehybrid", r"\.mlp\.down_proj(?=\.|$)", ".shared_mlp.output_linear"),
     (r"mistral4", r"\.switch_mlp\.(gate|up)_proj\.weight$", r".experts.gate_up_proj.\1"),
     (r"mistral4", r"\.switch_mlp\.down_proj\.weight$", ".experts.down_proj"),
     (r".*", r"\.switch_mlp\.", ".experts."),
     (r"nemotron_h", r"\.experts\.fc1\.", ".experts.up_proj."),
     (r"nemotron_h", r"\.experts\.fc2\.", ".experts.down_proj."),
-    (W_NAMES, r"(\.experts|\.feed_forward)\.gate_proj\.", r"\1.w1."),
-    (W_NAMES, r"(\.experts|\.feed_forward)\.down_proj\.", r"\1.w2."),
-    (W_NAMES, r"(\.experts|\.feed_forward)\.up_proj\.", r"\1.w3."),
+    (W_NAMES, r"(\.experts|\.feed_forward)\.gate_proj(?=\.|$)", r"\1.w1"),
+    (W_NAMES, r"(\.experts|\.feed_forward)\.down_proj(?=\.|$)", r"\1.w2"),
+    (W_NAMES, r"(\.experts|\.feed_forward)\.up_proj(?=\.|$)", r"\1.w3"),
 ]
 
 # (model types, a pattern in the checkpoint's name, what the module has in its place).
@@ -77,13 +77,18 @@ MODULES = [
     (r"qwen2(_5)?_vl", r"^model\.", "model.language_model."),
     (r"gemma3|llava|mistral3|minimax_m3_vl|kimi_k25", TEXT, "model.language_model."),
     (r"nemotron_h", r"^backbone\.", "model."),
-    (r"mixtral|minimax_m[23](_vl)?|kimi_linear", r"\.block_sparse_moe\.gate$", ".mlp.gate"),
+    (r"mixtral|minimax_m[23](_vl)?|kimi_linear", r"\.block_sparse_moe\.", ".mlp."),
     (r"bailing_hybrid", r"\.attention\.dense$", ".self_attn.o_proj"),
     (r"bailing_hybrid", r"\.attention\.", ".self_attn."),
     (r"phimoe", r"\.block_sparse_moe\.gate$", ".mlp.router"),
+    (r"minimax_m3_vl", r"\.(mlp|shared_experts)\.(gate|up)_proj$", r".\1.gate_up_proj.\2"),
     (r"granitemoe(hybrid)?", r"\.router\.layer$", ".router"),
     (r"exaone", r"^transformer\.h\.(\d+)\.attn\.attention\.", r"model.layers.\1.self_attn."),
     (r"exaone", r"\.self_attn\.out_proj$", ".self_attn.o_proj"),
+    (r"exaone", r"^transformer\.h\.(\d+)\.mlp\.", r"model.layers.\1.mlp."),
+    (r"exaone", r"\.mlp\.c_fc_0$", ".mlp.gate_proj"),
+    (r"exaone", r"\.mlp\.c_fc_1$", ".mlp.up_proj"),
+    (r"exaone", r"\.mlp\.c_proj$", ".mlp.down_proj"),
 ]
 
 
@@ -101,13 +106,27 @@ def checkpoint_name(model_type: str, name: str) -> str:
 
 
 def is_unused(model_type: str, path: str) -> bool:
-    """Whether transformers never calls a layer, so that PEFT's LoRA of it does nothing."""
-    return model_type == "longcat_flash" and path.endswith(".router.classifier")
+    """Whether PEFT's LoRA of a layer does nothing.
+
+    LongCat's is never called; Laguna's PEFT looks for under a name of its own.
+    """
+    ends = {"longcat_flash": r"\.router\.classifier", "laguna": r"\.shared_expert\.\w+"}
+    return bool(re.search(f"{ends.get(model_type, 'none')}$", path))
 
 
 def module_name(model_type: str, path: str) -> str:
     """The path in transformers' model of the layer at a path of MLX's."""
     return replaced(MODULES, model_type, checkpoint_name(model_type, path))
+
+
+def multiplier(config: dict, path: str) -> float:
+    """What mlx-lm multiplies a checkpoint's weight by when it loads it; not 1 in Falcon-H1 only."""
+    if config["model_type"] != "falcon_h1":
+        return 1.0
+    gate, down = config["mlp_multipliers"]
+    values = {"gate_proj": gate, "down_proj": down, "o_proj": config["attention_out_multiplier"]}
+    values |= dict.fromkeys(("q_proj", "k_proj"), config["attention_in_multiplier"])
+    return values.get(path.rpartition(".")[2], 1.0)
 
 
 def is_written_by_mlx(folder: Path) -> bool:

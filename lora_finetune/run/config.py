@@ -25,8 +25,9 @@ RESULT, TRAINING, ASKING = {"result": True, "training": True}, {"training": True
 class Config:
     """The flags of the command line under their own names, as `train_lora.py --help` has them.
 
-    `iters` is None where epochs count, `lora_layers` where the adapter file to resume decides, and
-    `start_iter` where the state beside it does. `typed` names the flags that were typed.
+    `iters` is None where epochs count, `lora_layers` and `targets` where the adapter file to resume
+    decides, and `start_iter` where the state beside it does. `typed` names the flags that were
+    typed.
     """
 
     train: bool
@@ -53,6 +54,7 @@ class Config:
     plain: bool = field(metadata=RESULT)
     chat_template_args: str | None = field(metadata=TRAINING)
     lora_layers: int | None = field(metadata=TRAINING)
+    targets: str | None = field(metadata=TRAINING)
     lora_rank: int | None = field(metadata=TRAINING)
     epochs: int = field(metadata=TRAINING)
     iters: int | None = field(metadata=TRAINING)
@@ -138,8 +140,8 @@ def read_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
             warn(f"adapters are saved as .npz files, so this one is {args.adapter_file}")
     if "weight_decay" not in args.typed:
         args.weight_decay = 0.01 if args.optimizer == "adamw" else 0.0  # PyTorch's default
-    if args.resume_adapter_file and "lora_layers" not in args.typed:
-        args.lora_layers = None
+    for name in {"lora_layers", "targets"} - args.typed if args.resume_adapter_file else ():
+        setattr(args, name, None)
     if "start_iter" not in args.typed:
         args.start_iter = None
     return Config(**vars(args))
@@ -159,7 +161,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("argument --no-adapter: is for --test and --prompt, without --train, --export")
     if args.weight_decay is not None and args.optimizer == "adam":
         parser.error("argument --weight-decay: is for --optimizer adamw")
-    if not args.train and (flags := {"lora_rank", "lora_scale"} & args.typed):
+    if not args.train and (flags := {"lora_rank", "lora_scale", "targets"} & args.typed):
         parser.error(f"argument {flag_name(min(flags))}: is for training; an adapter has its own")
     for form, path in args.export or []:
         if form not in FORMS or not path:

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 
-import models
-from lora_finetune.base.errors import bar_options
-from lora_finetune.mlx_patches import rope
+from lora_finetune.base.errors import bar_options, warn
+from lora_finetune.mlx_patches import patches, rope
 from lora_finetune.mlx_patches.activations import exp, log_sum_exp
 from lora_finetune.mlx_patches.modules import intercepted
 from lora_finetune.mlx_patches.transforms import in_turn
+from lora_finetune.model_folder.targets import is_linear, linear_shape
 from lora_finetune.texts import batching
 from lora_finetune.training.distributed import ALONE, Group
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from tqdm import tqdm
 
 # Takes the model and the arrays of a batch.
@@ -159,6 +160,20 @@ def rows_of_chunk(rows: int, num_logits: int) -> int:
     return -(-rows // chunks // 16) * 16
 
 
+def disagree_on_metal(examples: dict[str, batching.Examples], model: nn.Module) -> bool:
+    """Whether, on a Mac, a first text's loss and gradients are not those of MLX's own functions."""
+    if "train" not in examples or not mx.metal.is_available():
+        return False
+    tokens, *_ = examples["train"].batch(np.array([0]))
+    why = patches.differs_from_plain(model, make_loss, tokens)
+    if why:
+        warn(
+            f"on this Mac this program's fast functions and MLX's own differ ({why}), so the run "
+            "goes on with MLX's, as with --plain; please report this line and the model"
+        )
+    return bool(why)
+
+
 # --- The head -----------------------------------------------------------------------------------
 
 
@@ -223,7 +238,7 @@ def num_outputs(module: nn.Module) -> int:
     """The rows of the weight of a linear layer or embedding; 0 for other modules."""
     if hasattr(module, "as_linear"):
         return module.weight.shape[0]
-    return models.linear_shape(module)[0] if models.is_linear(module) else 0
+    return linear_shape(module)[0] if is_linear(module) else 0
 
 
 # --- The loss of many batches -------------------------------------------------------------------

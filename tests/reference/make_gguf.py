@@ -42,6 +42,7 @@ AS = {"mistral": "llama", "iquestcoder": "llama", "minimax_m2": "minimax"}
 # that llama.cpp refuses them; the others are like those in architectures.json.
 NOT_CONVERTED = {"mistral3", "ministral3", "gpt2", "qwen2_5_vl", "gemma4_unified"}
 NOT_CONVERTED |= {"qwen3_5_text", "qwen3_5_moe_text"}
+LINEAR = ("qwen3_5", "qwen3_5_moe")  # llama.cpp takes no LoRA of what linear attention puts out
 # Not all of their layers are alike.
 HYBRIDS = ("granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "qwen3_5", "qwen3_5_moe")
 NOT_IN_TRANSFORMERS = {
@@ -70,7 +71,8 @@ def make_model(name: str, folder: Path, kind: str | None = None) -> nn.Module:
     config |= {"model_type": name, "architectures": [kind], "mtp_num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
     number = len(model.layers) if name in HYBRIDS else 1
-    models.add_lora(model, dict.fromkeys(models.find_targets(model, number), 2))
+    targets = models.find_targets(model, number, "qv" if name in LINEAR else "all")
+    models.add_lora(model, dict.fromkeys(targets, 2))
     for path, module in model.named_modules():
         if isinstance(module, models.LowRank):
             random = np.random.RandomState(zlib.crc32(path.encode()))
