@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
+from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches import activations, loading
 from lora_finetune.mlx_patches.settings import warn_of_unread
@@ -288,8 +289,14 @@ def lora_modules(model: nn.Module) -> dict[str, Adapted]:
 
 @contextlib.contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """While it lasts, LoRA is in the weights of layers that are not quantized, to generate fast."""
+    """While it lasts, LoRA is in the weights of layers that are not quantized, to generate fast.
+
+    Not where a second copy of them would take most of the free memory.
+    """
     adapted = {p: m for p, m in lora_modules(model).items() if "scales" not in m.frozen}
+    free = memory.available() - mx.get_active_memory()
+    if sum(module.frozen.weight.nbytes for module in adapted.values()) > free / 2:
+        adapted = {}
     plain = {path: module.merged() for path, module in adapted.items()}
     mx.eval([module.parameters() for module in plain.values()])
     model.update_modules(tree_unflatten(list(plain.items())))

@@ -10,18 +10,18 @@ from pathlib import Path
 import models
 import tiny
 from conftest import Run
-from lora_finetune.adapters import export, gguf
+from lora_finetune.adapters import export, gguf, loading
 from lora_finetune.base.errors import UserError
 from lora_finetune.model_folder.weights import read_weights
 from reference.make_gguf import FILE, NOT_CONVERTED, content, make_model
-from test_export import ask
+from test_export import ask, make_adapter, make_base
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 import xllamacpp
-from gguf import MODEL_ARCH, GGUFWriter, TokenType, get_tensor_name_map
+from gguf import MODEL_ARCH, GGUFReader, GGUFWriter, TokenType, get_tensor_name_map
 from mlx_lm.generate import generate_step
 
 REFERENCE = json.loads(FILE.read_text("utf-8"))
@@ -67,6 +67,20 @@ def test_a_layer_of_which_llama_cpp_ignores_lora_is_named(tmp_path: Path) -> Non
     models.add_lora(model, {"model.layers.0.conv.in_proj": 2})
     with pytest.raises(UserError, match=r"no LoRA of model.layers.0.conv.in_proj.*merged-float"):
         export.check_forms([("gguf", tmp_path / "a.gguf")], model, tmp_path)
+
+
+def test_experts_are_stacked_as_llama_cpp_has_them(tmp_path: Path) -> None:
+    """Tried in it: a qwen3moe with such an adapter says there what it says here."""
+    base = make_base(tmp_path / "base", "qwen3_moe")
+    make_adapter(tmp_path / "a.npz", base, "experts")
+    model, _ = models.load(base)
+    tiny.put_adapter(tmp_path / "a.npz", model)
+    export.write_all([("gguf", tmp_path / "a.gguf")], model, base)
+    tensors = {t.name: t.data for t in GGUFReader(tmp_path / "a.gguf").tensors}
+    adapter = loading.read_adapter(tmp_path / "a.npz")
+    assert len(tensors) == 2 * len(adapter)
+    for which, array in zip("ab", adapter["model.layers.3.mlp.switch_mlp.up_proj"], strict=True):
+        np.testing.assert_array_equal(tensors[f"blk.3.ffn_up_exps.weight.lora_{which}"], array)
 
 
 # --- llama.cpp itself ---------------------------------------------------------------------------
@@ -130,7 +144,7 @@ def test_llama_cpp_says_with_the_adapter_what_is_said_here(
 ) -> None:
     """And without it what is said without it."""
     write_base(tmp_path / "base.gguf", model)
-    tiny.make_adapter(tmp_path / "a.npz")
+    make_adapter(tmp_path / "a.npz", model)
     flags = ["--model", model, "--adapter-file", tmp_path / "a.npz"]
     assert call(*flags, "--export", "gguf", tmp_path / "a.gguf").returncode == 0
     ours, prompt, said = models.load(model)[0], [*"질문: 물은?".encode()], []

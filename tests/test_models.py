@@ -16,6 +16,7 @@ from pathlib import Path
 import models
 import tiny
 from lora_finetune.adapters import loading, npz
+from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches.loading import Limits, find_limits
 from lora_finetune.model_folder import targets
@@ -237,6 +238,19 @@ def test_lora_learns_everywhere_and_is_the_same_in_another_model(name: str, tmp_
     again = build(name)
     tiny.put_adapter(tmp_path / "a.npz", again)
     np.testing.assert_array_equal(logits(again), logits(model))
+
+
+def test_to_generate_lora_is_put_into_the_weights_where_there_is_room_for_a_copy(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model = build("llama")
+    adapt(model)
+    size = sum(m.frozen.weight.nbytes for m in models.lora_modules(model).values())
+    for free, left in [(2.1 * size, 0), (1.9 * size, LAYERS * 7)]:
+        monkeypatch.setattr(memory, "available", lambda free=free: free + mx.get_active_memory())
+        with models.merged(model):
+            assert len(models.lora_modules(model)) == left
+        assert len(models.lora_modules(model)) == LAYERS * 7
 
 
 def test_a_fresh_router_of_16_bits_keeps_its_scores_and_their_type():

@@ -60,12 +60,13 @@ def make(folder: Path, maps: list[str], rank: int) -> None:
     """Write the values for random adapters on the linear `maps` of layers 1 and 2."""
     torch.manual_seed(7)
     paths = [f"model.layers.{layer}.{path}" for layer in (1, 2) for path in maps]
-    routers = [f"{path}.weight" for path in paths if path.endswith("mlp.gate")]
+    # Routers are no modules; and PEFT takes modules of such names for the experts.
+    parameters = [p for p in paths if p.endswith("mlp.gate") or ".shared_expert." in p]
     config = LoraConfig(
         r=rank,
         lora_alpha=20 * rank,
-        target_modules=[path for path in paths if not path.endswith("mlp.gate")],
-        target_parameters=routers or None,
+        target_modules=[path for path in paths if path not in parameters],
+        target_parameters=[f"{path}.weight" for path in parameters] or None,
         task_type="CAUSAL_LM",
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -92,8 +93,11 @@ def make(folder: Path, maps: list[str], rank: int) -> None:
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    attention = ["self_attn.q_proj", "self_attn.v_proj"]
+    attention = [f"self_attn.{role}_proj" for role in "qkvo"]
+    mlp = ["down_proj", "gate_proj", "up_proj"]
+    shared = [f"mlp.shared_expert.{name}" for name in mlp]
     write_phi3(here / "tiny_phi3")
-    make(here / "tiny_llama", attention, rank=8)
-    make(here / "tiny_qwen2_moe", [*attention, "mlp.gate"], rank=8)
-    make(here / "tiny_phi3", ["self_attn.qkv_proj"], rank=16)
+    make(here / "tiny_llama", [*attention, *(f"mlp.{name}" for name in mlp)], rank=8)
+    make(here / "tiny_qwen2_moe", [*attention, "mlp.gate", *shared], rank=8)
+    fused = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    make(here / "tiny_phi3", fused, rank=16)
