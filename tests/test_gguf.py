@@ -45,7 +45,11 @@ def test_of_gpt_2_a_and_b_are_where_llama_cpp_has_them(tmp_path: Path) -> None:
     shapes = {
         name[6:]: tensor[:2] for name, tensor in content(tmp_path / "a.gguf")["tensors"].items()
     }
-    assert shapes == {"attn_qkv.weight.lora_a": [64, 4], "attn_qkv.weight.lora_b": [4, 192]}
+    wide = {"attn_output": (64, 64), "attn_qkv": (64, 192), "ffn_down": (256, 64)}
+    wide["ffn_up"] = (64, 256)
+    assert shapes == {f"{layer}.weight.lora_a": [d_in, 6] for layer, (d_in, _) in wide.items()} | {
+        f"{layer}.weight.lora_b": [6, d_out] for layer, (_, d_out) in wide.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,14 @@ def whole_run(
     return folder, run(*args, *WHOLE_RUN, "--seed", 7, cwd=folder)
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "data/recipes").iterdir()), ids=lambda f: f.stem)
+def test_each_recipe_is_flags_of_the_program_and_what_follows_wins(recipe: Path) -> None:
+    parser = train_lora.build_parser()
+    config = read_config(parser, ["--train", f"@{recipe}", "--learning-rate", "0.5"])
+    assert (config.targets, config.lr_schedule) == ("all", "cosine")
+    assert config.learning_rate == 0.5
+
+
 @pytest.mark.skipif(mx.default_device() == mx.gpu, reason="such lines are left out there")
 def test_what_a_slow_start_is_waiting_for_is_said(
     call: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

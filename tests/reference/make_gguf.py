@@ -42,7 +42,8 @@ AS = {"mistral": "llama", "iquestcoder": "llama", "minimax_m2": "minimax"}
 # that llama.cpp refuses them; the others are like those in architectures.json.
 NOT_CONVERTED = {"mistral3", "ministral3", "gpt2", "qwen2_5_vl", "gemma4_unified"}
 NOT_CONVERTED |= {"qwen3_5_text", "qwen3_5_moe_text"}
-LINEAR = ("qwen3_5", "qwen3_5_moe")  # llama.cpp takes no LoRA of what linear attention puts out
+# llama.cpp takes no LoRA of what linear attention puts out, and splits Granite's MLP.
+NOT_ALL = ("granitemoehybrid", "qwen3_5", "qwen3_5_moe")
 # Not all of their layers are alike.
 HYBRIDS = ("granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "qwen3_5", "qwen3_5_moe")
 NOT_IN_TRANSFORMERS = {
@@ -71,7 +72,7 @@ def make_model(name: str, folder: Path, kind: str | None = None) -> nn.Module:
     config |= {"model_type": name, "architectures": [kind], "mtp_num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
     number = len(model.layers) if name in HYBRIDS else 1
-    targets = models.find_targets(model, number, "qv" if name in LINEAR else "all")
+    targets = models.find_targets(model, number, "qv" if name in NOT_ALL else "all")
     models.add_lora(model, dict.fromkeys(targets, 2))
     for path, module in model.named_modules():
         if isinstance(module, models.LowRank):
