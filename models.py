@@ -7,14 +7,16 @@ import copy
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches import activations, loading
+from lora_finetune.mlx_patches.modules import replace
 from lora_finetune.mlx_patches.settings import warn_of_unread
+from lora_finetune.mlx_patches.transforms import checkpointed
 from lora_finetune.model_folder import files, tokenizer
 from lora_finetune.model_folder.config import model_family
 from lora_finetune.model_folder.hub import find_model
@@ -23,7 +25,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.trainer import grad_checkpoint
 from transformers.utils import logging
 
 # Only on CUDA, since without TF32 the newest Macs do not use their matrix units for float32.
@@ -39,7 +40,9 @@ logging.set_verbosity_error()  # its warnings are for programmers
 # --- Loading ------------------------------------------------------------------------------------
 
 
-def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
+def load(
+    path_or_repo: str | Path, read: Callable[[nn.Module], object] = loading.read
+) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model, in types that the device is fast with, and its tokenizer.
 
     No code that comes with a model is run: no remote code, no pickle.
@@ -47,6 +50,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     Args:
         path_or_repo: a folder, or a repository id such as `GuminiResearch/Gumini-1B-Base`, with
             `@REVISION` behind it where a branch, tag or commit is meant.
+        read: has the weights read, all of them if nothing else is given.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
@@ -59,6 +63,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
         loading.find_limits(model)  # what is wrong with some settings shows only in a call
         warn_of_unread(model, theirs)
         model = loading.in_fast_types(model)
+        read(model)
     with explained(folder, f"the tokenizer of the model {folder} cannot be loaded"):
         wrapper = tokenizer.load(folder, config)
         wrapper.encode("a")
@@ -411,8 +416,7 @@ def natural_order(path: str) -> list[tuple[int, str]]:
 
 def checkpoint_layers(model: nn.Module) -> None:
     """Let layers keep only their inputs for the backward pass, and compute the rest again."""
-    for layer in {type(layer): layer for layer in model.layers}.values():
-        grad_checkpoint(layer)
+    replace(model.layers, checkpointed)
 
 
 def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> None:

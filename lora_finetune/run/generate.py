@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import models
 from lora_finetune.base import memory
@@ -10,6 +11,7 @@ from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches import rope
 from lora_finetune.run.config import Config
 from lora_finetune.texts import prompts
+from lora_finetune.training.distributed import Group
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,20 +23,27 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 def generate_all(
     config: Config, model: nn.Module, tokenizer: TokenizerWrapper, asked: list[prompts.Prompt],
-    vocab_size: int,
+    vocab_size: int, group: Group,
 ) -> None:  # fmt: skip
-    """Generate after each prompt, with LoRA in the weights where they are not quantized."""
+    """Generate after each prompt, with LoRA in the weights where they are not quantized.
+
+    Where weights are shared out, all processes generate, and the first one's tokens count.
+    """
     if not asked:
         return
     model.eval()
-    sample = make_sampler(temp=config.temp)
-    with models.merged(model):
+    sampler = make_sampler(temp=config.temp)
+
+    def sample(logits: mx.array) -> mx.array:
+        # Some models have logits for more tokens than there are.
+        return group.of_first(sampler(logits[..., :vocab_size]))
+
+    with nullcontext() if group.shares_weights else models.merged(model):
         for prompt in asked:
             print("Generating", flush=True)
             mx.random.seed(config.seed)
             tokenizer.eos_token_ids |= prompt.end_tokens
-            # Some models have logits for more tokens than there are.
-            generate(model, tokenizer, prompt, lambda logits: sample(logits[..., :vocab_size]))
+            group.compute(generate, model, tokenizer, prompt, sample)
 
 
 def generate(

@@ -14,11 +14,13 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from lora_finetune.base.errors import Interrupted, UserError, describe, first_line, hint
@@ -47,11 +49,15 @@ class Group:
         self.agreed_signal = 0  # that all have been told of
         self.is_told = False  # whether all know that the run ends
         self.is_over = True  # whether there is nothing more to exchange
+        self.shares_weights = False  # whether each has a part of the model, which others need
+        self.longest = 0.0  # seconds that `compute` took
 
     def connect(self) -> None:
         """Find the other processes; raises UserError."""
         hint("waiting for the other processes")
-        self.rank, self.thread = process_rank(), ThreadPoolExecutor(1)
+        self.rank, self.jobs = process_rank(), SimpleQueue()
+        # As one that Python waited for, it would free what MLX compiled in it when Python has gone.
+        threading.Thread(target=work, args=[self.jobs], daemon=True).start()
         try:
             self.comm = self.wait_for(mx.distributed.init, strict=True)
         except LostError as error:
@@ -90,11 +96,19 @@ class Group:
         self.agreed_signal = self.agreed_signal or int(max(statuses))
         return list(zip(numbers, map(int, counts), strict=True))
 
+    def largest(self, number: float) -> float:
+        """The largest of a number of each process; raises LostError."""
+        return max(other for other, _ in self.gather(number))
+
     def exchange(self, status: int, number: float = 0.0, count: int = 0) -> list[tuple]:
         """The statuses, the numbers and the counts of all."""
         row = mx.array([[status, number, count]])
         rows = self.wait_for(mx.distributed.all_gather, row, group=self.comm)
         return list(zip(*rows.tolist(), strict=True))
+
+    def texts_of_first(self, texts: list[str]) -> list[str]:
+        """The texts that the first process has; raises LostError."""
+        return json.loads(self.gather_texts(json.dumps(texts))[0])
 
     def gather_texts(self, text: str) -> list[str]:
         """A text of each process, by rank; raises LostError."""
@@ -121,6 +135,35 @@ class Group:
         both = self.wait_for(mx.distributed.all_sum, both, group=self.comm)
         return both[0], both[1:], count
 
+    def share_weights(self) -> None:
+        """From now on each process has a part of the model; see `compute`."""
+        self.shares_weights = True
+        # What is not computed yet belongs to a stream, and an ordinary one to a single thread.
+        for device in [mx.cpu] + [mx.gpu] * mx.is_available(mx.gpu):
+            stream = mx.new_thread_unsafe_stream(device)
+            mx.set_default_stream(stream)
+            self.wait_for(mx.set_default_stream, stream)
+
+    def of_first(self, array: mx.array) -> mx.array:
+        """The array that the first process has, where all compute alike; of one dimension."""
+        if not self.shares_weights:
+            return array
+        return mx.distributed.all_gather(array, group=self.comm)[: len(array)]
+
+    def compute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The results of a function; computed ones where weights are gathered for it.
+
+        Then all processes compute at the same time, none without the others; raises LostError.
+        """
+        if not self.shares_weights:
+            return function(*args)
+        self.gather()
+        start, was_over = time.monotonic(), self.is_over
+        self.is_over = True  # one that fails meanwhile cannot tell the others
+        result = self.wait_for(function, *args)
+        self.longest, self.is_over = max(self.longest, time.monotonic() - start), was_over
+        return result
+
     def wait_for(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call what waits for the other processes, maybe for ever; raises LostError.
 
@@ -132,10 +175,11 @@ class Group:
             mx.eval(result)
             return result
 
-        self.pending, end = self.thread.submit(call), math.inf
+        self.pending, end = Future(), math.inf
+        self.jobs.put((self.pending, call))
         while time.monotonic() < end and wait([self.pending], timeout=0.5).not_done:
             if self.is_told or (self.stop and self.stop.signal):
-                end = min(end, time.monotonic() + WAIT_AT_END)
+                end = min(end, time.monotonic() + WAIT_AT_END + self.longest)
         try:
             return self.pending.result(timeout=0)
         except (RuntimeError, TimeoutError) as error:
@@ -215,6 +259,17 @@ class Group:
             print(line, file=sys.__stderr__, flush=True)
         if hangs:  # an ordinary exit would wait for MLX
             os._exit(2)
+
+
+def work(jobs: SimpleQueue) -> None:
+    """Do one job after another, endlessly; each is a future and what to call for its result."""
+    while True:
+        future, call = jobs.get()
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+        del future, call  # and what they hold
 
 
 # A run that nobody else takes part in.

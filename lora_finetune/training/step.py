@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import models
@@ -86,6 +87,8 @@ class Result(NamedTuple):
     parameter_sum: mx.array  # finite only if each gradient and updated parameter is
 
 
+NO_TARGETS = np.zeros((1, 2), np.int32), np.zeros((1, 2), bool)  # a batch
+
 Step = Callable[[mx.array, Moments, list[batching.Batch]], Result]
 
 
@@ -96,10 +99,13 @@ def make_step(model: nn.Module, loss: Loss, optimizer: Optimizer, group: Group =
     in, and over the processes, and divided by the batch's targets: memory is needed for one
     micro-batch only, and the sum is the same to rounding.
     """
-    gradients_of = make_gradients(model, loss)
+    gradients_of = partial(group.compute, make_gradients(model, loss))
 
     def step(parameters: mx.array, moments: Moments, batch: list[batching.Batch]) -> Result:
         tokens = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
+        if group.shares_weights:  # all compute as often as any, since all gather
+            most = max(number for _, number in group.gather(count=len(batch)))
+            batch = batch + [NO_TARGETS] * (most - len(batch))
         if batch:
             total, gradient = gradients_of(parameters, *batch[0])
         else:  # this process has no text of it
@@ -237,16 +243,18 @@ def fit_memory(
     longest = np.argsort(examples.lengths, kind="stable")[-batch_size:]
     rows, tokens, limit = len(longest), examples.lengths.max(), memory.available()
     parameters = model.trainable_parameters()
+    together = group if group.shares_weights else ALONE  # in which all do the same steps
+    limit = -together.largest(-limit)
 
     def try_step(number: int) -> None:
         batch = examples.batch(longest[-number:])
-        step = make_step(model, loss, Optimizer(0.0))
+        step = make_step(model, loss, Optimizer(0.0), together)
         mx.eval(step(joined(parameters), read_moments(model, {}), [batch]))
 
     most = -(-rows // micro_batches)
     with hint_if_slow(TRYING):
-        fitting = memory.number_that_fits(try_step, most, limit)
-    if not fitting:
+        fitting = memory.number_that_fits(try_step, most, limit, together.largest)
+    if not fitting and not group.shares_weights:  # else layers are so already
         warn(
             f"a text of {tokens} tokens takes too much memory, so layers are computed twice, slower"
         )
