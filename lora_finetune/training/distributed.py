@@ -98,7 +98,7 @@ class Group:
 
     def largest(self, number: float) -> float:
         """The largest of a number of each process; raises LostError."""
-        return max(other for other, _ in self.gather(number))
+        return max(other for other, _ in self.gather(float(number)))
 
     def exchange(self, status: int, number: float = 0.0, count: int = 0) -> list[tuple]:
         """The statuses, the numbers and the counts of all."""
@@ -138,11 +138,8 @@ class Group:
     def share_weights(self) -> None:
         """From now on each process has a part of the model; see `compute`."""
         self.shares_weights = True
-        # What is not computed yet belongs to a stream, and an ordinary one to a single thread.
-        for device in [mx.cpu] + [mx.gpu] * mx.is_available(mx.gpu):
-            stream = mx.new_thread_unsafe_stream(device)
-            mx.set_default_stream(stream)
-            self.wait_for(mx.set_default_stream, stream)
+        # So that `compute` can take what is not computed yet: an ordinary stream is for one thread.
+        mx.set_default_stream(mx.new_thread_unsafe_stream(mx.default_device()))
 
     def of_first(self, array: mx.array) -> mx.array:
         """The array that the first process has, where all compute alike; of one dimension."""

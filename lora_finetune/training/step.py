@@ -160,9 +160,11 @@ class Trainer:
         group: Group = ALONE, iteration: int = 0,
     ):  # fmt: skip
         self.model, self.step = model, make_step(model, loss, optimizer, group)
-        self.like = model.trainable_parameters()
+        self.like = self.present = model.trainable_parameters()
         self.parameters = joined(self.like)
         self.moments = read_moments(model, saved, iteration)
+        # Where MLX waits for a process that hangs, it computes nothing else, but a save must go on.
+        self.saves_computed, self.saved = group.shares_weights, {}
 
     def steps(
         self, batches: Iterator[list[batching.Batch]], ahead: Callable[[], bool]
@@ -205,13 +207,20 @@ class Trainer:
         check_finite(result.loss.item(), "the loss")
         check_finite(result.parameter_sum.item(), "a gradient or a parameter")
         self.parameters, self.moments = result.parameters, result.moments
+        self.present = parted(self.parameters, self.like)
+        if self.saves_computed:
+            self.saved = self.split_moments()
+            mx.eval(self.present, self.saved)
         self.update_model()
 
     def update_model(self) -> None:
-        self.model.update(parted(self.parameters, self.like))
+        self.model.update(self.present)
 
     def named_moments(self) -> dict[str, mx.array]:
         """The moments of each parameter (`….m`, `….v`), as MLX names them, and their `steps`."""
+        return self.saved or self.split_moments()
+
+    def split_moments(self) -> dict[str, mx.array]:
         return {"steps": mx.array([self.moments["steps"]])} | {
             f"{name}.{moment}": array
             for moment in ("m", "v")
