@@ -51,6 +51,7 @@ class Group:
         self.is_over = True  # whether there is nothing more to exchange
         self.shares_weights = False  # whether each has a part of the model, which others need
         self.longest = 0.0  # seconds that `compute` took
+        self.patience = WAIT_AT_END
 
     def connect(self) -> None:
         """Find the other processes; raises UserError."""
@@ -157,8 +158,10 @@ class Group:
         self.gather()
         start, was_over = time.monotonic(), self.is_over
         self.is_over = True  # one that fails meanwhile cannot tell the others
+        self.patience = min(WAIT_AT_END, 5.0) + 2 * self.longest
         result = self.wait_for(function, *args)
-        self.longest, self.is_over = max(self.longest, time.monotonic() - start), was_over
+        self.longest = max(self.longest, time.monotonic() - start)
+        self.patience, self.is_over = WAIT_AT_END, was_over
         return result
 
     def wait_for(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -176,7 +179,7 @@ class Group:
         self.jobs.put((self.pending, call))
         while time.monotonic() < end and wait([self.pending], timeout=0.5).not_done:
             if self.is_told or (self.stop and self.stop.signal):
-                end = min(end, time.monotonic() + WAIT_AT_END + self.longest)
+                end = min(end, time.monotonic() + self.patience)
         try:
             return self.pending.result(timeout=0)
         except (RuntimeError, TimeoutError) as error:
