@@ -21,7 +21,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 from lora_finetune.base.errors import Interrupted, UserError, describe, first_line, hint
 from lora_finetune.base.memory import DeviceError
@@ -283,12 +283,30 @@ def join() -> Iterator[Group]:
     if not is_launched():
         yield group
         return
+    error = None
     try:
         group.connect()
         yield group
-    except BaseException as error:
+    except BaseException as raised:
+        error = raised
         group.fail(error)
-        raise
+        if not group.shares_weights:
+            raise
+    if group.shares_weights:
+        end_process(error)
+
+
+def end_process(error: BaseException | None) -> NoReturn:
+    """End as Python does, but free nothing: MLX can abort where another thread has compiled."""
+    status = 1 if error else 0
+    try:
+        if error:
+            sys.excepthook(type(error), error, error.__traceback__)
+    except SystemExit as ended:
+        status = ended.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_launched() -> bool:
