@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 from lora_finetune.base.errors import UserError
 from lora_finetune.mlx_patches import activations, loading
-from lora_finetune.mlx_patches.modules import replace
 from lora_finetune.mlx_patches.settings import warn_of_unread
-from lora_finetune.mlx_patches.transforms import checkpointed
 from lora_finetune.model_folder import files, tokenizer
 from lora_finetune.model_folder.config import model_family
 from lora_finetune.model_folder.hub import find_model
@@ -41,7 +39,7 @@ logging.set_verbosity_error()  # its warnings are for programmers
 
 
 def load(
-    path_or_repo: str | Path, read: Callable[[nn.Module], object] = loading.read
+    path_or_repo: str | Path, read: Callable[[nn.Module], None] | None = None
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model, in types that the device is fast with, and its tokenizer.
 
@@ -50,7 +48,7 @@ def load(
     Args:
         path_or_repo: a folder, or a repository id such as `GuminiResearch/Gumini-1B-Base`, with
             `@REVISION` behind it where a branch, tag or commit is meant.
-        read: has the weights read, all of them if nothing else is given.
+        read: reads the weights, or a part of them; by default all are read.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
@@ -63,7 +61,7 @@ def load(
         loading.find_limits(model)  # what is wrong with some settings shows only in a call
         warn_of_unread(model, theirs)
         model = loading.in_fast_types(model)
-        read(model)
+        read(model) if read else mx.eval(model.parameters())
     with explained(folder, f"the tokenizer of the model {folder} cannot be loaded"):
         wrapper = tokenizer.load(folder, config)
         wrapper.encode("a")
@@ -412,11 +410,6 @@ def last_layers(model: nn.Module, number: int) -> tuple[str, ...]:
 def natural_order(path: str) -> list[tuple[int, str]]:
     """A sort key under which layer 9 comes before layer 10."""
     return [(len(name) if name.isdecimal() else 0, name) for name in path.split(".")]
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """Let layers keep only their inputs for the backward pass, and compute the rest again."""
-    replace(model.layers, checkpointed)
 
 
 def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> None:

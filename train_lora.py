@@ -139,8 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     begin_process()
     config = read_config(build_parser())
-    # Several processes, where a launcher has started them, share training, validation and test;
-    # with --shard all.
+    # Several processes, where a launcher has started them, share these, or with --shard all.
     shares_work = config.train or config.test or config.shard
     if not shares_work and process_rank() > 0:
         return
@@ -223,11 +222,9 @@ def read_requests(config: Config) -> tuple[list[str], list[export.Export]]:
 def prepare_device(config: Config, group: Group) -> None:
     """Let MLX, and on a CPU the libraries below it, take what there is, and no more."""
     memory.processes, memory.processes_here = group.size, group.processes_here
-    if config.shard and group.size > 1:
-        memory.num_parts = group.size
+    group.compare({"--shard": config.shard})  # on which it depends what they exchange
+    if config.shard:
         group.share_weights()
-    elif config.shard:
-        hint("--shard is for several processes, which mlx.launch starts; this one holds all")
     if mx.default_device() == mx.cpu:
         linux_cpu.prepare()
         linux_cpu.can_compile()  # if MLX cannot, this turns it off
@@ -241,7 +238,7 @@ def load(run: Run, group: Group) -> tuple[Path, nn.Module, TokenizerWrapper, dic
     print_line("Loading pretrained model")
     known = {}  # first numbers of what other processes hold
     share_out = partial(shard.share_out, group=group, numbers=known)
-    model, tokenizer = models.load(folder, *[share_out] * group.shares_weights)
+    model, tokenizer = models.load(folder, share_out if group.shares_weights else None)
     return folder, model, tokenizer, fingerprints(model, folder, known)
 
 

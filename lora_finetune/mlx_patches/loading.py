@@ -134,10 +134,6 @@ def in_fast_types(model: nn.Module) -> nn.Module:
     return model
 
 
-def read(model: nn.Module) -> None:
-    mx.eval(model.parameters())
-
-
 def dequantized_bytes(model: nn.Module) -> int:
     """The bytes that the quantized weights of a model take when they are dequantized."""
     quantized = [module for module in model.modules() if "scales" in module]

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lora_finetune.mlx_patches.transforms import recompute
+
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 
 def replace(modules: Iterable[nn.Module], method: Callable, name: str = "__call__") -> None:
@@ -48,6 +52,30 @@ def intercepted(
     finally:
         delattr(type(module), method)  # Python frees a class late, and with it what reply holds
         module.__class__ = original
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Let layers keep only their inputs for the backward pass, and compute the rest again."""
+    replace(model.layers, checkpointed)
+
+
+def checkpointed(method: Callable, module: nn.Module, *args: Any, **options: Any) -> Any:
+    """A call of a module as in `recompute`, for `replace`."""
+    named, given = tree_flatten(module.trainable_parameters()), (args, options)
+    names, own = [name for name, _ in named], [array for _, array in named]
+    floats = [a for _, a in tree_flatten(given) if is_float(a)]
+
+    def function(*arrays: mx.array) -> Any:
+        module.update(tree_unflatten(list(zip(names, arrays, strict=False))))
+        rest = iter(arrays[len(names) :])
+        args, options = tree_map(lambda leaf: next(rest) if is_float(leaf) else leaf, given)
+        return method(module, *args, **options)
+
+    return recompute(function)(*own, *floats)
+
+
+def is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
 def modules_named(model: nn.Module, name: str) -> list[nn.Module]:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 # For `hint_if_slow`, while a model is tried on a few tokens or for its memory.
 TRYING = "trying out the model"
@@ -45,25 +43,6 @@ def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
         return mx.depends(found, found) if len(found) > 1 else found
 
     return keeping
-
-
-def checkpointed(method: Callable, module: nn.Module, *args: Any, **options: Any) -> Any:
-    """A call of a module as in `recompute`, for `replace`."""
-    named, given = tree_flatten(module.trainable_parameters()), (args, options)
-    names, own = [name for name, _ in named], [array for _, array in named]
-    floats = [a for _, a in tree_flatten(given) if is_float(a)]
-
-    def function(*arrays: mx.array) -> Any:
-        module.update(tree_unflatten(list(zip(names, arrays, strict=False))))
-        rest = iter(arrays[len(names) :])
-        args, options = tree_map(lambda leaf: next(rest) if is_float(leaf) else leaf, given)
-        return method(module, *args, **options)
-
-    return recompute(function)(*own, *floats)
-
-
-def is_float(leaf: Any) -> bool:
-    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
 def in_turn(function: Callable[..., Any], chunks: Iterable[Sequence[mx.array]]) -> list[Any]:

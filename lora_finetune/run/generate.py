@@ -41,15 +41,16 @@ def generate_all(
     with nullcontext() if group.shares_weights else models.merged(model):
         for prompt in asked:
             print("Generating", flush=True)
-            mx.random.seed(config.seed)
             tokenizer.eos_token_ids |= prompt.end_tokens
-            group.compute(generate, model, tokenizer, prompt, sample)
+            group.compute(generate, model, tokenizer, prompt, sample, config.seed)
 
 
 def generate(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompt: prompts.Prompt, sample: Callable
-) -> None:
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: prompts.Prompt, sample: Callable,
+    seed: int,
+) -> None:  # fmt: skip
     """Print the prompt, its continuation as it is generated, and a line with tokens per second."""
+    mx.random.seed(seed)
     print(prompt.text, end="", flush=True)
     tokens, begun, before_space = [], False, tokenizer.decode(prompt.tokens) + " "
     for response in stream(model, tokenizer, prompt, sample):

@@ -14,15 +14,14 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NoReturn
 
+from lora_finetune.base import memory
 from lora_finetune.base.errors import Interrupted, UserError, describe, first_line, hint
 from lora_finetune.base.memory import DeviceError
 from lora_finetune.base.signals import RANKS, STOPS, Stop, hearing_stops, process_rank
@@ -56,9 +55,7 @@ class Group:
     def connect(self) -> None:
         """Find the other processes; raises UserError."""
         hint("waiting for the other processes")
-        self.rank, self.jobs = process_rank(), SimpleQueue()
-        # As one that Python waited for, it would free what MLX compiled in it when Python has gone.
-        threading.Thread(target=work, args=[self.jobs], daemon=True).start()
+        self.rank, self.thread = process_rank(), ThreadPoolExecutor(1)
         try:
             self.comm = self.wait_for(mx.distributed.init, strict=True)
         except LostError as error:
@@ -138,7 +135,10 @@ class Group:
 
     def share_weights(self) -> None:
         """From now on each process has a part of the model; see `compute`."""
-        self.shares_weights = True
+        if self.size == 1:
+            hint("--shard is for several processes, which mlx.launch starts; this one holds all")
+            return
+        self.shares_weights, memory.num_parts = True, self.size
         # So that `compute` can take what is not computed yet: an ordinary stream is for one thread.
         mx.set_default_stream(mx.new_thread_unsafe_stream(mx.default_device()))
 
@@ -175,8 +175,7 @@ class Group:
             mx.eval(result)
             return result
 
-        self.pending, end = Future(), math.inf
-        self.jobs.put((self.pending, call))
+        self.pending, end = self.thread.submit(call), math.inf
         while time.monotonic() < end and wait([self.pending], timeout=0.5).not_done:
             if self.is_told or (self.stop and self.stop.signal):
                 end = min(end, time.monotonic() + self.patience)
@@ -193,6 +192,8 @@ class Group:
 
     def compare(self, values: dict[str, object]) -> None:
         """Raise UserError where values, by names to report them under, differ among processes."""
+        if self.size == 1:
+            return
         mine = {name: str(value) for name, value in values.items()}
         first, *others = map(json.loads, self.gather_texts(json.dumps(mine)))
         for rank, other in enumerate(others, 1):
@@ -261,17 +262,6 @@ class Group:
             os._exit(2)
 
 
-def work(jobs: SimpleQueue) -> None:
-    """Do one job after another, endlessly; each is a future and what to call for its result."""
-    while True:
-        future, call = jobs.get()
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-        del future, call  # and what they hold
-
-
 # A run that nobody else takes part in.
 ALONE = Group()
 
@@ -297,7 +287,7 @@ def join() -> Iterator[Group]:
 
 
 def end_process(error: BaseException | None) -> NoReturn:
-    """End as Python does, but free nothing: MLX can abort where another thread has compiled."""
+    """End as Python does, but free nothing: where another thread has compiled, MLX can abort."""
     status = 1 if error else 0
     try:
         if error:

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 import models
-from lora_finetune.mlx_patches.modules import replace
+from lora_finetune.mlx_patches.modules import checkpoint_layers, replace
 from lora_finetune.model_folder.files import first_numbers
 from lora_finetune.training.distributed import Group
 
@@ -94,7 +94,7 @@ def share_out(model: nn.Module, group: Group, numbers: dict[str, list[float]]) -
         [module for module in beside if hasattr(module, "as_linear")], with_weights, "as_linear"
     )
     model.freeze()
-    models.checkpoint_layers(model)
+    checkpoint_layers(model)
 
 
 def key(module: nn.Module, name: str) -> tuple[int, str]:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-import models
 from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError, first_line, hint_if_slow, warn
 from lora_finetune.mlx_patches import rope
+from lora_finetune.mlx_patches.modules import checkpoint_layers
 from lora_finetune.mlx_patches.transforms import TRYING, compiled_if_possible
 from lora_finetune.texts import batching
 from lora_finetune.training.distributed import ALONE, Group
@@ -243,17 +243,15 @@ def fit_memory(
     """In how many micro-batches, at least, the largest batch fits into memory, found by trying.
 
     It is the same number for all processes, of which one may have less memory. Where a single text
-    does not fit, the layers keep only their inputs for the backward pass, and compute the rest
-    again.
+    does not fit, layers are checkpointed.
 
     Raises:
         UserError: even so it takes more memory than there is.
     """
     longest = np.argsort(examples.lengths, kind="stable")[-batch_size:]
-    rows, tokens, limit = len(longest), examples.lengths.max(), memory.available()
-    parameters = model.trainable_parameters()
-    together = group if group.shares_weights else ALONE  # in which all do the same steps
-    limit = -together.largest(-limit)
+    rows, tokens, parameters = len(longest), examples.lengths.max(), model.trainable_parameters()
+    together = group if group.shares_weights else ALONE  # all do the same steps, or each its own
+    limit = -together.largest(-memory.available())
 
     def try_step(number: int) -> None:
         batch = examples.batch(longest[-number:])
@@ -267,7 +265,7 @@ def fit_memory(
         warn(
             f"a text of {tokens} tokens takes too much memory, so layers are computed twice, slower"
         )
-        models.checkpoint_layers(model)
+        checkpoint_layers(model)
         fitting = memory.number_that_fits(try_step, most, limit)
     if not fitting:
         raise UserError(
