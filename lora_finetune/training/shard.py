@@ -93,7 +93,8 @@ def share_out(model: nn.Module, group: Group, numbers: dict[str, list[float]]) -
     replace(
         [module for module in beside if hasattr(module, "as_linear")], with_weights, "as_linear"
     )
-    model.freeze()
+    for layer in model.layers:
+        layer.freeze()
     checkpoint_layers(model)
 
 
