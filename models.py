@@ -7,7 +7,7 @@ import copy
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -35,7 +35,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.trainer import grad_checkpoint
 from transformers.utils import logging
 
 # Only on CUDA, since without TF32 the newest Macs do not use their matrix units for float32.
@@ -51,7 +50,9 @@ logging.set_verbosity_error()  # its warnings are for programmers
 # --- Loading ------------------------------------------------------------------------------------
 
 
-def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
+def load(
+    path_or_repo: str | Path, read: Callable[[nn.Module], None] | None = None
+) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model, in types that the device is fast with, and its tokenizer.
 
     No code that comes with a model is run: no remote code, no pickle.
@@ -59,6 +60,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
     Args:
         path_or_repo: a folder, or a repository id such as `GuminiResearch/Gumini-1B-Base`, with
             `@REVISION` behind it where a branch, tag or commit is meant.
+        read: reads the weights, or a part of them; by default all are read.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
@@ -71,6 +73,7 @@ def load(path_or_repo: str | Path) -> tuple[nn.Module, TokenizerWrapper]:
         loading.find_limits(model)  # what is wrong with some settings shows only in a call
         warn_of_unread(model, theirs)
         model = loading.in_fast_types(model)
+        read(model) if read else mx.eval(model.parameters())
     with explained(folder, f"the tokenizer of the model {folder} cannot be loaded"):
         wrapper = tokenizer.load(folder, config)
         wrapper.encode("a")
@@ -304,12 +307,6 @@ def merged(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.update_modules(tree_unflatten(list(adapted.items())))
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """Let layers keep only their inputs for the backward pass, and compute the rest again."""
-    for layer in {type(layer): layer for layer in model.layers}.values():
-        grad_checkpoint(layer)
 
 
 def add_lora(model: nn.Module, ranks: dict[str, int], scale: float = SCALE) -> None:

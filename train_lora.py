@@ -46,7 +46,7 @@ from lora_finetune.run.config import FORMS, PROMPT_FORMATS, Config, read_config
 from lora_finetune.run.run import Run, must_agree, open_run
 from lora_finetune.texts import batching, dataset, prompts, tokenizing
 from lora_finetune.texts.chat import Template, template_of
-from lora_finetune.training import distributed, frozen_prefix, losses
+from lora_finetune.training import distributed, frozen_prefix, losses, shard
 from lora_finetune.training import step as training_step
 from lora_finetune.training.distributed import ALONE, Group
 from lora_finetune.training.losses import Loss
@@ -129,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         "'{\"enable_thinking\": false}'", metavar="JSON")  # fmt: skip
     switch("--no-adapter", "test and ask the model without an adapter, to compare")
     add("--show-texts", positive, None, "show so many training texts as they are learnt, and end")
+    switch("--shard", "with mlx.launch: hold a part of the model in each process, if it is large")
     switch("--plain", "use MLX's own attention, activations, losses and recurrences")
     add("--prompt-format", str, "auto", f"prompt format: {', '.join(PROMPT_FORMATS)}",
         choices=PROMPT_FORMATS, metavar="FORM")  # fmt: skip
@@ -141,8 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     begin_process()
     config = read_config(build_parser())
-    # Several processes, where a launcher has started them, share training, validation and test.
-    shares_work = config.train or config.test
+    # Several processes, where a launcher has started them, share these, or with --shard all.
+    shares_work = config.train or config.test or config.shard
     if not shares_work and process_rank() > 0:
         return
     if config.show_texts:
@@ -171,10 +172,10 @@ def run_phases(config: Config, group: Group) -> None:
     run = open_run(config, files, group)
     texts, exports = read_requests(config) if group.is_first else ([], [])
 
-    prepare_device(group)
-    folder, model, tokenizer = load(run, group)
+    prepare_device(config, group)
+    folder, model, tokenizer, identity = load(run, group)
     with memory.device_errors("take a smaller or a quantized model"):
-        limits, identity = find_limits(model), fingerprints(model, folder)
+        limits = find_limits(model)
         adapt(run, model)
     export.check_forms(exports, model, folder)
 
@@ -193,13 +194,13 @@ def run_phases(config: Config, group: Group) -> None:
     with nullcontext() if plain else patches.applied():
         loss = losses.make_loss(model, plain) if files else None
         if config.train:
-            answers = partial(generate.begin_answers, model, tokenizer, asked, limits.vocab_size)
+            answers = partial(generate.begin, model, tokenizer, asked, limits.vocab_size, group)
             train(run, model, loss, examples, answers)
         if config.test:
             test(run, model, loss, examples["test"])
     group.leave()
+    generate.generate_all(config, model, tokenizer, asked, limits.vocab_size, group)
     if group.is_first:
-        generate.generate_all(config, model, tokenizer, asked, limits.vocab_size)
         write_exports(run, exports, model, folder, tokenizer, template)
         report.print_outcome(run, examples)
 
@@ -220,21 +221,27 @@ def read_requests(config: Config) -> tuple[list[str], list[export.Export]]:
     return prompts.read(config.prompt or []), exports
 
 
-def prepare_device(group: Group) -> None:
+def prepare_device(config: Config, group: Group) -> None:
     """Let MLX, and on a CPU the libraries below it, take what there is, and no more."""
-    memory.processes_here = group.processes_here
+    memory.processes, memory.processes_here = group.size, group.processes_here
+    group.compare({"--shard": config.shard})  # on which it depends what they exchange
+    if config.shard:
+        group.share_weights()
     if mx.default_device() == mx.cpu:
         linux_cpu.prepare()
         linux_cpu.can_compile()  # if MLX cannot, this turns it off
     memory.set_limits(memory.available())
 
 
-def load(run: Run, group: Group) -> tuple[Path, nn.Module, TokenizerWrapper]:
-    """The folder of the model, which is fetched if need be, the model and its tokenizer."""
+def load(run: Run, group: Group) -> tuple[Path, nn.Module, TokenizerWrapper, dict[str, str]]:
+    """The folder of the model, which is fetched if need be, the model, its tokenizer, checksums."""
     with group.first_ahead():
         folder = find_model(run.model or str(demo_model.fetch()), models.check_settings)
     print_line("Loading pretrained model")
-    return folder, *models.load(folder)
+    known = {}  # first numbers of what other processes hold
+    share_out = partial(shard.share_out, group=group, numbers=known)
+    model, tokenizer = models.load(folder, share_out if group.shares_weights else None)
+    return folder, model, tokenizer, fingerprints(model, folder, known)
 
 
 def adapt(run: Run, model: nn.Module) -> None:
@@ -271,6 +278,8 @@ def encode_prompts(
     limits: Limits,
 ) -> list[prompts.Prompt]:  # fmt: skip
     config, learnt = run.config, run.settings.get(LEARNT_FORMAT)
+    if run.group.shares_weights:  # then all take part
+        texts = run.group.texts_of_first(texts)
     form, system, most = config.prompt_format, config.system, config.max_tokens
     template = template and replace(template, now=None)  # a prompt is of today
     return prompts.encode(texts, form, learnt, system, tokenizer, template, most, limits)
@@ -319,7 +328,8 @@ def train(run: Run, model: nn.Module, loss: Loss, examples: Splits, answers: Ans
         hint(f"{number / 1e6:.3f}M of the trainable parameters are the experts', each has its own")
     if told := attention.repeats():
         hint(told)
-    if prefix := frozen_prefix.find(model):
+    # Each process keeps states of other texts, so with --shard they would not gather together.
+    if prefix := not group.shares_weights and frozen_prefix.find(model):
         loss = prefix.loss(loss)
         examples = {s: frozen_prefix.WithStates(prefix, examples[s]) for s in ("train", "valid")}
     model.train()  # before the step is traced: some layers have kernels without a gradient else
@@ -364,7 +374,7 @@ def training_loop(
         if due and progress.validated != iteration:
             validate(run, model, loss, examples["valid"], answers)
         if config.patience and progress.not_improved >= config.patience and not last:
-            stop_early(run)
+            report.report_early_stop(run)
             last = True
         if last or (progress.every(config.save_every) and not progress.finished):
             progress.finished = True
@@ -405,17 +415,6 @@ def validate(
     run.add_to_log({"iter": iteration, "val_loss": mean} | ({"answers": told} if told else {}))
     if progress.add_validation(mean):
         run.keep_best(model)
-
-
-def stop_early(run: Run) -> None:
-    """Say that training ends for lack of better losses, after a last report."""
-    progress = run.progress
-    if progress.steps:
-        report.report_training(run)
-    print_line(
-        f"Iter {progress.iteration}: Training ends, since the validation loss did not improve in "
-        f"{progress.not_improved} validations after iteration {progress.best_iteration}."
-    )
 
 
 def save(run: Run, trainer: Trainer, last: bool = False) -> None:

@@ -11,6 +11,7 @@ import models
 import tiny
 from lora_finetune.mlx_patches import rope
 from lora_finetune.mlx_patches.loading import load_as_stored
+from lora_finetune.mlx_patches.modules import checkpoint_layers
 from lora_finetune.training import losses
 from lora_finetune.training import step as training_step
 
@@ -166,7 +167,7 @@ def test_a_text_is_computed_as_alone_beside_longer_ones(tmp_path: Path, paramete
     """Its own length counts, not the padding: in the loss and in the gradients."""
     model = sharp(load(tmp_path / "model", parameters, max_position_embeddings=64))
     models.add_lora(model, {"model.layers.0.self_attn.q_proj": 4})
-    models.checkpoint_layers(model)  # which compute the layers once more, when the loss is done
+    checkpoint_layers(model)  # which compute the layers once more, when the loss is done
     model.layers[0].self_attn.q_proj.lora_b = mx.random.normal((4, 64))
     long, short = mx.random.randint(3, 250, (1, 100)), mx.random.randint(3, 250, (1, 50))
     padded = mx.pad(short, [(0, 0), (0, 50)])

@@ -27,8 +27,9 @@ def trainable_arrays(model: nn.Module) -> Arrays:
 
 def file_arrays(model: nn.Module) -> Arrays:
     """The trainable parameters as adapter files hold them: another scale is folded into B."""
-    modules = model.named_modules()
-    return named({path: m.pair() for path, m in modules if isinstance(m, models.LowRank)})
+    modules = [(path, m) for path, m in model.named_modules() if isinstance(m, models.LowRank)]
+    of_scale = {path: np.float32(m.scale / models.SCALE) for path, m in modules}
+    return named({p: (m.lora_a, np.array(m.lora_b) * of_scale[p]) for p, m in modules})
 
 
 def named(adapter: Adapter) -> Arrays:

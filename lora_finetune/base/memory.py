@@ -15,7 +15,8 @@ from lora_finetune.base.errors import UserError, first_line
 import mlx.core as mx
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-processes_here = 1  # of this run, which share the memory of this machine
+processes, processes_here = 1, 1  # of this run, and those that share this machine's memory
+num_parts = 1  # of the weights, of which a process holds one
 
 
 def available() -> int:
@@ -58,13 +59,17 @@ def set_limits(limit: int) -> None:
     maybe_set_recommended_wired_limit()  # where there is Metal, weights then stay in memory
 
 
-def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
+def number_that_fits(
+    step: Callable[[int], None], most: int, limit: int,
+    agreed: Callable[[float], float] = lambda peak: peak,
+) -> int:  # fmt: skip
     """How many texts a step can take at once in `limit` bytes, up to `most`; 0 if not even one.
 
     Some systems kill a process that runs out of memory. So before many texts are tried, their
     memory is extrapolated from one and two. `step` does a step on so many of the longest texts.
+    `agreed` gives the same number of bytes to all processes that do these steps together.
     """
-    base = mx.get_active_memory()
+    base = agreed(mx.get_active_memory())
 
     def peak(number: int) -> float:
         """Bytes that a step takes, infinite where it cannot get them."""
@@ -76,7 +81,7 @@ def number_that_fits(step: Callable[[int], None], most: int, limit: int) -> int:
                 raise
             release(error)
             return math.inf
-        return mx.get_peak_memory()
+        return agreed(mx.get_peak_memory())
 
     if (one := peak(1)) > limit:
         return 0

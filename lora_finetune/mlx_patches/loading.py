@@ -118,7 +118,7 @@ def find_limits(model: nn.Module) -> Limits:
 
 
 def in_fast_types(model: nn.Module) -> nn.Module:
-    """A model with evaluated weights of the types that the device is fast with.
+    """A model with weights, not read yet, of the types that the device is fast with.
 
     On the CPU that is float32 alone: MLX's products of other types are 40 and more times slower. On
     CUDA quantized layers train three times slower than dequantized ones, which must leave half of
@@ -127,11 +127,11 @@ def in_fast_types(model: nn.Module) -> nn.Module:
     if mx.default_device() == mx.cpu:
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
-    elif mx.cuda.is_available() and 0 < dequantized_bytes(model) <= memory.available() // 2:
-        size = dequantized_bytes(model) / 1e9
-        hint(f"the weights are dequantized to {size:.1f} GB for speed on CUDA")
-        model = dequantize_model(model)
-    mx.eval(model.parameters())
+    elif mx.cuda.is_available():
+        size = dequantized_bytes(model)
+        if 0 < size <= memory.available() // 2 * memory.num_parts:
+            hint(f"the weights are dequantized to {size / 1e9:.1f} GB for speed on CUDA")
+            model = dequantize_model(model)
     return model
 
 

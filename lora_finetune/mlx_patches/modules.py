@@ -8,7 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lora_finetune.base.errors import UserError
+from lora_finetune.mlx_patches.transforms import recompute
+
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 
 def replace(modules: Iterable[nn.Module], method: Callable, name: str = "__call__") -> None:
@@ -48,6 +53,46 @@ def intercepted(
     finally:
         delattr(type(module), method)  # Python frees a class late, and with it what reply holds
         module.__class__ = original
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Let layers keep only their inputs for the backward pass, and compute the rest again."""
+    replace(model.layers, checkpointed)
+
+
+def checkpointed(method: Callable, module: nn.Module, *args: Any, **options: Any) -> Any:
+    """A call of a module as in `recompute`, for `replace`."""
+    named, given, returned = tree_flatten(module.trainable_parameters()), (args, options), []
+    names, own = [name for name, _ in named], [array for _, array in named]
+
+    def function(*arrays: mx.array) -> list[mx.array]:
+        module.update(tree_unflatten(list(zip(names, arrays, strict=False))))
+        args, options = with_floats(given, arrays[len(names) :])
+        returned[:] = [method(module, *args, **options)]
+        if named and any(hasattr(leaf, "__dict__") for _, leaf in tree_flatten(returned)):
+            raise UserError(  # such as kimi_k3's: gradients would not go through an object
+                f"layers of this kind ({type(module).__name__}) cannot be computed twice, which "
+                "--shard and a small memory need; take another model, or more memory for it"
+            )
+        return floats(returned)
+
+    found = recompute(function)(*own, *floats(given))
+    return with_floats(returned, found)[0]
+
+
+def floats(tree: Any) -> list[mx.array]:
+    """The arrays in a tree that gradients are of."""
+    return [leaf for _, leaf in tree_flatten(tree) if is_float(leaf)]
+
+
+def with_floats(tree: Any, arrays: Iterable[mx.array]) -> Any:
+    """A tree with others in the place of its `floats`."""
+    rest = iter(arrays)
+    return tree_map(lambda leaf: next(rest) if is_float(leaf) else leaf, tree)
+
+
+def is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
 def modules_named(model: nn.Module, name: str) -> list[nn.Module]:

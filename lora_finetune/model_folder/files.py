@@ -96,16 +96,21 @@ def check_files(folder: Path) -> Any:
 def check_memory(folder: Path, error: BaseException | None = None, size: int = 0) -> None:
     """Raise UserError where the weights are larger than the memory, or `error` is a lack of it.
 
-    `size`, in bytes, is that of weights that are not there yet.
+    `size`, in bytes, is that of weights that are not there yet. It is that of a process's part that
+    counts.
     """
     size = size or sum(file.stat().st_size for file in folder.glob(WEIGHTS))
-    available = memory.available()
+    size, available = size // memory.num_parts, memory.available()
     if size > available or (error and memory.is_lacking(error)):
         why = f" ({shortened(error)})" if error else ""
+        of = " in each process" if memory.num_parts > 1 else ""
+        add = "add --shard, so that each process holds a part of them, " * (
+            memory.processes > memory.num_parts
+        )
         raise UserError(
-            f"the weights of the model {folder} take {size / 1e9:.3g} GB, and there are "
-            f"{available / 1e9:.3g} GB of memory{why}; take a smaller or a quantized model, or "
-            "close other programs"
+            f"the weights of the model {folder} take {size / 1e9:.3g} GB{of}, and there are "
+            f"{available / 1e9:.3g} GB of memory{why}; {add}take a smaller or a quantized model, "
+            "or close other programs"
         )
 
 
@@ -178,15 +183,20 @@ def context_length(folder: Path) -> float:
     return max(lengths[0], original * (scaling.get("factor") or 1))
 
 
-def fingerprints(model: nn.Module, folder: Path) -> dict[str, str]:
-    """Checksums of a model's weights (by their first numbers), configuration and tokenizer."""
+def first_numbers(array: mx.array) -> list[float]:
+    # A copy: to read numbers of an array on CUDA, MLX would move all of it to shared memory.
+    return mx.contiguous(array.flatten()[:16]).tolist()
+
+
+def fingerprints(model: nn.Module, folder: Path, known: dict[str, list[float]]) -> dict[str, str]:
+    """Checksums of a model's weights (by their first numbers), configuration and tokenizer.
+
+    `known` has the first numbers of weights that are not all in this process.
+    """
     arrays = tree_flatten(model.parameters())
-    # Copies: to read numbers of an array on CUDA, MLX would move all of it to shared memory.
-    starts = [mx.contiguous(array.flatten()[:16]) for _, array in arrays]
-    mx.eval(starts)
     files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
     described = {
-        "the model": [(n, a.shape, s.tolist()) for (n, a), s in zip(arrays, starts, strict=True)],
+        "the model": [(n, a.shape, known.get(n) or first_numbers(a)) for n, a in arrays],
         "the model's config.json": sorted(read_object(folder / "config.json").items()),
         "the model's tokenizer": [(file.name, file.read_bytes()) for file in files],
     }

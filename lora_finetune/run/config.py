@@ -52,6 +52,7 @@ class Config:
     mask_prompt: bool = field(metadata=RESULT)
     lora_scale: float | None = field(metadata=RESULT)
     plain: bool = field(metadata=RESULT)
+    shard: bool = field(metadata=TRAINING | ASKING)
     chat_template_args: str | None = field(metadata=TRAINING)
     lora_layers: int | None = field(metadata=TRAINING)
     targets: str | None = field(metadata=TRAINING)
@@ -166,5 +167,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for form, path in args.export or []:
         if form not in FORMS or not path:
             parser.error(f"argument --export: takes a form ({', '.join(FORMS)}) and a folder")
+        if args.shard and form.startswith("merged"):
+            parser.error(
+                f"argument --export: {form} takes a machine that holds the whole model; run it "
+                "there, later and without --shard"
+            )
         if form == "gguf" and not path.endswith(".gguf"):
             parser.error(f"argument --export: gguf takes a file, such as {path}.gguf")

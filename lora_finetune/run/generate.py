@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import models
 from lora_finetune.base import memory
@@ -10,6 +11,7 @@ from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.run.config import Config
 from lora_finetune.texts import prompts
+from lora_finetune.training.distributed import Group
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,35 +23,43 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 def generate_all(
     config: Config, model: nn.Module, tokenizer: TokenizerWrapper, asked: list[prompts.Prompt],
-    vocab_size: int,
+    vocab_size: int, group: Group,
 ) -> None:  # fmt: skip
-    """Generate after each prompt, with LoRA in the weights where they are not quantized."""
+    """Generate after each prompt, with LoRA in the weights where they are not quantized.
+
+    Where weights are shared out, all processes generate, and the first one's tokens count.
+    """
     if not asked:
         return
     model.eval()
-    sample = make_sampler(temp=config.temp)
-    with models.merged(model):
+    sampler = make_sampler(temp=config.temp)
+
+    def sample(logits: mx.array) -> mx.array:
+        # Some models have logits for more tokens than there are.
+        return group.of_first(sampler(logits[..., :vocab_size]))
+
+    with nullcontext() if group.shares_weights else models.merged(model):
         for prompt in asked:
             print("Generating", flush=True)
-            mx.random.seed(config.seed)
             tokenizer.eos_token_ids |= prompt.end_tokens
-            # Some models have logits for more tokens than there are.
-            generate(model, tokenizer, prompt, lambda logits: sample(logits[..., :vocab_size]))
+            group.compute(generate, model, tokenizer, prompt, sample, config.seed)
 
 
 AT_MOST = 40  # tokens of an answer that is watched
 
 
-def begin_answers(
-    model: nn.Module, tokenizer: TokenizerWrapper, asked: list[prompts.Prompt], vocab_size: int
-) -> list[str]:
+def begin(
+    model: nn.Module, tokenizer: TokenizerWrapper, asked: list[prompts.Prompt], vocab_size: int,
+    group: Group,
+) -> list[str]:  # fmt: skip
     """The greedy beginnings of the answers to prompts, of a model in training.
 
     What cannot be generated is a warning, since training goes on without; then there are none.
     """
     model.eval()
     try:
-        return [greedy_text(model, tokenizer, prompt, vocab_size) for prompt in asked]
+        own = model, tokenizer, vocab_size
+        return [group.compute(greedy_text, *own, prompt) for prompt in asked]
     except UserError as error:
         warn(f"the answer is not shown: {first_line(error)}")
         asked.clear()
@@ -59,7 +69,7 @@ def begin_answers(
 
 
 def greedy_text(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompt: prompts.Prompt, vocab_size: int
+    model: nn.Module, tokenizer: TokenizerWrapper, vocab_size: int, prompt: prompts.Prompt
 ) -> str:
     tokenizer.eos_token_ids |= prompt.end_tokens
     short = prompt._replace(max_tokens=min(prompt.max_tokens, AT_MOST))
@@ -69,9 +79,11 @@ def greedy_text(
 
 
 def generate(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompt: prompts.Prompt, sample: Callable
-) -> None:
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: prompts.Prompt, sample: Callable,
+    seed: int,
+) -> None:  # fmt: skip
     """Print the prompt, its continuation as it is generated, and a line with tokens per second."""
+    mx.random.seed(seed)
     print(prompt.text, end="", flush=True)
     tokens, begun, before_space = [], False, tokenizer.decode(prompt.tokens) + " "
     for response in stream(model, tokenizer, prompt, sample):

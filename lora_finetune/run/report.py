@@ -55,6 +55,17 @@ def warn_of_jump(run: Run, texts: batching.Examples) -> None:
     )
 
 
+def report_early_stop(run: Run) -> None:
+    """Say that training ends for lack of better losses, after a last report."""
+    progress = run.progress
+    if progress.steps:
+        report_training(run)
+    print_line(
+        f"Iter {progress.iteration}: Training ends, since the validation loss did not improve in "
+        f"{progress.not_improved} validations after iteration {progress.best_iteration}."
+    )
+
+
 # --- The picture --------------------------------------------------------------------------------
 
 

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from lora_finetune.base import memory
 from lora_finetune.base.errors import Interrupted, UserError, describe, first_line, hint
 from lora_finetune.base.memory import DeviceError
 from lora_finetune.base.signals import RANKS, STOPS, Stop, hearing_stops, process_rank
@@ -47,6 +48,9 @@ class Group:
         self.agreed_signal = 0  # that all have been told of
         self.is_told = False  # whether all know that the run ends
         self.is_over = True  # whether there is nothing more to exchange
+        self.shares_weights = False  # whether each has a part of the model, which others need
+        self.longest = 0.0  # seconds that `compute` took
+        self.patience = WAIT_AT_END
 
     def connect(self) -> None:
         """Find the other processes; raises UserError."""
@@ -90,11 +94,19 @@ class Group:
         self.agreed_signal = self.agreed_signal or int(max(statuses))
         return list(zip(numbers, map(int, counts), strict=True))
 
+    def largest(self, number: float) -> float:
+        """The largest of a number of each process; raises LostError."""
+        return max(other for other, _ in self.gather(float(number)))
+
     def exchange(self, status: int, number: float = 0.0, count: int = 0) -> list[tuple]:
         """The statuses, the numbers and the counts of all."""
         row = mx.array([[status, number, count]])
         rows = self.wait_for(mx.distributed.all_gather, row, group=self.comm)
         return list(zip(*rows.tolist(), strict=True))
+
+    def texts_of_first(self, texts: list[str]) -> list[str]:
+        """The texts that the first process has; raises LostError."""
+        return json.loads(self.gather_texts(json.dumps(texts))[0])
 
     def gather_texts(self, text: str) -> list[str]:
         """A text of each process, by rank; raises LostError."""
@@ -121,6 +133,37 @@ class Group:
         both = self.wait_for(mx.distributed.all_sum, both, group=self.comm)
         return both[0], both[1:], count
 
+    def share_weights(self) -> None:
+        """From now on each process has a part of the model; see `compute`."""
+        if self.size == 1:
+            hint("--shard is for several processes, which mlx.launch starts; this one holds all")
+            return
+        self.shares_weights, memory.num_parts = True, self.size
+        # So that `compute` can take what is not computed yet: an ordinary stream is for one thread.
+        mx.set_default_stream(mx.new_thread_unsafe_stream(mx.default_device()))
+
+    def of_first(self, array: mx.array) -> mx.array:
+        """The array that the first process has, where all compute alike; of one dimension."""
+        if not self.shares_weights:
+            return array
+        return mx.distributed.all_gather(array, group=self.comm)[: len(array)]
+
+    def compute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The results of a function; computed ones where weights are gathered for it.
+
+        Then all processes compute at the same time, none without the others; raises LostError.
+        """
+        if not self.shares_weights:
+            return function(*args)
+        self.gather()
+        start, was_over = time.monotonic(), self.is_over
+        self.is_over = True  # one that fails meanwhile cannot tell the others
+        self.patience = min(WAIT_AT_END, 5.0) + 2 * self.longest
+        result = self.wait_for(function, *args)
+        self.longest = max(self.longest, time.monotonic() - start)
+        self.patience, self.is_over = WAIT_AT_END, was_over
+        return result
+
     def wait_for(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call what waits for the other processes, maybe for ever; raises LostError.
 
@@ -135,7 +178,7 @@ class Group:
         self.pending, end = self.thread.submit(call), math.inf
         while time.monotonic() < end and wait([self.pending], timeout=0.5).not_done:
             if self.is_told or (self.stop and self.stop.signal):
-                end = min(end, time.monotonic() + WAIT_AT_END)
+                end = min(end, time.monotonic() + self.patience)
         try:
             return self.pending.result(timeout=0)
         except (RuntimeError, TimeoutError) as error:
@@ -149,6 +192,8 @@ class Group:
 
     def compare(self, values: dict[str, object]) -> None:
         """Raise UserError where values, by names to report them under, differ among processes."""
+        if self.size == 1:
+            return
         mine = {name: str(value) for name, value in values.items()}
         first, *others = map(json.loads, self.gather_texts(json.dumps(mine)))
         for rank, other in enumerate(others, 1):
@@ -228,12 +273,30 @@ def join() -> Iterator[Group]:
     if not is_launched():
         yield group
         return
+    error = None
     try:
         group.connect()
         yield group
-    except BaseException as error:
+    except BaseException as raised:
+        error = raised
         group.fail(error)
-        raise
+        if not group.shares_weights:
+            raise
+    if group.shares_weights:
+        end_process(error)
+
+
+def end_process(error: BaseException | None) -> NoReturn:
+    """End as Python does, but free nothing: where another thread has compiled, MLX can abort."""
+    status = 1 if error else 0
+    try:
+        if error:
+            sys.excepthook(type(error), error, error.__traceback__)
+    except SystemExit as ended:
+        status = ended.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_launched() -> bool:

@@ -14,6 +14,7 @@ from lora_finetune.mlx_patches.transforms import in_turn
 from lora_finetune.model_folder.targets import is_linear, linear_shape
 from lora_finetune.texts import batching
 from lora_finetune.training.distributed import ALONE, Group
+from lora_finetune.training.shard import whole
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -148,9 +149,10 @@ def loss_by_chunks(
         factor = mx.broadcast_to(cotangents[0].astype(gradient.dtype), gradient.shape)
         return gradient * mx.contiguous(factor)
 
-    if model.training:
-        return with_gradient(hidden)[0], mask.sum()
-    return mx.stack(in_turn(total_of, chunks(hidden))).sum(), mask.sum()
+    with whole(head, hidden):
+        if model.training:
+            return with_gradient(hidden)[0], mask.sum()
+        return mx.stack(in_turn(total_of, chunks(hidden))).sum(), mask.sum()
 
 
 def rows_of_chunk(rows: int, num_logits: int) -> int:
@@ -256,10 +258,11 @@ def evaluate(
     starts = range(0, len(batches), group.size)  # of rounds, in which each process has one
     for start in tqdm(starts, "Evaluating", leave=False, **bar_options()):
         group.check_stop()
-        own = (0.0, 0)
-        if start + group.rank < len(batches):
-            batch = map(mx.array, examples.batch(batches[start + group.rank]))
-            own = (n.item() for n in rope.by_length(loss)(model, *batch))
+        own, number = (0.0, 0), start + group.rank
+        if number < len(batches) or group.shares_weights:
+            batch = map(mx.array, examples.batch(batches[min(number, len(batches) - 1)]))
+            found = group.compute(rope.by_length(loss), model, *batch)
+            own = [n.item() for n in found] if number < len(batches) else own
         for batch_total, number in group.gather(*own):
             total += batch_total
             num_targets += number

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
-import models
 from lora_finetune.base import memory
 from lora_finetune.base.errors import UserError, first_line, hint_if_slow, warn
 from lora_finetune.mlx_patches import rope
+from lora_finetune.mlx_patches.modules import checkpoint_layers
 from lora_finetune.mlx_patches.transforms import TRYING, compiled_if_possible
 from lora_finetune.texts import batching
 from lora_finetune.training.distributed import ALONE, Group
@@ -86,6 +87,8 @@ class Result(NamedTuple):
     parameter_sum: mx.array  # finite only if each gradient and updated parameter is
 
 
+NO_TARGETS = np.zeros((1, 2), np.int32), np.zeros((1, 2), bool)  # a batch
+
 Step = Callable[[mx.array, Moments, list[batching.Batch]], Result]
 
 
@@ -96,10 +99,13 @@ def make_step(model: nn.Module, loss: Loss, optimizer: Optimizer, group: Group =
     in, and over the processes, and divided by the batch's targets: memory is needed for one
     micro-batch only, and the sum is the same to rounding.
     """
-    gradients_of = make_gradients(model, loss)
+    gradients_of = partial(group.compute, make_gradients(model, loss))
 
     def step(parameters: mx.array, moments: Moments, batch: list[batching.Batch]) -> Result:
         tokens = sum(int(is_target[:, 1:].sum()) for _, is_target, *_ in batch)
+        if group.shares_weights:  # all compute as often as any, since all gather
+            most = max(number for _, number in group.gather(count=len(batch)))
+            batch = batch + [NO_TARGETS] * (most - len(batch))
         if batch:
             total, gradient = gradients_of(parameters, *batch[0])
         else:  # this process has no text of it
@@ -154,9 +160,11 @@ class Trainer:
         group: Group = ALONE, iteration: int = 0,
     ):  # fmt: skip
         self.model, self.step = model, make_step(model, loss, optimizer, group)
-        self.like = model.trainable_parameters()
+        self.like = self.present = model.trainable_parameters()
         self.parameters = joined(self.like)
         self.moments = read_moments(model, saved, iteration)
+        # Where MLX waits for a process that hangs, it computes nothing else, but a save must go on.
+        self.saves_computed, self.saved = group.shares_weights, {}
 
     def steps(
         self, batches: Iterator[list[batching.Batch]], ahead: Callable[[], bool]
@@ -199,13 +207,20 @@ class Trainer:
         check_finite(result.loss.item(), "the loss")
         check_finite(result.parameter_sum.item(), "a gradient or a parameter")
         self.parameters, self.moments = result.parameters, result.moments
+        self.present = parted(self.parameters, self.like)
+        if self.saves_computed:
+            self.saved = self.split_moments()
+            mx.eval(self.present, self.saved)
         self.update_model()
 
     def update_model(self) -> None:
-        self.model.update(parted(self.parameters, self.like))
+        self.model.update(self.present)
 
     def named_moments(self) -> dict[str, mx.array]:
         """The moments of each parameter (`….m`, `….v`), as MLX names them, and their `steps`."""
+        return self.saved or self.split_moments()
+
+    def split_moments(self) -> dict[str, mx.array]:
         return {"steps": mx.array([self.moments["steps"]])} | {
             f"{name}.{moment}": array
             for moment in ("m", "v")
@@ -228,29 +243,29 @@ def fit_memory(
     """In how many micro-batches, at least, the largest batch fits into memory, found by trying.
 
     It is the same number for all processes, of which one may have less memory. Where a single text
-    does not fit, the layers keep only their inputs for the backward pass, and compute the rest
-    again.
+    does not fit, layers are checkpointed.
 
     Raises:
         UserError: even so it takes more memory than there is.
     """
     longest = np.argsort(examples.lengths, kind="stable")[-batch_size:]
-    rows, tokens, limit = len(longest), examples.lengths.max(), memory.available()
-    parameters = model.trainable_parameters()
+    rows, tokens, parameters = len(longest), examples.lengths.max(), model.trainable_parameters()
+    together = group if group.shares_weights else ALONE  # all do the same steps, or each its own
+    limit = -together.largest(-memory.available())
 
     def try_step(number: int) -> None:
         batch = examples.batch(longest[-number:])
-        step = make_step(model, loss, Optimizer(0.0))
+        step = make_step(model, loss, Optimizer(0.0), together)
         mx.eval(step(joined(parameters), read_moments(model, {}), [batch]))
 
     most = -(-rows // micro_batches)
     with hint_if_slow(TRYING):
-        fitting = memory.number_that_fits(try_step, most, limit)
-    if not fitting:
+        fitting = memory.number_that_fits(try_step, most, limit, together.largest)
+    if not fitting and not group.shares_weights:  # else layers are so already
         warn(
             f"a text of {tokens} tokens takes too much memory, so layers are computed twice, slower"
         )
-        models.checkpoint_layers(model)
+        checkpoint_layers(model)
         fitting = memory.number_that_fits(try_step, most, limit)
     if not fitting:
         raise UserError(
