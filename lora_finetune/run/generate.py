@@ -11,7 +11,7 @@ from lora_finetune.base.errors import UserError, first_line, warn
 from lora_finetune.mlx_patches import rope
 from lora_finetune.run.config import Config
 from lora_finetune.texts import prompts
-from lora_finetune.training.distributed import Group
+from lora_finetune.training.distributed import Group, LostError
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -60,6 +60,8 @@ def begin(
     try:
         own = model, tokenizer, vocab_size
         return [group.compute(greedy_text, *own, prompt) for prompt in asked]
+    except LostError:
+        raise
     except UserError as error:
         warn(f"the answer is not shown: {first_line(error)}")
         asked.clear()
