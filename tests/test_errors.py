@@ -381,6 +381,11 @@ BAD_ARRAYS = {  # and the reason that is reported
         | {f"{FIRST}.lora_b": np.zeros((0, 64), np.float32)},
         NOT_A_PAIR,
     ),
+    "experts of two numbers": (
+        with_first("lora_a", np.zeros((4, 8, 64), np.float32))
+        | {f"{FIRST}.lora_b": np.zeros((3, 64, 8), np.float32)},
+        NOT_A_PAIR,
+    ),
     "a vector": (with_first("lora_a", np.zeros(64, np.float32)), NOT_A_PAIR),
     "a scalar": (with_first("lora_a", np.float32(0)), NOT_A_PAIR),
     "not finite": (with_first("lora_a", np.full((64, 8), np.inf, np.float32)), "not finite"),

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import models
@@ -203,9 +202,14 @@ def test_every_architecture_is_merged_and_given_to_mlx_lm(tmp_path: Path, name: 
         with models.merged(model):
             assert relative(logits(model), expected) < 3e-5
         assert relative(logits(model), expected) == 0
-    with suppress(ValueError):
+    try:
         mlx_lm_form.check(model, tmp_path)
-        mlx_lm_form.write(tmp_path, export.whole_pairs(model), layer_paths(model), name)
+    except ValueError:  # as for most routers
+        adapter = {}
+    else:
+        adapter = export.whole_pairs(model)
+    if adapter:
+        mlx_lm_form.write(tmp_path, adapter, layer_paths(model), name)
         theirs = load_adapters(build(name), str(tmp_path))
         ours = build(name)
         tiny.put_adapter(tmp_path, ours)

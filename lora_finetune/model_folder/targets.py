@@ -32,9 +32,9 @@ CONTIGUOUS = ("qkv_proj", "q_k_v_proj", "qkvg_proj", "Wqkv", "W_pack", "c_attn",
 GROUPED = ("query_key_value", "wqkv", "in_proj_qkvz")
 NOT_GROUPED = ("bailing",)  # model families whose query_key_value is contiguous
 
-# The names of an MLP's layers by their roles, in the order in which they are looked for: `w1` of
-# qwen is what `w3` is elsewhere, and its `w2` the gate. Where `up` has twice the rows that `down`
-# reads, the gate's are among them: first, last in olmo's `ff_proj`, in turns in phi3small's
+# The names of an MLP's layers by their roles, in the order in which they are looked for: what `w3`
+# is elsewhere is `w1` in qwen, and the gate its `w2`. Where `up` has twice the rows that `down`
+# reads, the gate's are among them: first, or last in olmo's `ff_proj`, or in turns in phi3small's
 # `up_proj`.
 MLP = {
     "down": ("down_proj", "c_proj", "w2", "fc2", "fc_out", "dense_4h_to_h", "mlp_resid", "proj_2",
