@@ -54,10 +54,11 @@ NESTED = ("paragraphs", "qas")  # SQuAD's lists in lists: questions and answers 
 FOR_TEMPLATE = ("tools", "functions", "chat_template_kwargs")  # beside a chat
 AS_TEXT = "numbers and booleans in the column {} are written as text"
 FORMS = {"text": below_headings, "messages": as_messages}
-
-# The columns of questions and answers that are known without flags.
-QUESTIONS = ("question", "질문", "질의", "물음", "문의", "문제", "Question", "QUESTION", "Q", "q")
-ANSWERS = ("answer", "답변", "응답", "대답", "답", "정답", "Answer", "ANSWER", "A", "a")
+# Columns that are known without flags.
+QUESTIONS = ("question", "질문", "질문내용", "질문 내용", "질의", "물음", "문의", "문제", "문항",
+             "Question", "QUESTION", "Q", "q", "prompt", "instruction", "query")  # fmt: skip
+ANSWERS = ("answer", "답변", "답변내용", "답변 내용", "응답", "대답", "답", "정답", "해설",
+           "Answer", "ANSWER", "A", "a", "response")  # fmt: skip
 
 
 # --- The command line ---------------------------------------------------------------------------
@@ -156,8 +157,8 @@ def known_kinds(args: argparse.Namespace, note: Note) -> list[Kind]:
     if context:  # which stands before questions alone
         return kinds + others
     turns = [Kind((name,), (*CHATS, "system"), partial(make_turns, note)) for name in CHATS]
-    texts = Kind(("text",), (), lambda row: [make_example(text_in(row, "text", note))])
-    return [*kinds, *turns, *others, texts]
+    text = Kind(("text",), (), lambda row: [make_example(text_in(row, "text", note))])
+    return [*kinds, *turns, *others, text]
 
 
 def kind_of(row: Row, kinds: list[Kind]) -> Kind | None:
@@ -235,8 +236,7 @@ def make_pair(note: Note, question: str, answer: str, asked: tuple, row: Row) ->
 
 
 def question_and_answer(question: str, answer: str) -> Example:
-    asked = nfc(question)
-    row = {"prompt": question, "completion": answer}
+    asked, row = nfc(question), {"prompt": question, "completion": answer}
     return Example(asked, asked, row) if question and answer else EMPTY
 
 

@@ -301,7 +301,9 @@ def write_exports(
 ) -> None:  # fmt: skip
     """Write the adapter in the forms asked for, so that prompts go in as the texts were."""
     learnt, (name, _) = run.settings.get(LEARNT_FORMAT), public_name(run.model, folder)
-    export.write_all(exports, model, folder, run.model, prompts.own_template(learnt, tokenizer))
+    own = prompts.own_template(learnt, tokenizer)
+    told = {n: run.settings[n] for n in (LEARNT_FORMAT, ARGUMENTS, DAY) if n in run.settings}
+    export.write_all(exports, model, folder, run.model, own, told)
     ollama.write_all(exports, name, learnt, template, tokenizer)
 
 

@@ -163,6 +163,23 @@ def test_a_hub_that_never_answers_is_waited_for_so_long_and_no_longer(
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.parametrize("silent", ["/revision/", "/tree/", "/resolve/"])
+def test_a_hub_that_falls_silent_later_is_not_asked_again_and_again(
+    call: Run, hub: hubs.Hub, adapter: Path, silent: str
+) -> None:
+    args = ["--adapter-file", adapter, "--prompt", "a", "--temp", 0, "--model", NAME]
+    hub.silent = silent
+    one_error(call(*args), NAME, f"has not answered within {LIMIT} s")
+    assert 1 <= sum(silent in request for request in hub.asked) <= len(hub.folders) * 8
+    hub.silent = None
+    find_model(NAME)
+    hub.silent, hub.asked[:] = silent, []
+    ended = call(*args)
+    assert ended.returncode == 0
+    if any(silent in request for request in hub.asked):
+        assert "taken from the cache" in ended.stderr
+
+
 def test_a_connection_that_is_reset_is_made_again_and_goes_on_where_it_was(
     hub: hubs.Hub, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

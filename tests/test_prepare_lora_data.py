@@ -476,7 +476,8 @@ def test_of_several_pairs_the_first_is_taken_and_the_others_are_said(
         "instruction": "i",
     }
     file = write_lines(tmp_path / "a.jsonl", row)
-    said = f"warning: {file}: columns that are left out: id, text, prompt, completion\n"
+    said = f"warning: {file}: columns that are left out: id, text, prompt, completion"
+    said += "; --question-column and --answer-column name others\n"
     assert takes(file) == (["### 질문:\ni\n\n### 답변:\no"], said)
     named = ("--question-column", "prompt", "--answer-column", "completion")
     said = f"warning: {file}: columns that are left out: id, text, output, instruction\n"
@@ -1873,7 +1874,10 @@ DECOMPOSED = unicodedata.normalize("NFD", "질문,답변")
 
 @pytest.mark.parametrize(
     "columns",
-    ["질문,답변", "질의,응답", "문제,정답", "Question,Answer", " 질문 , 답변", DECOMPOSED],
+    [
+        *("질문,답변", "질의,응답", "문제,정답", "문항,해설", "질문 내용,답변 내용"),
+        *("Question,Answer", "prompt,response", "instruction,response", " 질문 , 답변", DECOMPOSED),
+    ],
 )
 def test_usual_names_of_columns_are_known_without_flags(
     takes: Takes, tmp_path: Path, columns: str

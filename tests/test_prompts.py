@@ -105,14 +105,27 @@ def test_without_a_template_a_prompt_and_completion_are_asked_for_as_they_were_l
     assert answers(ask(call, plain_speaker, tmp_path, "--prompt", "물:")) == ["물:yes"]
 
 
-def test_an_adapter_without_its_state_is_prompted_as_it_stands(
+def test_an_adapter_without_its_state_is_prompted_as_it_stands_which_is_said(
     call: Run, speaker: Path, tmp_path: Path
 ) -> None:
     learn(call, speaker, tmp_path, CHAT)
     (tmp_path / "a.run/state.npz").unlink()
-    assert answers(ask(call, speaker, tmp_path, "--prompt", "물:")) == ["물:yes"]
+    ended = ask(call, speaker, tmp_path, "--prompt", "물:")
+    assert answers(ended) == ["물:yes"]
+    assert "as they stand; --prompt-format chat" in ended.stderr
     asked = ["--prompt", "물은?", "--prompt-format", "chat"]
     assert answers(ask(call, speaker, tmp_path, *asked)) == ["물은?\nyes"]
+
+
+@pytest.mark.parametrize("form", ["mlx-lm", "peft"])
+def test_an_exported_adapter_is_prompted_as_it_learnt_and_exported_again_so(
+    call: Run, speaker: Path, tmp_path: Path, form: str
+) -> None:
+    learn(call, speaker, tmp_path, QUESTION, "--export", form, tmp_path / "out")
+    out = ["--adapter-file", tmp_path / "out", "--prompt", "물은?"]
+    ended = ask(call, speaker, tmp_path, *out, "--export", "merged", tmp_path / "merged")
+    assert answers(ended)[0].startswith("### 질문:\n물은?")
+    assert "### 질문:" in (tmp_path / "merged/chat_template.jinja").read_text("utf-8")
 
 
 def test_a_template_that_wants_thoughts_can_be_told_to_want_none(
@@ -294,7 +307,7 @@ def test_a_prompt_is_read_from_standard_input_to_its_end(
     pipe: Callable[..., Ended], run: Run
 ) -> None:
     ended = pipe("\ufeff물은\n\n무엇:\n".encode(), by=run)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.returncode == 0, ended.stderr
     assert "Generating\n물은\n\n무엇:\n" in ended.stdout
 
 

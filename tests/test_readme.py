@@ -100,3 +100,9 @@ def test_the_commands_work_as_typed_one_after_the_other(tmp_path: Path) -> None:
     assert (project / "answers.gguf").exists() and (project / "answers.Modelfile").exists()
     for name in ("demo.run/losses.png", "for-mlx-lm", "for-peft", "merged"):
         assert (project / "lora_finetune" / name).exists()
+
+
+def test_the_script_that_compares_templates_with_llama_cpp_starts() -> None:
+    assert "tests/bench/chat_templates.py" in ENGLISH
+    command = [sys.executable, ROOT / "tests/bench/chat_templates.py", "--help"]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import models
 from lora_finetune.adapters import gguf, merged, mlx_lm, npz, peft
 from lora_finetune.base.errors import UserError, hint, print_line
-from lora_finetune.base.files import atomic_write, check_can_make, whole_folder
+from lora_finetune.base.files import atomic_write, check_can_make, whole_folder, write_json
 from lora_finetune.base.signals import raising_signals
 from lora_finetune.model_folder.files import read_object
 from lora_finetune.model_folder.hub import public_name
@@ -20,6 +20,8 @@ import mlx.nn as nn
 import numpy as np
 
 Export = tuple[str, Path]  # one of these forms, and the folder, or GGUF file, to be made
+
+PROMPTS = "prompts.json"  # beside an exported adapter, for this program; see `write_all`
 
 CHECKS = {
     "mlx-lm": mlx_lm.check,
@@ -69,7 +71,7 @@ def check_forms(exports: list[Export], model: nn.Module, base: Path) -> None:
 
 def write_all(
     exports: list[Export], model: nn.Module, base: Path, name: str | None = None,
-    template: str | None = None,
+    template: str | None = None, prompts: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Write each form to its path, whole or not at all. The model is of no use afterwards.
 
@@ -77,6 +79,8 @@ def write_all(
         base: the folder of the model.
         name: what --model has for it.
         template: a chat template for whole models in the place of the base's.
+        prompts: settings of the run on which it depends how prompts go in, to be kept beside an
+            adapter.
 
     Raises:
         UserError: a form cannot be written.
@@ -95,10 +99,12 @@ def write_all(
         with raising_signals(f"{path} is not made"), making(path) as made:
             if form == "mlx-lm":
                 mlx_lm.write(made, adapter, layers, name, revision)
+                write_json(made / PROMPTS, prompts or {})
             elif form == "peft":
                 pairs = {p: (a, b / multiplier(config, p)) for p, (a, b) in adapter.items()}
                 renamed = {names[form][path]: pair for path, pair in pairs.items()}
                 peft.write(made, renamed, name, revision, has_experts)
+                write_json(made / PROMPTS, prompts or {})
             elif form == "gguf":
                 gguf.write(made[0].name, adapter, names[form], base, path.stem)
             else:

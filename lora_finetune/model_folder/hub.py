@@ -107,6 +107,8 @@ def fetch(name: str, check: Callable, patterns: Iterable[str]) -> Path:
                 download(repo, folder.name, weights)
     except UserError:
         raise
+    except SilentError as error:
+        return find_cached(name, patterns, error)
     except Exception as error:
         raise UserError(f"the model {name} cannot be fetched: {why(error)}") from error
     return folder
@@ -171,7 +173,7 @@ def why(error: Exception) -> str:
          "its repository has no such revision; name a branch, a tag or a commit"),
         (isinstance(error, hub_errors.RepositoryNotFoundError),
          "the Hugging Face hub has no such repository, or it is private (`hf auth login`)"),
-        (isinstance(error, httpx2.TimeoutException),
+        (isinstance(error, (SilentError, httpx2.TimeoutException)),
          f"the Hugging Face hub has not answered within {constants.HF_HUB_DOWNLOAD_TIMEOUT} s "
          "(HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer, HF_HUB_OFFLINE=1 does not ask)"),
         (number in OF_DISKS,
@@ -189,6 +191,11 @@ def why(error: Exception) -> str:
 # --- Waiting ------------------------------------------------------------------------------------
 
 
+class SilentError(Exception):
+    """The hub has not answered in time. Of the errors after which the client asks again it is none,
+    since it would wait that long five times."""
+
+
 def patient_client() -> httpx2.Client:
     """The client's own, with a limit for the time to each answer, HF_HUB_DOWNLOAD_TIMEOUT, 10 s."""
 
@@ -199,7 +206,14 @@ def patient_client() -> httpx2.Client:
     def resume(response: httpx2.Response) -> None:
         response.stream = Resumed(response.stream)
 
+    def send(request: httpx2.Request, **options: Any) -> httpx2.Response:
+        try:
+            return as_it_comes(request, **options)
+        except httpx2.TimeoutException as error:
+            raise SilentError from error
+
     client = default_client_factory()
+    as_it_comes, client.send = client.send, send
     client.event_hooks["request"].append(limit)
     client.event_hooks["response"].append(resume)
     return client

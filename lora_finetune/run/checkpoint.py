@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import models
-from lora_finetune.adapters import loading, npz
+from lora_finetune.adapters import export, loading, npz
 from lora_finetune.base.errors import UserError, warn
 from lora_finetune.base.files import file_checksum
 from lora_finetune.model_folder.files import read_object
@@ -180,7 +180,7 @@ PINNED = "the model's revision"  # its name among the settings
 def settings_of(adapter_file: Path) -> dict[str, Any]:
     """The settings of the run that an adapter, or best adapter, is of; {} where no state tells.
 
-    The folder of an adapter in another form tells the revision alone.
+    Beside an adapter in another form, it is what that tells, or this program when it exported it.
     """
     folder = run_folder(adapter_file)
     if folder == adapter_file.parent:  # its best adapter
@@ -188,11 +188,14 @@ def settings_of(adapter_file: Path) -> dict[str, Any]:
     with suppress(UserError, OSError):
         if state := read_state(adapter_file):
             return state.settings
-        file = loading.find_adapter(adapter_file)
+        file, told = loading.find_adapter(adapter_file), {}
+        if (ours := file.with_name(export.PROMPTS)).exists():
+            told = read_object(ours)
         config = read_object(file.with_name("adapter_config.json"))
         if file.suffix == ".safetensors" and config.get("revision"):
             base = config.get("base_model_name_or_path") or config.get("model")
-            return {PINNED: f"{base}@{config['revision']}"}
+            told[PINNED] = f"{base}@{config['revision']}"
+        return told
     return {}
 
 

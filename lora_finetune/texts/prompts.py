@@ -119,6 +119,11 @@ def encode(
     `asked` is the format asked for, or "auto"; `learnt` the one that the adapter learnt, if known.
     """
     prompts, formats = [], [choose_format(text, asked, learnt, tokenizer) for text in texts]
+    if texts and asked == "auto" and learnt is None and template:
+        hint(
+            "nothing tells the form of the texts learnt, so prompts go in as they stand; "
+            "--prompt-format chat puts them through the model's chat template"
+        )
     for format in dict.fromkeys(formats):
         if format not in (asked, RAW):
             hint(f"prompts go in as {NAMES[format]}, as in training (--prompt-format {format})")

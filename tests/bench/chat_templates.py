@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 import models  # noqa: E402, F401
 from lora_finetune.demo import demo_model  # noqa: E402
 from lora_finetune.model_folder import tokenizer as tokenizers  # noqa: E402
-from lora_finetune.model_folder.files import find_model, read_object  # noqa: E402
+from lora_finetune.model_folder.files import read_object  # noqa: E402
+from lora_finetune.model_folder.hub import find_model  # noqa: E402
 from lora_finetune.texts import dataset  # noqa: E402
 from lora_finetune.texts.chat import Chat, Template, template_of  # noqa: E402
 
