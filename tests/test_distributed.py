@@ -28,12 +28,14 @@ import pytest
 
 Processes = list[multiprocessing.Process]
 
+RECIPE = ["--warmup", 3, "--max-grad-norm", 1, "--optimizer", "adamw", "--targets", "attention"]
 SETTINGS = ["--lora-layers", 2, "--batch-size", 4, "--learning-rate", "1e-3", *RHYTHM]
 
 
 @pytest.fixture(scope="module")
 def args(model: Path, data: Path) -> list[object]:
-    return ["--train", "--model", model, "--data", data, "--adapter-file", "a.npz", *SETTINGS]
+    common = ["--train", "--model", model, "--data", data, "--adapter-file", "a.npz"]
+    return [*common, *SETTINGS, *RECIPE]
 
 
 def launch(
