@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         "'{\"enable_thinking\": false}'", metavar="JSON")  # fmt: skip
     switch("--no-adapter", "test and ask the model without an adapter, to compare")
     add("--show-texts", positive, None, "show so many training texts as they are learnt, and end")
-    switch("--shard", "with mlx.launch: hold a part of the model in each process, if it is large")
+    switch("--shard", "with mlx.launch: hold only a part of the model in each process")
     switch("--plain", "use MLX's own attention, activations, losses and recurrences")
     add("--prompt-format", str, "auto", f"prompt format: {', '.join(PROMPT_FORMATS)}",
         choices=PROMPT_FORMATS, metavar="FORM")  # fmt: skip

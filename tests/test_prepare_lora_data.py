@@ -220,8 +220,11 @@ def save(folder: Path, **splits: Pairs) -> Path:
 
 # --- Any rows that there might be ---------------------------------------------------------------
 
-TEXTS = st.text(min_size=1).map(str.strip).filter(bool)
-SIDES = st.none() | st.sampled_from(["", " \n", "\u3000", "가", " 가", "가\t", "나"]) | st.text()
+# In a pair a heading is an error.
+WITHOUT_HEADINGS = st.text().filter(lambda text: not dataset.HEADINGS.search(text))
+TEXTS = WITHOUT_HEADINGS.map(str.strip).filter(bool)
+SIDES = st.none() | st.sampled_from(["", " \n", "\u3000", "가", " 가", "가\t", "나"])
+SIDES |= WITHOUT_HEADINGS
 
 
 @properties(50)
