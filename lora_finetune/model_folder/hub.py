@@ -192,8 +192,10 @@ def why(error: Exception) -> str:
 
 
 class SilentError(Exception):
-    """The hub has not answered in time. Of the errors after which the client asks again it is none,
-    since it would wait that long five times."""
+    """The hub has not answered in time.
+
+    It is no TimeoutException, after which the client would ask again, and wait, five times.
+    """
 
 
 def patient_client() -> httpx2.Client:
