@@ -99,18 +99,18 @@ def write_all(
         with raising_signals(f"{path} is not made"), making(path) as made:
             if form == "mlx-lm":
                 mlx_lm.write(made, adapter, layers, name, revision)
-                write_json(made / PROMPTS, prompts or {})
             elif form == "peft":
                 pairs = {p: (a, b / multiplier(config, p)) for p, (a, b) in adapter.items()}
                 renamed = {names[form][path]: pair for path, pair in pairs.items()}
                 peft.write(made, renamed, name, revision, has_experts)
-                write_json(made / PROMPTS, prompts or {})
             elif form == "gguf":
                 gguf.write(made[0].name, adapter, names[form], base, path.stem)
             else:
                 merged.write(made, base, adapter, logits, form == "merged-float")
                 if template:
                     merged.put_template(made, template)
+            if prompts and form in ("mlx-lm", "peft"):
+                write_json(made / PROMPTS, prompts)
         print_line(f"Exported as {form} to {path}.")
 
 

@@ -32,17 +32,19 @@ def generate_all(
     if not asked:
         return
     model.eval()
-    sampler = make_sampler(temp=config.temp)
-
-    def sample(logits: mx.array) -> mx.array:
-        # Some models have logits for more tokens than there are.
-        return group.of_first(sampler(logits[..., :vocab_size]))
-
+    sample = sampling(config.temp, vocab_size, group)
     with nullcontext() if group.shares_weights else models.merged(model):
         for prompt in asked:
             print("Generating", flush=True)
             tokenizer.eos_token_ids |= prompt.end_tokens
             group.compute(generate, model, tokenizer, prompt, sample, config.seed)
+
+
+def sampling(temp: float, vocab_size: int, group: Group) -> Callable[[mx.array], mx.array]:
+    """A function of logits (1, …) to a token (1,), the first process's where all share a model."""
+    sampler = make_sampler(temp=temp)
+    # Some models have logits for more tokens than there are.
+    return lambda logits: group.of_first(sampler(logits[..., :vocab_size]))
 
 
 AT_MOST = 40  # tokens of an answer that is watched
@@ -58,7 +60,7 @@ def begin(
     """
     model.eval()
     try:
-        own = model, tokenizer, vocab_size
+        own = model, tokenizer, sampling(0.0, vocab_size, group)
         return [group.compute(greedy_text, *own, prompt) for prompt in asked]
     except LostError:
         raise
@@ -71,13 +73,13 @@ def begin(
 
 
 def greedy_text(
-    model: nn.Module, tokenizer: TokenizerWrapper, vocab_size: int, prompt: prompts.Prompt
+    model: nn.Module, tokenizer: TokenizerWrapper, greedy: Callable, prompt: prompts.Prompt
 ) -> str:
     tokenizer.eos_token_ids |= prompt.end_tokens
     short = prompt._replace(max_tokens=min(prompt.max_tokens, AT_MOST))
-    greedy = stream(model, tokenizer, short, lambda x: mx.argmax(x[..., :vocab_size], axis=-1))
+    responses = stream(model, tokenizer, short, greedy)
     # A character that the end cut through is left out.
-    return "".join(response.text for response in greedy).strip().rstrip("\ufffd")
+    return "".join(response.text for response in responses).strip().rstrip("\ufffd")
 
 
 def generate(
