@@ -183,9 +183,11 @@ def context_length(folder: Path) -> float:
     return max(lengths[0], original * (scaling.get("factor") or 1))
 
 
-def first_numbers(array: mx.array) -> list[float]:
-    # A copy: to read numbers of an array on CUDA, MLX would move all of it to shared memory.
-    return mx.contiguous(array.flatten()[:16]).tolist()
+def first_numbers(arrays: dict[str, mx.array]) -> dict[str, list[float]]:
+    # Copies: to read numbers of an array on CUDA, MLX would move all of it to shared memory.
+    starts = {name: mx.contiguous(array.flatten()[:16]) for name, array in arrays.items()}
+    mx.eval(starts)
+    return {name: start.tolist() for name, start in starts.items()}
 
 
 def fingerprints(model: nn.Module, folder: Path, known: dict[str, list[float]]) -> dict[str, str]:
@@ -194,9 +196,10 @@ def fingerprints(model: nn.Module, folder: Path, known: dict[str, list[float]]) 
     `known` has the first numbers of weights that are not all in this process.
     """
     arrays = tree_flatten(model.parameters())
+    known = known | first_numbers({name: a for name, a in arrays if name not in known})
     files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
     described = {
-        "the model": [(n, a.shape, known.get(n) or first_numbers(a)) for n, a in arrays],
+        "the model": [(n, a.shape, known[n]) for n, a in arrays],
         "the model's config.json": sorted(read_object(folder / "config.json").items()),
         "the model's tokenizer": [(file.name, file.read_bytes()) for file in files],
     }

@@ -86,7 +86,7 @@ def share_out(model: nn.Module, group: Group, numbers: dict[str, list[float]]) -
     for unit in [*model.layers, *beside]:
         weights = [each for each in arrays_of(unit) if key(*each) not in taken]  # some are shared
         taken |= {key(*each) for each in weights}
-        numbers |= {f"{paths[id(m)]}.{name}": first_numbers(m[name]) for m, name in weights}
+        numbers |= first_numbers({f"{paths[id(m)]}.{name}": m[name] for m, name in weights})
         unit.part = Part(weights, group)
     mx.eval([m[name] for m, name in arrays_of(model) if key(m, name) not in taken])
     replace([*model.layers, *beside], with_weights)
